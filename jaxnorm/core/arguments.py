@@ -1,0 +1,211 @@
+"""Checks of arguments, each with an error in three parts: operation, what it was given, what to do.
+
+All run at trace time: they look at shapes, dtypes and Python values, never at numbers.
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+Axes = int | Sequence[int]
+
+
+def inexact(operation: str, name: str, value) -> Array:
+    """`value` as an array of floating or complex numbers."""
+    if not (hasattr(value, "dtype") and hasattr(value, "shape")):
+        raise TypeError(
+            f"{operation}: {name} must be a JAX or NumPy array; got {type(value).__name__} "
+            f"{_short(value)}. Convert it first: jnp.asarray({name}, jnp.float32)."
+        )
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        raise TypeError(
+            f"{operation}: {name} must hold floating or complex numbers; got "
+            f"{name}.dtype={value.dtype}, {name}.shape={value.shape}. Convert it first: "
+            f"{name}.astype(jnp.float32)."
+        )
+    return jnp.asarray(value)
+
+
+def axes(operation: str, name: str, value: Axes, x) -> tuple[int, ...]:
+    """Axes of `x` as sorted non-negative numbers without repetition."""
+    try:
+        given = tuple(map(operator.index, value if isinstance(value, Sequence) else (value,)))
+    except TypeError:
+        raise TypeError(
+            f"{operation}: {name} must be an int or a tuple of ints; got {name}={value!r}. "
+            f"For example {name}=-1."
+        ) from None
+    if not given:
+        raise ValueError(f"{operation}: {name} names no axis; got {name}={value!r}. Name one.")
+    for a in given:
+        if not -x.ndim <= a < x.ndim:
+            raise ValueError(
+                f"{operation}: {name}={value!r} is out of range for x.shape={x.shape}; an axis of "
+                f"an array of rank {x.ndim} lies between {-x.ndim} and {x.ndim - 1}."
+            )
+    found = tuple(sorted(a % x.ndim for a in given))
+    if len(set(found)) < len(found):
+        raise ValueError(
+            f"{operation}: {name}={value!r} names an axis of x.shape={x.shape} twice. "
+            "Name each axis once."
+        )
+    return found
+
+
+def parameter(operation: str, name: str, value, x, feature_axes: tuple[int, ...]):
+    """A scale, bias or statistic: None, or an array of the shape of the feature axes."""
+    if value is None:
+        return None
+    value = inexact(operation, name, value)
+    expected = tuple(x.shape[a] for a in feature_axes)
+    if value.shape != expected:
+        where = _unpacked(feature_axes)
+        raise ValueError(
+            f"{operation}: scale, bias and statistics must have the shape of the feature axis, "
+            f"{expected}, taken from x.shape={x.shape} at axis {where}; got "
+            f"{name}.shape={value.shape}. If your features lie elsewhere, say so: "
+            "feature_axis=1, for example."
+        )
+    return value
+
+
+def mask_of(operation: str, value, x):
+    """A mask as booleans, checked to broadcast to `x`."""
+    if value is None:
+        return None
+    if not (hasattr(value, "dtype") and hasattr(value, "shape")):
+        raise TypeError(
+            f"{operation}: mask must be an array; got {type(value).__name__} {_short(value)}. "
+            "Convert it first: jnp.asarray(mask, bool)."
+        )
+    if value.dtype != jnp.bool_ and not jnp.issubdtype(value.dtype, jnp.number):
+        raise TypeError(
+            f"{operation}: mask must hold booleans (or numbers, where 0 leaves out); got "
+            f"mask.dtype={value.dtype}. Convert it first: mask.astype(bool)."
+        )
+    fits = len(value.shape) <= x.ndim and all(
+        m in (1, n) for m, n in zip(reversed(value.shape), reversed(x.shape))
+    )
+    if not fits:
+        raise ValueError(
+            f"{operation}: mask.shape={value.shape} does not broadcast to x.shape={x.shape}. "
+            "Give each missing axis size 1: mask[..., None] for a mask without the last axis."
+        )
+    value = jnp.asarray(value)
+    value = value if value.dtype == jnp.bool_ else value != 0
+    return value.reshape((1,) * (x.ndim - value.ndim) + value.shape)
+
+
+def number(operation: str, name: str, value, low: float, high: float, example: str) -> float:
+    """A Python number in a closed interval."""
+    real = isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
+    if not real:
+        raise TypeError(
+            f"{operation}: {name} must be a Python number, known when the function is traced; got "
+            f"{type(value).__name__} {_short(value)}. For example {name}={example}."
+        )
+    if not (math.isfinite(value) and low <= value <= high):
+        bounds = f"in [{low}, {high}]" if math.isfinite(high) else f"at least {low}, and finite"
+        raise ValueError(
+            f"{operation}: {name} must be {bounds}; got {name}={value}. For example "
+            f"{name}={example}."
+        )
+    return float(value)
+
+
+def decay_of(operation: str, value, name: str = "decay"):
+    """None, a Python number in [0, 1], or a scalar array (a schedule), which cannot be checked."""
+    if value is None:
+        return None
+    if isinstance(value, jax.Array) and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.floating):
+        return value
+    return number(operation, name, value, 0.0, 1.0, "0.99")
+
+
+def flag(operation: str, name: str, value) -> bool:
+    """A Python bool."""
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{operation}: {name} must be a Python bool, known when the function is traced; got "
+            f"{type(value).__name__} {_short(value)}. Pass True or False; under jax.jit make it a "
+            f"static argument: jax.jit(f, static_argnames={name!r})."
+        )
+    return value
+
+
+def disjoint(operation: str, reduced: tuple[int, ...], features: tuple[int, ...], x) -> None:
+    """No axis may be both reduced and featured."""
+    both = sorted(set(reduced) & set(features))
+    if both:
+        raise ValueError(
+            f"{operation}: axis {_unpacked(tuple(both))} of x.shape={x.shape} is both reduced and "
+            "a feature axis; there the statistics would be taken over each feature's own "
+            "parameter. Take it out of one of the two."
+        )
+
+
+def not_empty(operation: str, x, reduced: tuple[int, ...]) -> None:
+    """A slice must have an element."""
+    if math.prod(x.shape[a] for a in reduced) == 0:
+        raise ValueError(
+            f"{operation}: there is nothing to take statistics of: x.shape={x.shape} has no "
+            f"element over the reduced axes {reduced}. Skip empty batches before this call."
+        )
+
+
+def groups_of(operation: str, num_groups, x, feature_axis: int) -> int:
+    """A number of groups that divides the features."""
+    features = x.shape[feature_axis]
+    if isinstance(num_groups, bool) or not isinstance(num_groups, (int, np.integer)):
+        raise TypeError(
+            f"{operation}: num_groups must be an int; got {type(num_groups).__name__} "
+            f"{_short(num_groups)}. For example num_groups=32."
+        )
+    if num_groups <= 0 or features % num_groups:
+        divisors = [d for d in range(1, features + 1) if features % d == 0]
+        raise ValueError(
+            f"{operation}: num_groups must divide the number of features, {features}, taken from "
+            f"x.shape={x.shape} at axis {feature_axis}; got num_groups={num_groups}. Choose one of "
+            f"{divisors if len(divisors) < 20 else divisors[:20] + ['...']}."
+        )
+    return int(num_groups)
+
+
+def implementation_of(operation: str, value) -> None:
+    """Only the compiler's own path exists so far; anything else is refused, never replaced."""
+    if value not in (None, "xla"):
+        raise ValueError(
+            f"{operation}: implementation must be None (choose) or 'xla'; got "
+            f"implementation={value!r}. This version has no hand-written kernels: leave it at None."
+        )
+
+
+def result_dtype(operation: str, x, *parameters, dtype=None):
+    """`dtype`, or what `x` and the parameters promote to: Flax's rule."""
+    if dtype is None:
+        return jnp.result_type(x, *(p for p in parameters if p is not None))
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"{operation}: the result's dtype must be floating or complex; got dtype={dtype}. "
+            "For example dtype=jnp.bfloat16."
+        )
+    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{operation}: complex x.dtype={x.dtype} cannot be returned as dtype={dtype}. "
+            "Leave dtype=None, or ask for a complex one."
+        )
+    return jnp.dtype(dtype)
+
+
+def _unpacked(values: tuple[int, ...]):
+    return values[0] if len(values) == 1 else values
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

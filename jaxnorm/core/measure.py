@@ -1,0 +1,379 @@
+"""Measure the slices of an array: one read, any offset, every derivative.
+
+`LocalMoments` is what normalization needs: moments seen from a value near the data, because a
+mean rounded to float32 is off by 1e-3 at an offset of 1e4, and so would be everything that is
+normalized with it.
+
+``z = x - guess`` and one read of ``x`` give ``mean(z)`` and ``mean(|z|^2) - |mean(z)|^2``. The
+subtraction in that formula costs about ``log2(1 + |mean(z)|^2 / var)`` bits, so it is exact enough
+whenever the guess lies within a few deviations of the mean. A guess is cheap: the running mean in
+batch normalization, elsewhere an element of the slice. When it turns out to be a poor one
+(the first steps of training, an outlier), the moments are taken again from a good one: see
+`_measure_again`. Nothing depends on the guess but the time it takes.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Float, Inexact
+
+from jaxnorm.core.moments import Moments, abs_squared, saturate, wide_dtype
+from jaxnorm.core.replicas import ALONE, Alone
+
+# A guess within this many deviations of the mean costs at most log2(1 + 2**2) = 2.3 bits of the
+# variance. Looser is cheaper for tiny batches only: the samples of `_sample` lie within half a
+# deviation, a running mean closer still.
+_NEAR = 2.0
+
+# 1 / sqrt(var) of the largest numbers is subnormal, hence zero on most hardware. Eight times that
+# is not, and an eighth of x keeps x - origin finite; both scalings are exact.
+_EIGHTH = 0.125
+
+
+class LocalMoments(NamedTuple):
+    """What it takes to standardize `x`, kept with size 1 on the reduced axes.
+
+    Both moments come in two parts: a constant of differentiation, and a small rest that carries
+    the derivative. The mean needs it since one float32 near 1e4 cannot hold it; the deviation,
+    so that no derivative passes through a number of the size of ``x^2``.
+    """
+
+    origin: Inexact[Array, "*slices"]
+    """A value near the data; no result depends on it."""
+    mean: Inexact[Array, "*slices"]
+    """Mean of x - origin."""
+    rstd8: Float[Array, "*slices"]
+    """8 / sqrt(var + epsilon); 0 for a slice with no element, or with var + epsilon = 0."""
+    log_rstd: Float[Array, "*slices"]
+    """Always 0; its derivative is that of log(rstd)."""
+
+    def standardize(self, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        """``xhat = (x - origin - mean) / sqrt(var + epsilon)`` in the dtype of the moments."""
+        dtype = self.mean.dtype
+        eighth = jnp.asarray(_EIGHTH, dtype)
+        centered = (x.astype(dtype) * eighth - self.origin * eighth) - self.mean * eighth
+        return _with_log_change(centered * self.rstd8.astype(dtype), self.log_rstd)
+
+    def rstd(self) -> Float[Array, "*slices"]:
+        """``1 / sqrt(var + epsilon)``."""
+        return _with_log_change(self.rstd8 * jnp.asarray(_EIGHTH, self.rstd8.dtype), self.log_rstd)
+
+    @classmethod
+    def known(cls, mean: Inexact[Array, "*slices"], var: Float[Array, "*slices"], epsilon: float):
+        """From statistics that are given, as in evaluation."""
+        rstd8 = _reciprocal_root(var + epsilon) / _EIGHTH
+        return cls(mean, jnp.zeros_like(mean), rstd8, jnp.zeros_like(rstd8))
+
+
+@jax.custom_jvp
+def _with_log_change(value, log_change):
+    """``value * exp(log_change)`` for a log_change that is 0, so that only its derivative counts.
+
+    Spelled out it would make the backward pass keep an array of zeros.
+    """
+    del log_change
+    return value
+
+
+@_with_log_change.defjvp
+def _with_log_change_jvp(primals, tangents):
+    out = _with_log_change(*primals)
+    value, log_change = tangents
+    return out, value + out * log_change.astype(out.dtype)
+
+
+class Measured(NamedTuple):
+    """Result of `measure`: the local moments, and the absolute ones for whoever keeps them."""
+
+    local: LocalMoments
+    count: Float[Array, "*slices"]
+    var: Float[Array, "*slices"]
+    """Biased variance of x; saturates at the largest finite number."""
+
+    @property
+    def mean(self) -> Inexact[Array, "*slices"]:
+        """Mean of x, rounded once."""
+        return self.local.origin + self.local.mean
+
+    def as_moments(self, axes: tuple[int, ...]) -> Moments:
+        """The public form, with the reduced axes dropped."""
+        m2 = saturate(self.var * self.count)
+        return Moments(*(jnp.squeeze(a, axes) for a in (self.count, self.mean, m2)))
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """The static half of `measure`: which elements make up a slice, and epsilon."""
+
+    axes: tuple[int, ...]
+    epsilon: float = 0.0
+    replicas: Alone = ALONE
+    centered: bool = True
+    """False for raw second moments (RMS normalization): origin and mean are zero."""
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        """Elements in a slice of an array of this shape, over all replicas."""
+        return math.prod(shape[a] for a in self.axes) * self.replicas.size()
+
+
+def measure(
+    x: Inexact[Array, "*shape"],
+    reduction: Reduction,
+    mask: Bool[Array, "*#shape"] | None = None,
+    guess: Inexact[Array, "*#shape"] | None = None,
+) -> Measured:
+    """Moments of the slices of `x`, differentiable to any order in both modes.
+
+    Args:
+        x: the data, any floating or complex dtype; accumulated in float32 at least.
+        reduction: the axes and what lies behind them.
+        mask: which elements count; None for all.
+        guess: a value expected near the mean of each slice, the same on all replicas.
+    """
+    if guess is None and reduction.centered:
+        guess = _sample(x, reduction, mask)
+    return _measure(reduction, x, mask, guess)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _measure(reduction: Reduction, x, mask, guess) -> Measured:
+    if not reduction.centered:
+        return _measure_raw(reduction, x, mask)
+    guess = guess.astype(wide_dtype(x.dtype))
+    count, mean, square = _means(reduction, x, mask, origin=guess)
+    var = jnp.maximum(square - abs_squared(mean), 0)
+    near = jnp.abs(mean) <= _NEAR * jnp.sqrt(var)
+    finite = square < _big(square.dtype)
+
+    def kept() -> Measured:
+        origin = guess + jnp.zeros_like(mean)
+        return Measured(_local(reduction, origin, mean, count, var), count, var)
+
+    return lax.cond(
+        _all(near & finite), kept, lambda: _measure_again(reduction, x, mask, guess + mean)
+    )
+
+
+@_measure.defjvp
+def _measure_jvp(reduction: Reduction, primals, tangents):
+    x, mask, guess = primals
+    measured = _measure(reduction, x, mask, guess)
+    # Recomputed from x in the backward pass, which therefore keeps nothing else of x's size.
+    rule = jax.checkpoint(partial(_tangents, reduction), prevent_cse=False)
+    count = None if mask is None else measured.count
+    mean, log_rstd, var = rule(x, mask, count, measured.local, tangents[0])
+    zero = jnp.zeros_like
+    local = LocalMoments(zero(measured.local.origin), mean, zero(measured.local.rstd8), log_rstd)
+    return measured, Measured(local, zero(measured.count), var)
+
+
+def _tangents(reduction: Reduction, x, mask, count, local: LocalMoments, tangent):
+    """The derivative of the moments, a linear map of the tangent dx.
+
+    With xhat = (x - mean) rstd and <.> the mean over a slice: d mean = <dx>,
+    d var = 2 <Re(conj(xhat) dx)> / rstd, d log rstd = -rstd <Re(conj(xhat) dx)>.
+    """
+    xhat = local.standardize(x)
+    dx = tangent.astype(xhat.dtype)
+    if mask is not None:
+        xhat, dx = jnp.where(mask, xhat, 0), jnp.where(mask, dx, 0)
+    total = partial(jnp.sum, axis=reduction.axes, keepdims=True)
+    inner = jnp.real(jnp.conj(xhat) * dx) if jnp.iscomplexobj(xhat) else xhat * dx
+    n = reduction.size(x.shape) if count is None else jnp.maximum(count, 1)
+    if reduction.centered:
+        dmean, inner = reduction.replicas.sum(total(dx), total(inner))
+        dmean = dmean / jnp.asarray(n, dmean.dtype)
+    else:
+        (inner,) = reduction.replicas.sum(total(inner))
+        dmean = jnp.zeros_like(local.mean)
+    inner = inner / n
+    rstd = local.rstd()
+    dvar = jnp.where(rstd > 0, inner + inner, 0) / jnp.where(rstd > 0, rstd, 1)
+    return dmean, -inner * rstd, dvar
+
+
+def _sums(reduction: Reduction, shape, mask, *terms):
+    """Count of each slice and sums of terms that are zero outside the mask, in one collective."""
+    total = partial(jnp.sum, axis=reduction.axes, keepdims=True)
+    if mask is None:
+        sums = reduction.replicas.sum(*map(total, terms))
+        return jnp.full_like(sums[-1], reduction.size(shape)), *sums
+    inside = jnp.broadcast_to(mask, shape).astype(terms[-1].dtype)
+    return reduction.replicas.sum(total(inside), *map(total, terms))
+
+
+def _means(reduction: Reduction, x, mask, *, origin, rescale=None):
+    """Count, mean(z) and mean(|z|^2) for z = x * rescale - origin, in one read of x."""
+    z = x.astype(origin.dtype)
+    z = (z if rescale is None else z * rescale.astype(z.dtype)) - origin
+    z = z if mask is None else jnp.where(mask, z, 0)
+    count, first, square = _sums(reduction, x.shape, mask, z, abs_squared(z))
+    n = jnp.maximum(count, 1)
+    return count, first / n.astype(first.dtype), square / n
+
+
+def _measure_again(reduction: Reduction, x, mask, guess) -> Measured:
+    """The same moments at leisure: more reads, any guess, any finite data.
+
+    The data is scaled down by a power of two where its squares could overflow, and the origin is
+    refined twice: the first refinement is off by the rounding of a sum of numbers as large as
+    the guess was wrong, the second by the rounding of that. It is kept inside the range of the
+    data, so that for a slice of one repeated value it is that value, and x - origin is exactly 0.
+    """
+    low, high = _range(reduction, x, mask)
+    size = jnp.maximum(_largest(low), _largest(high))
+    rescale = jnp.where(size > _big(size.dtype) ** 0.5, _down(size.dtype), 1).astype(size.dtype)
+    scale = rescale.astype(low.dtype)
+    low, high, guess = low * scale, high * scale, guess * scale
+    origin = _clip(jnp.where(jnp.isfinite(guess), guess, 0), low, high)
+    for _ in range(2):
+        _, mean, _ = _means(reduction, x, mask, origin=origin, rescale=rescale)
+        origin = _clip(origin + mean, low, high)
+    count, mean, square = _means(reduction, x, mask, origin=origin, rescale=rescale)
+    var = jnp.maximum(square - abs_squared(mean), 0)
+    local = _local(reduction, origin / scale, mean / scale, count, var, rescale)
+    return Measured(local, count, saturate(var / rescale / rescale))
+
+
+def _measure_raw(reduction: Reduction, x, mask) -> Measured:
+    """mean |x|^2, summed at two scales in one read so that no large number overflows.
+
+    Source: Blue, "A portable Fortran program to find the Euclidean norm of a vector", 1978.
+    """
+    z = x.astype(wide_dtype(x.dtype))
+    z = z if mask is None else jnp.where(mask, z, 0)
+    real = jnp.finfo(z.dtype).dtype
+    down = jnp.asarray(_down(real), real)
+    count, plain, scaled = _sums(
+        reduction, x.shape, mask, abs_squared(z), abs_squared(z * down.astype(z.dtype))
+    )
+    n = jnp.maximum(count, 1)
+    fits = plain < _big(real)
+    rescale = jnp.where(fits, jnp.ones_like(plain), down)
+    square = jnp.where(fits, plain, scaled) / n
+    zero = jnp.zeros((1,) * x.ndim, z.dtype)
+    local = _local(reduction, zero, zero, count, square, rescale)
+    return Measured(local, count, saturate(square / rescale / rescale))
+
+
+def _local(reduction: Reduction, origin, mean, count, var, rescale=None) -> LocalMoments:
+    """Local moments from the variance of data that was scaled by `rescale`."""
+    if rescale is None:
+        rstd8 = _reciprocal_root(var + reduction.epsilon) / _EIGHTH
+    else:
+        epsilon = reduction.epsilon * rescale * rescale
+        rstd8 = (rescale / _EIGHTH) * _reciprocal_root(var + epsilon)
+    return LocalMoments(origin, mean, jnp.where(count > 0, rstd8, 0), jnp.zeros_like(rstd8))
+
+
+def _reciprocal_root(x):
+    """1 / sqrt(x), and 0 at 0: a slice without spread standardizes to zero, not to NaN."""
+    zero = x == 0
+    return jnp.where(zero, 0, lax.rsqrt(jnp.where(zero, 1, x)))
+
+
+def _sample(x, reduction: Reduction, mask):
+    """A value near each slice, for next to nothing: the mean of a few of its elements.
+
+    Clipped to their range, it is exact for a slice of one repeated value.
+    """
+    wide = wide_dtype(x.dtype)
+    if reduction.replicas != ALONE or _sharded(x, reduction.axes):
+        # No element is at hand everywhere, and fetching one would be a collective of its own.
+        return jnp.zeros([1 if a in reduction.axes else n for a, n in enumerate(x.shape)], wide)
+    if mask is not None:
+        # Which elements count is known to the device only: this guess takes a read of x.
+        low, high = _range(reduction, x, mask)
+        _, mean, _ = _means(reduction, x, mask, origin=jnp.zeros((1,) * x.ndim, wide))
+        return _clip(mean, low, high)
+    few = lax.slice(x, *_places(x.shape, reduction.axes)).astype(wide)
+    over = {"axis": reduction.axes, "keepdims": True}
+    mean = jnp.mean(few, **over)
+    return _componentwise(
+        lambda mean, few: jnp.clip(mean, jnp.min(few, **over), jnp.max(few, **over)), mean, few
+    )
+
+
+def _places(shape: tuple[int, ...], axes: tuple[int, ...]):
+    """Start, end and stride of a grid of at most 16 places over the axes, away from the edges."""
+    start, end, stride = [0] * len(shape), list(shape), [1] * len(shape)
+    room = 16
+    for left, a in zip(range(len(axes), 0, -1), sorted(axes, key=lambda a: shape[a])):
+        number = min(shape[a], max(1, round(room ** (1 / left))))
+        room //= number
+        stride[a] = shape[a] // number
+        span = stride[a] * (number - 1)
+        start[a] = (shape[a] - 1 - span) // 2
+        end[a] = start[a] + span + 1
+    return start, end, stride
+
+
+def _range(reduction: Reduction, x, mask):
+    """Smallest and largest element of each slice (of each component); zeros where there is none."""
+    x = x.astype(wide_dtype(x.dtype))
+
+    def extreme(reduce, across, start):
+        def one(part):
+            bound = jnp.asarray(start, part.dtype)
+            kept = part if mask is None else jnp.where(mask, part, bound)
+            found = across(reduce(kept, axis=reduction.axes, keepdims=True))
+            return jnp.where(found == bound, jnp.zeros_like(found), found)
+
+        return _componentwise(one, x)
+
+    replicas = reduction.replicas
+    return (
+        extreme(jnp.min, replicas.min, jnp.inf),
+        extreme(jnp.max, replicas.max, -jnp.inf),
+    )
+
+
+def _sharded(x, axes: tuple[int, ...]) -> bool:
+    """Whether the type of `x` says that a slice is spread over a mesh (an Explicit mesh)."""
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
+    return any(a < len(spec) and spec[a] is not None for a in axes)
+
+
+@custom_vmap
+def _all(condition) -> Bool[Array, ""]:
+    return jnp.all(condition)
+
+
+@_all.def_vmap
+def _all_vmap(axis_size, in_batched, condition):
+    # One answer for the whole batch: both branches are right for every member, and an unbatched
+    # predicate keeps `cond` a branch where `vmap` would otherwise compute both.
+    del axis_size, in_batched
+    return _all(condition), False
+
+
+def _componentwise(function, *parts):
+    if not jnp.iscomplexobj(parts[0]):
+        return function(*parts)
+    real, imag = map(jnp.real, parts), map(jnp.imag, parts)
+    return lax.complex(function(*real), function(*imag))
+
+
+def _clip(x, low, high):
+    return _componentwise(jnp.clip, x, low, high)
+
+
+def _largest(x):
+    """Largest magnitude of the components."""
+    return jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
+
+
+def _big(dtype) -> float:
+    """A mean square below this has not overflowed while it was summed."""
+    return 2.0 ** (jnp.finfo(dtype).maxexp * 25 // 32)
+
+
+def _down(dtype) -> float:
+    """A power of two that brings the largest number of `dtype` safely below sqrt(_big)."""
+    return 2.0 ** -(jnp.finfo(dtype).maxexp * 5 // 8)

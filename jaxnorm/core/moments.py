@@ -1,0 +1,96 @@
+"""The monoid of moments, and the few dtype rules that every statistic follows.
+
+The same object serves a masked batch, shards of a mesh, micro-batches of an accumulated step and
+a data set read in pieces: each is a `Moments`, and `Moments.merge` puts them together.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Inexact
+
+
+class Moments(NamedTuple):
+    """Count, mean and summed squared deviation of a set of numbers: a commutative monoid.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm
+        >>> left = jaxnorm.moments(jnp.array([1.0, 2.0]), 0)
+        >>> right = jaxnorm.moments(jnp.array([3.0, 6.0]), 0)
+        >>> whole = left.merge(right)
+        >>> whole.count.item(), whole.mean.item(), whole.m2.item(), whole.var.item()
+        (4.0, 3.0, 14.0, 3.5)
+    """
+
+    count: Float[Array, "*slices"]
+    """Number of elements; float32 at least, so that it merges without casts."""
+    mean: Inexact[Array, "*slices"]
+    """Their mean; complex for complex numbers."""
+    m2: Float[Array, "*slices"]
+    """Sum of |x - mean|^2; saturates at the largest finite number."""
+
+    @property
+    def var(self) -> Float[Array, "*slices"]:
+        """Biased variance m2 / count; 0 where there is no element."""
+        return self.m2 / jnp.maximum(self.count, 1)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Moments of the union of two sets.
+
+        ``mean = mean_a + (mean_b - mean_a) n_b / n`` and
+        ``m2 = m2_a + m2_b + |mean_b - mean_a|^2 n_a n_b / n``.
+
+        Args:
+            other: moments of the other set, of a shape that broadcasts with this one.
+
+        Returns:
+            Moments of both. Merging with `Moments.empty` changes nothing.
+
+        Source: Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing
+        sample variances", 1979, equation (2.1).
+        """
+        count = self.count + other.count
+        share = other.count / jnp.maximum(count, 1)
+        delta = other.mean - self.mean
+        mean = self.mean + delta * share.astype(delta.dtype)
+        m2 = self.m2 + other.m2 + abs_squared(delta) * (self.count * share)
+        return Moments(count, mean, m2)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...] = (), dtype: jax.typing.DTypeLike = jnp.float32):
+        """The identity of `merge`: no element at all.
+
+        Args:
+            shape: shape of the slices.
+            dtype: dtype of the mean; count and m2 take its real part's.
+
+        Example:
+            >>> from jaxnorm import Moments
+            >>> Moments.empty().merge(Moments.empty()).count.item()
+            0.0
+        """
+        real = jnp.zeros(shape, jnp.finfo(dtype).dtype)
+        return cls(real, jnp.zeros(shape, dtype), real)
+
+
+def abs_squared(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """|x|^2, real."""
+    if jnp.iscomplexobj(x):
+        return lax.square(jnp.real(x)) + lax.square(jnp.imag(x))
+    return lax.square(x)
+
+
+def wide_dtype(dtype: jax.typing.DTypeLike):
+    """The dtype in which statistics of `dtype` are accumulated: float32 at least."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def saturate(x: Inexact[Array, "*shape"], dtype: jax.typing.DTypeLike | None = None):
+    """Cast real numbers without turning a large one into infinity; complex ones as they are."""
+    dtype = x.dtype if dtype is None else dtype
+    if jnp.iscomplexobj(x):
+        return x.astype(dtype)
+    limit = min(float(jnp.finfo(dtype).max), float(jnp.finfo(x.dtype).max))
+    return jnp.clip(x, -limit, limit).astype(dtype)

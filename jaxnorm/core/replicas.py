@@ -1,0 +1,33 @@
+"""Who else holds a part of the slices whose moments are taken.
+
+`core` only needs three verbs. The base class is the case of one device; `jaxnorm.distributed`
+gives the same verbs a named axis.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Array
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Every slice lies whole in the array at hand: nothing to combine."""
+
+    def size(self) -> int:
+        """Number of replicas."""
+        return 1
+
+    def sum(self, *arrays: Array) -> tuple[Array, ...]:
+        """Sums of arrays of one shape, in one collective."""
+        return arrays
+
+    def min(self, array: Array) -> Array:
+        """Elementwise minimum over the replicas."""
+        return array
+
+    def max(self, array: Array) -> Array:
+        """Elementwise maximum over the replicas."""
+        return array
+
+
+ALONE = Alone()

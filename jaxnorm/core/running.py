@@ -1,0 +1,98 @@
+"""Running statistics: what batch normalization remembers between steps."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Inexact, Int
+
+from jaxnorm.core.moments import saturate
+
+
+class BatchStats(NamedTuple):
+    """Running statistics of one batch-normalized layer.
+
+    Example:
+        >>> import jaxnorm
+        >>> stats = jaxnorm.init_batch_stats(3)
+        >>> stats.mean.shape, stats.var.dtype.name, int(stats.count)
+        ((3,), 'float32', 0)
+    """
+
+    mean: Inexact[Array, "*features"]
+    """float32 (complex64 for complex data); starts at 0."""
+    var: Float[Array, "*features"]
+    """float32; divides by n, as Flax does (PyTorch: n - 1); starts at 1."""
+    count: Int[Array, ""]
+    """int32, updates so far."""
+
+
+def init_batch_stats(
+    num_features: int | tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32
+) -> BatchStats:
+    """Statistics before the first update: mean 0, variance 1, count 0.
+
+    Args:
+        num_features: size of the feature axis, or a tuple of sizes for several.
+        dtype: dtype of the mean, float32 or complex64; the variance takes its real part's.
+
+    Returns:
+        `BatchStats` for `jaxnorm.batch_norm`.
+
+    Example:
+        >>> import jaxnorm
+        >>> jaxnorm.init_batch_stats((2, 3)).var.shape
+        (2, 3)
+    """
+    shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+    return BatchStats(
+        jnp.zeros(shape, dtype), jnp.ones(shape, jnp.finfo(dtype).dtype), jnp.zeros((), jnp.int32)
+    )
+
+
+def update(
+    stats: BatchStats,
+    count: Float[Array, "*features"],
+    mean: Inexact[Array, "*features"],
+    var: Float[Array, "*features"],
+    *,
+    decay: Float[Array, ""] | float | None,
+    debias: bool,
+    unbiased: bool,
+) -> BatchStats:
+    """``decay * old + (1 - decay) * batch``, with no gradient and in the dtype of the old.
+
+    A feature with no element in the batch keeps its statistics; a batch with none at all is not
+    counted.
+    """
+    keep = _share_kept(stats.count, decay, debias)
+    if unbiased:
+        var = var * (count / jnp.maximum(count - 1, 1))
+    seen = count > 0
+
+    def blend(old, new):
+        new = lax.stop_gradient(saturate(new, old.dtype))
+        share = jnp.asarray(keep, jnp.finfo(old.dtype).dtype).astype(old.dtype)
+        return jnp.where(seen, share * old + (1 - share) * new, old)
+
+    return BatchStats(
+        blend(lax.stop_gradient(stats.mean), mean),
+        blend(lax.stop_gradient(stats.var), var),
+        stats.count + jnp.any(seen).astype(stats.count.dtype),
+    )
+
+
+def _share_kept(count, decay, debias: bool):
+    """What share of the old statistics survives the update number count + 1."""
+    if decay is None:
+        return 1 - 1 / (count.astype(jnp.float32) + 1)
+    if not debias:
+        return decay
+    # The bias-corrected average m_t = (d m'_{t-1} + (1 - d) b_t) / (1 - d^t), written for itself:
+    # m_t = m_{t-1} + w_t (b_t - m_{t-1}) with w_t = (1 - d) / (1 - d^t). At d = 1 its limit, 1/t.
+    decay = jnp.asarray(decay, jnp.float32)
+    step = count.astype(jnp.float32) + 1
+    log_decay = jnp.log(jnp.where(decay < 1, decay, 0.5))
+    weight = jnp.where(decay < 1, jnp.expm1(log_decay) / jnp.expm1(step * log_decay), 1 / step)
+    return 1 - weight
