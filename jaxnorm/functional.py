@@ -120,7 +120,8 @@ def batch_norm(
         debias: bias-corrected running statistics: the exponential average of the batches alone,
             free of the initial 0 and 1 (weight ``(1 - decay) / (1 - decay ** updates)``).
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
-        implementation: None or "xla".
+        implementation: None (choose) or "xla"; "two_pass" for the textbook's two passes with a
+            rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
 
     Returns:
         `y` of the shape of `x`, and the new `BatchStats`, in the dtypes of the old and without
@@ -157,7 +158,7 @@ def batch_norm(
     decay = check.decay_of(op, decay)
     epsilon = check.number(op, "epsilon", epsilon, 0.0, float("inf"), "1e-5")
     mask = check.mask_of(op, mask, x)
-    check.implementation_of(op, implementation)
+    two_pass = check.implementation_of(op, implementation)
     if virtual_batch_size is not None:
         raise ValueError(
             f"{op}: virtual_batch_size={virtual_batch_size} is not available in this version. "
@@ -177,7 +178,7 @@ def batch_norm(
         bias,
         stats,
         feature_axes=features,
-        reduction=Reduction(reduced, epsilon, replicas),
+        reduction=Reduction(reduced, epsilon, replicas, two_pass=two_pass),
         mask=mask,
         decay=decay,
         debias=debias,
@@ -218,7 +219,8 @@ def layer_norm(
         axis_name: a named axis over which each slice goes on, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
-        implementation: None or "xla".
+        implementation: None (choose) or "xla"; "two_pass" for the textbook's two passes with a
+            rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
 
     Returns:
         `y` of the shape of `x`. A slice of equal elements, or with none, gives exactly `bias`.
@@ -233,8 +235,8 @@ def layer_norm(
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
-        >>> jaxnorm.layer_norm(jnp.array([1.0, 2.0, 3.0]), epsilon=0.0).round(3).tolist()
-        [-1.225, 0.0, 1.225]
+        >>> print(jaxnorm.layer_norm(jnp.array([1.0, 2.0, 3.0]), epsilon=0.0).round(3))
+        [-1.225  0.     1.225]
     """
     op = "layer_norm"
     x = check.inexact(op, "x", x)
@@ -276,7 +278,8 @@ def rms_norm(
         axis_name: a named axis over which each slice goes on, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x` and scale promote to.
-        implementation: None or "xla".
+        implementation: None (choose) or "xla"; "two_pass" for the textbook's two passes with a
+            rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
 
     Returns:
         `y` of the shape of `x`. The product with scale is taken before the one rounding to
@@ -290,8 +293,8 @@ def rms_norm(
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
-        >>> jaxnorm.rms_norm(jnp.array([3.0, 4.0]), epsilon=0.0).round(3).tolist()
-        [0.849, 1.131]
+        >>> print(jaxnorm.rms_norm(jnp.array([3.0, 4.0]), epsilon=0.0).round(3))
+        [0.849 1.131]
     """
     op = "rms_norm"
     x = check.inexact(op, "x", x)
@@ -341,14 +344,15 @@ def instance_norm(
         axis_name: a named axis over which the spatial axes go on, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
-        implementation: None or "xla".
+        implementation: None (choose) or "xla"; "two_pass" for the textbook's two passes with a
+            rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
 
     Returns:
-        `y` of the shape of `x`.
+        `y` of the shape of `x`. Without a spatial axis each slice is one element, and `y` is bias.
 
     Raises:
         TypeError: as `layer_norm`.
-        ValueError: as `layer_norm`; also a feature axis that is axis 0, or no spatial axis left.
+        ValueError: as `layer_norm`; also a feature axis that is axis 0.
 
     Source: Ulyanov, Vedaldi & Lempitsky, "Instance Normalization: The Missing Ingredient for Fast
     Stylization", 2016, equation (2).
@@ -363,11 +367,11 @@ def instance_norm(
     x = check.inexact(op, "x", x)
     features = check.axes(op, "feature_axis", feature_axis, x)
     reduced = tuple(a for a in range(1, x.ndim) if a not in features)
-    if 0 in features or not reduced:
+    if 0 in features:
         raise ValueError(
-            f"{op}: axis 0 is the batch, feature_axis the features, and at least one spatial axis "
-            f"must remain; got x.shape={x.shape} with feature_axis={feature_axis}. Without a "
-            "spatial axis there is one element to a slice: use layer_norm."
+            f"{op}: The channel axes cannot include the leading dimension as this is assumed to be "
+            f"the batch axis; got x.shape={x.shape} with "
+            f"feature_axis={feature_axis}. Name another axis, or add one: x[None]."
         )
     return _per_slice(
         op, x, scale, bias, reduced, features, epsilon, mask, axis_name, axis_index_groups, dtype,
@@ -408,7 +412,8 @@ def group_norm(
         axis_name: a named axis over which the spatial axes go on, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
-        implementation: None or "xla".
+        implementation: None (choose) or "xla"; "two_pass" for the textbook's two passes with a
+            rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
 
     Returns:
         `y` of the shape of `x`.
@@ -530,13 +535,13 @@ def _prepared(
     *, centered=True,
 ):  # fmt: skip
     """The checks that all stateless normalizations share."""
-    check.implementation_of(op, implementation)
+    two_pass = check.implementation_of(op, implementation)
     check.not_empty(op, x, reduced)
     epsilon = check.number(op, "epsilon", epsilon, 0.0, float("inf"), "1e-6")
     mask = check.mask_of(op, mask, x)
     replicas = named_axis(op, axis_name, groups)
     dtype = check.result_dtype(op, x, scale, bias, dtype=dtype)
-    return Reduction(reduced, epsilon, replicas, centered), mask, dtype
+    return Reduction(reduced, epsilon, replicas, centered, two_pass), mask, dtype
 
 
 def _checked_stats(op: str, stats, x, features) -> BatchStats:

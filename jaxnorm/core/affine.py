@@ -1,10 +1,10 @@
 """The second half of every normalization: standardize with given moments, scale, shift."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from jaxnorm.core.measure import LocalMoments
+from jaxnorm.core.moments import promoted
 
 
 def normalize(
@@ -23,7 +23,7 @@ def normalize(
 
     def affine(x, local: LocalMoments, scale, bias):
         y = local.standardize(x)
-        wide = jnp.promote_types(y.dtype, dtype)
+        wide = promoted(y.dtype, dtype)
         y = y.astype(wide)
         if scale is not None:
             y = y * scale.astype(wide)

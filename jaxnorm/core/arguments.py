@@ -5,12 +5,14 @@ All run at trace time: they look at shapes, dtypes and Python values, never at n
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+
+from jaxnorm.core.moments import promoted
 
 Axes = int | Sequence[int]
 
@@ -34,7 +36,7 @@ def inexact(operation: str, name: str, value) -> Array:
 def axes(operation: str, name: str, value: Axes, x) -> tuple[int, ...]:
     """Axes of `x` as sorted non-negative numbers without repetition."""
     try:
-        given = tuple(map(operator.index, value if isinstance(value, Sequence) else (value,)))
+        given = tuple(map(operator.index, value if isinstance(value, Iterable) else (value,)))
     except TypeError:
         raise TypeError(
             f"{operation}: {name} must be an int or a tuple of ints; got {name}={value!r}. "
@@ -176,19 +178,45 @@ def groups_of(operation: str, num_groups, x, feature_axis: int) -> int:
     return int(num_groups)
 
 
-def implementation_of(operation: str, value) -> None:
-    """Only the compiler's own path exists so far; anything else is refused, never replaced."""
-    if value not in (None, "xla"):
+def groups_from(operation: str, num_groups, group_size, x) -> int:
+    """The number of groups, given that or the size of one, as Flax's layers take it."""
+    if (num_groups is None) == (group_size is None):
         raise ValueError(
-            f"{operation}: implementation must be None (choose) or 'xla'; got "
+            f"{operation}: exactly one of num_groups and group_size must be given; got "
+            f"num_groups={num_groups}, group_size={group_size}. To give group_size, pass "
+            "num_groups=None."
+        )
+    if group_size is None:
+        return num_groups
+    features = x.shape[-1]
+    if group_size <= 0 or features % group_size:
+        raise ValueError(
+            f"{operation}: group_size must divide the number of features, {features}, the last of "
+            f"x.shape={x.shape}; got group_size={group_size}."
+            " Choose a divisor."
+        )
+    return features // group_size
+
+
+def implementation_of(operation: str, value) -> bool:
+    """Whether the two-pass form is asked for. What does not exist is refused, never replaced."""
+    if value not in (None, "xla", "two_pass"):
+        raise ValueError(
+            f"{operation}: implementation must be None (choose), 'xla' or 'two_pass'; got "
             f"implementation={value!r}. This version has no hand-written kernels: leave it at None."
         )
+    return value == "two_pass"
+
+
+def from_flax(use_fast_variance: bool) -> str | None:
+    """The implementation that Flax's flag asks for; its fast form is served by the exact one."""
+    return None if use_fast_variance else "two_pass"
 
 
 def result_dtype(operation: str, x, *parameters, dtype=None):
     """`dtype`, or what `x` and the parameters promote to: Flax's rule."""
     if dtype is None:
-        return jnp.result_type(x, *(p for p in parameters if p is not None))
+        return promoted(x, *(p for p in parameters if p is not None))
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"{operation}: the result's dtype must be floating or complex; got dtype={dtype}. "

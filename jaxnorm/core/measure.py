@@ -31,61 +31,42 @@ from jaxnorm.core.replicas import ALONE, Alone
 # deviation, a running mean closer still.
 _NEAR = 2.0
 
-# 1 / sqrt(var) of the largest numbers is subnormal, hence zero on most hardware. Eight times that
-# is not, and an eighth of x keeps x - origin finite; both scalings are exact.
-_EIGHTH = 0.125
+# Centered data is carried times this power of two, and the reciprocal deviation divided by it. So
+# x - origin stays finite over the whole range of the dtype, 1 / sqrt(var) of the largest numbers
+# does not become subnormal, and sums of centered data in the backward pass do not overflow. It is
+# exact, and what it flushes to zero has a variance that is zero in any case.
+_DOWN = 2.0**-40
 
 
 class LocalMoments(NamedTuple):
     """What it takes to standardize `x`, kept with size 1 on the reduced axes.
 
-    Both moments come in two parts: a constant of differentiation, and a small rest that carries
-    the derivative. The mean needs it since one float32 near 1e4 cannot hold it; the deviation,
-    so that no derivative passes through a number of the size of ``x^2``.
+    The mean comes in two parts, `origin` + `mean`, since one float32 near 1e4 cannot hold it.
     """
 
     origin: Inexact[Array, "*slices"]
-    """A value near the data; no result depends on it."""
+    """A value near the data; constant under differentiation, since no result depends on it."""
     mean: Inexact[Array, "*slices"]
     """Mean of x - origin."""
-    rstd8: Float[Array, "*slices"]
-    """8 / sqrt(var + epsilon); 0 for a slice with no element, or with var + epsilon = 0."""
-    log_rstd: Float[Array, "*slices"]
-    """Always 0; its derivative is that of log(rstd)."""
+    rstd_up: Float[Array, "*slices"]
+    """2^40 / sqrt(var + epsilon); 0 for a slice with no element, or with var + epsilon = 0."""
 
     def standardize(self, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         """``xhat = (x - origin - mean) / sqrt(var + epsilon)`` in the dtype of the moments."""
         dtype = self.mean.dtype
-        eighth = jnp.asarray(_EIGHTH, dtype)
-        centered = (x.astype(dtype) * eighth - self.origin * eighth) - self.mean * eighth
-        return _with_log_change(centered * self.rstd8.astype(dtype), self.log_rstd)
+        down = jnp.asarray(_DOWN, dtype)
+        centered = (x.astype(dtype) * down - self.origin * down) - self.mean * down
+        return centered * self.rstd_up.astype(dtype)
 
+    @property
     def rstd(self) -> Float[Array, "*slices"]:
         """``1 / sqrt(var + epsilon)``."""
-        return _with_log_change(self.rstd8 * jnp.asarray(_EIGHTH, self.rstd8.dtype), self.log_rstd)
+        return self.rstd_up * _DOWN
 
     @classmethod
     def known(cls, mean: Inexact[Array, "*slices"], var: Float[Array, "*slices"], epsilon: float):
         """From statistics that are given, as in evaluation."""
-        rstd8 = _reciprocal_root(var + epsilon) / _EIGHTH
-        return cls(mean, jnp.zeros_like(mean), rstd8, jnp.zeros_like(rstd8))
-
-
-@jax.custom_jvp
-def _with_log_change(value, log_change):
-    """``value * exp(log_change)`` for a log_change that is 0, so that only its derivative counts.
-
-    Spelled out it would make the backward pass keep an array of zeros.
-    """
-    del log_change
-    return value
-
-
-@_with_log_change.defjvp
-def _with_log_change_jvp(primals, tangents):
-    out = _with_log_change(*primals)
-    value, log_change = tangents
-    return out, value + out * log_change.astype(out.dtype)
+        return cls(mean, jnp.zeros_like(mean), _reciprocal_root(var + epsilon) / _DOWN)
 
 
 class Measured(NamedTuple):
@@ -116,6 +97,8 @@ class Reduction:
     replicas: Alone = ALONE
     centered: bool = True
     """False for raw second moments (RMS normalization): origin and mean are zero."""
+    two_pass: bool = False
+    """The textbook's way, with a mean rounded to the accumulating dtype; see `_measure_two_pass`."""
 
     def size(self, shape: tuple[int, ...]) -> int:
         """Elements in a slice of an array of this shape, over all replicas."""
@@ -136,7 +119,7 @@ def measure(
         mask: which elements count; None for all.
         guess: a value expected near the mean of each slice, the same on all replicas.
     """
-    if guess is None and reduction.centered:
+    if guess is None and reduction.centered and not reduction.two_pass:
         guess = _sample(x, reduction, mask)
     return _measure(reduction, x, mask, guess)
 
@@ -145,6 +128,8 @@ def measure(
 def _measure(reduction: Reduction, x, mask, guess) -> Measured:
     if not reduction.centered:
         return _measure_raw(reduction, x, mask)
+    if reduction.two_pass:
+        return _measure_two_pass(reduction, x, mask)
     guess = guess.astype(wide_dtype(x.dtype))
     count, mean, square = _means(reduction, x, mask, origin=guess)
     var = jnp.maximum(square - abs_squared(mean), 0)
@@ -167,17 +152,16 @@ def _measure_jvp(reduction: Reduction, primals, tangents):
     # Recomputed from x in the backward pass, which therefore keeps nothing else of x's size.
     rule = jax.checkpoint(partial(_tangents, reduction), prevent_cse=False)
     count = None if mask is None else measured.count
-    mean, log_rstd, var = rule(x, mask, count, measured.local, tangents[0])
-    zero = jnp.zeros_like
-    local = LocalMoments(zero(measured.local.origin), mean, zero(measured.local.rstd8), log_rstd)
-    return measured, Measured(local, zero(measured.count), var)
+    mean, rstd_up, var = rule(x, mask, count, measured.local, tangents[0])
+    local = LocalMoments(jnp.zeros_like(measured.local.origin), mean, rstd_up)
+    return measured, Measured(local, jnp.zeros_like(measured.count), var)
 
 
 def _tangents(reduction: Reduction, x, mask, count, local: LocalMoments, tangent):
     """The derivative of the moments, a linear map of the tangent dx.
 
     With xhat = (x - mean) rstd and <.> the mean over a slice: d mean = <dx>,
-    d var = 2 <Re(conj(xhat) dx)> / rstd, d log rstd = -rstd <Re(conj(xhat) dx)>.
+    d var = 2 <Re(conj(xhat) dx)> / rstd, d rstd = -rstd^2 <Re(conj(xhat) dx)>.
     """
     xhat = local.standardize(x)
     dx = tangent.astype(xhat.dtype)
@@ -193,9 +177,9 @@ def _tangents(reduction: Reduction, x, mask, count, local: LocalMoments, tangent
         (inner,) = reduction.replicas.sum(total(inner))
         dmean = jnp.zeros_like(local.mean)
     inner = inner / n
-    rstd = local.rstd()
+    rstd = local.rstd
     dvar = jnp.where(rstd > 0, inner + inner, 0) / jnp.where(rstd > 0, rstd, 1)
-    return dmean, -inner * rstd, dvar
+    return dmean, -(inner * rstd) * local.rstd_up, dvar
 
 
 def _sums(reduction: Reduction, shape, mask, *terms):
@@ -228,7 +212,7 @@ def _measure_again(reduction: Reduction, x, mask, guess) -> Measured:
     """
     low, high = _range(reduction, x, mask)
     size = jnp.maximum(_largest(low), _largest(high))
-    rescale = jnp.where(size > _big(size.dtype) ** 0.5, _down(size.dtype), 1).astype(size.dtype)
+    rescale = jnp.where(size > _big(size.dtype) ** 0.5, _rescale(size.dtype), 1).astype(size.dtype)
     scale = rescale.astype(low.dtype)
     low, high, guess = low * scale, high * scale, guess * scale
     origin = _clip(jnp.where(jnp.isfinite(guess), guess, 0), low, high)
@@ -249,7 +233,7 @@ def _measure_raw(reduction: Reduction, x, mask) -> Measured:
     z = x.astype(wide_dtype(x.dtype))
     z = z if mask is None else jnp.where(mask, z, 0)
     real = jnp.finfo(z.dtype).dtype
-    down = jnp.asarray(_down(real), real)
+    down = jnp.asarray(_rescale(real), real)
     count, plain, scaled = _sums(
         reduction, x.shape, mask, abs_squared(z), abs_squared(z * down.astype(z.dtype))
     )
@@ -262,14 +246,32 @@ def _measure_raw(reduction: Reduction, x, mask) -> Measured:
     return Measured(local, count, saturate(square / rescale / rescale))
 
 
+def _measure_two_pass(reduction: Reduction, x, mask) -> Measured:
+    """mean(x), rounded, then mean(|x - mean|^2): what Flax does with use_fast_variance=False.
+
+    Kept for reproducing numbers, not for its digits: at an offset of 1e4 deviations the rounding
+    of the mean alone moves every float32 result by 1e-3.
+    """
+    wide = x.astype(wide_dtype(x.dtype))
+    if reduction.replicas == ALONE:
+        # jnp.mean, and not a sum divided here: its last bit is what is to be reproduced.
+        mean = jnp.mean(wide, axis=reduction.axes, keepdims=True, where=mask)
+        mean = mean if mask is None else jnp.where(jnp.isnan(mean), 0, mean)
+    else:
+        zero = jnp.zeros((1,) * x.ndim, wide.dtype)
+        _, mean, _ = _means(reduction, x, mask, origin=zero)
+    count, _, var = _means(reduction, x, mask, origin=mean)
+    return Measured(_local(reduction, mean, jnp.zeros_like(mean), count, var), count, saturate(var))
+
+
 def _local(reduction: Reduction, origin, mean, count, var, rescale=None) -> LocalMoments:
     """Local moments from the variance of data that was scaled by `rescale`."""
     if rescale is None:
-        rstd8 = _reciprocal_root(var + reduction.epsilon) / _EIGHTH
+        rstd_up = _reciprocal_root(var + reduction.epsilon) / _DOWN
     else:
         epsilon = reduction.epsilon * rescale * rescale
-        rstd8 = (rescale / _EIGHTH) * _reciprocal_root(var + epsilon)
-    return LocalMoments(origin, mean, jnp.where(count > 0, rstd8, 0), jnp.zeros_like(rstd8))
+        rstd_up = (rescale / _DOWN) * _reciprocal_root(var + epsilon)
+    return LocalMoments(origin, mean, jnp.where(count > 0, rstd_up, 0))
 
 
 def _reciprocal_root(x):
@@ -374,6 +376,6 @@ def _big(dtype) -> float:
     return 2.0 ** (jnp.finfo(dtype).maxexp * 25 // 32)
 
 
-def _down(dtype) -> float:
+def _rescale(dtype) -> float:
     """A power of two that brings the largest number of `dtype` safely below sqrt(_big)."""
     return 2.0 ** -(jnp.finfo(dtype).maxexp * 5 // 8)

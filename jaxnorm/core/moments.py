@@ -82,9 +82,18 @@ def abs_squared(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
     return lax.square(x)
 
 
+def promoted(*dtypes):
+    """What arrays or dtypes promote to by JAX's standard rules, whichever the user has chosen.
+
+    Here promotion is meant, and every cast that follows from it is spelled out.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
 def wide_dtype(dtype: jax.typing.DTypeLike):
     """The dtype in which statistics of `dtype` are accumulated: float32 at least."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return promoted(dtype, jnp.float32)
 
 
 def saturate(x: Inexact[Array, "*shape"], dtype: jax.typing.DTypeLike | None = None):

@@ -1,0 +1,229 @@
+"""NNX variables around the pure functions; no arithmetic lives here."""
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+
+from jaxnorm import functional
+from jaxnorm.core import arguments as check
+from jaxnorm.core.moments import promoted
+from jaxnorm.core.running import BatchStats, init_batch_stats
+from jaxnorm.nnx.constructor import extends
+
+
+class BatchNorm(nnx.BatchNorm):
+    """`flax.nnx.BatchNorm` around `jaxnorm.batch_norm`.
+
+    Constructor, variables and behaviour are Flax's, with these differences: statistics are taken
+    of shifted data; running statistics keep their dtype, are never rounded to that of `x`, and
+    carry no gradient. `use_fast_variance=False` asks for the numbers of Flax's two-pass formula,
+    see `implementation="two_pass"` of `jaxnorm.batch_norm`; the default is faster and more exact.
+
+    Args:
+        momentum: share of the old statistics that is kept; None: cumulative average.
+        unbiased: keep the variance over n - 1 as running variance, as PyTorch does.
+        debias: bias-corrected running statistics, see `jaxnorm.batch_norm`.
+
+    With `momentum=None` or `debias=True` there is one more variable, `count`, an
+    `nnx.BatchStat`.
+
+    Raises:
+        ValueError: as `jaxnorm.batch_norm`; also if `use_running_average` is None both here and
+            in the call.
+
+    Source: Ioffe & Szegedy 2015; arguments as in Flax.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm.nnx as jnn
+        >>> from flax import nnx
+        >>> layer = jnn.BatchNorm(1, momentum=0.9, rngs=nnx.Rngs(0))
+        >>> layer(jnp.array([[1.0], [3.0]])).round(3).tolist(), layer.mean[...].round(3).tolist()
+        ([[-1.0], [1.0]], [0.20000000298023224])
+    """
+
+    @extends(nnx.BatchNorm)
+    def __init__(self, *args, unbiased: bool = False, debias: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.unbiased = unbiased
+        self.debias = debias
+        if self.momentum is None or debias:
+            self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
+        """Normalize `x` and, in training, update the running statistics.
+
+        Args:
+            x: floating or complex array with `num_features` at `axis`.
+            use_running_average: overrides the constructor's and `train()`, `eval()`.
+            mask: broadcasts to `x`; nonzero elements enter the statistics.
+        """
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average is None:
+            raise ValueError(
+                "BatchNorm: whether to use the running statistics must be said; got "
+                "use_running_average=None here and in the constructor. Pass True (evaluation) or "
+                "False (training), or call model.train() or model.eval() first."
+            )
+        check.flag("BatchNorm", "use_running_average", use_running_average)
+        x, scale, bias, dtype = _promoted(self, x)
+        mean, var = self.mean[...], self.var[...]
+        if jnp.iscomplexobj(x):
+            mean = mean.astype(promoted(mean.dtype, jnp.complex64))
+        counted = hasattr(self, "count")
+        count = self.count[...] if counted else init_batch_stats(()).count
+        y, new = functional.batch_norm(
+            x,
+            scale,
+            bias,
+            BatchStats(mean, var, count),
+            training=not use_running_average,
+            feature_axis=self.axis,
+            decay=self.momentum,
+            epsilon=self.epsilon,
+            mask=mask,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            unbiased=self.unbiased,
+            debias=self.debias,
+            implementation=check.from_flax(self.use_fast_variance),
+            dtype=dtype,
+        )
+        if not use_running_average:
+            self.mean[...], self.var[...] = new.mean, new.var
+            if counted:
+                self.count[...] = new.count
+        return y
+
+
+class LayerNorm(nnx.LayerNorm):
+    """`flax.nnx.LayerNorm` around `jaxnorm.layer_norm`, same constructor and variables.
+
+    Raises:
+        TypeError, ValueError: as `jaxnorm.layer_norm`.
+
+    Source: Ba, Kiros & Hinton 2016; arguments as in Flax.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm.nnx as jnn
+        >>> from flax import nnx
+        >>> print(jnn.LayerNorm(3, rngs=nnx.Rngs(0))(jnp.array([1.0, 2.0, 3.0])).round(3))
+        [-1.225  0.     1.225]
+    """
+
+    def __call__(self, x, *, mask=None):
+        """Normalize `x` over `reduction_axes`; nonzero elements of `mask` enter the statistics."""
+        x, scale, bias, dtype = _promoted(self, x)
+        return functional.layer_norm(
+            x, scale, bias, axis=self.reduction_axes, feature_axis=self.feature_axes, mask=mask,
+            dtype=dtype, **_options(self),
+        )  # fmt: skip
+
+
+class RMSNorm(nnx.RMSNorm):
+    """`flax.nnx.RMSNorm` around `jaxnorm.rms_norm`, same constructor and variables.
+
+    Args:
+        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
+
+    Raises:
+        TypeError, ValueError: as `jaxnorm.rms_norm`.
+
+    Source: Zhang & Sennrich 2019; arguments as in Flax.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm.nnx as jnn
+        >>> from flax import nnx
+        >>> print(jnn.RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([3.0, 4.0])).round(3))
+        [0.849 1.131]
+    """
+
+    @extends(nnx.RMSNorm)
+    def __init__(self, *args, scale_offset: float = 0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale_offset = scale_offset
+
+    def __call__(self, x, mask=None):
+        """Normalize `x` over `reduction_axes`; nonzero elements of `mask` enter the mean square."""
+        x, scale, _, dtype = _promoted(self, x)
+        return functional.rms_norm(
+            x, scale, axis=self.reduction_axes, feature_axis=self.feature_axes,
+            scale_offset=self.scale_offset, mask=mask, dtype=dtype, **_options(self),
+        )  # fmt: skip
+
+
+class GroupNorm(nnx.GroupNorm):
+    """`flax.nnx.GroupNorm` around `jaxnorm.group_norm`, same constructor and variables.
+
+    Raises:
+        TypeError, ValueError: as `jaxnorm.group_norm`; also unless exactly one of `num_groups`
+            and `group_size` is given.
+
+    Source: Wu & He 2018; arguments as in Flax.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm.nnx as jnn
+        >>> from flax import nnx
+        >>> layer = jnn.GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))
+        >>> layer(jnp.array([[1.0, 3.0, 10.0, 30.0]])).round(3).tolist()
+        [[-1.0, 1.0, -1.0, 1.0]]
+    """
+
+    def __call__(self, x, *, mask=None):
+        """Normalize each group of `x`; nonzero elements of `mask` enter the statistics."""
+        x, scale, bias, dtype = _promoted(self, x)
+        return functional.group_norm(
+            x, scale, bias, num_groups=self.num_groups, axis=self.reduction_axes, mask=mask,
+            dtype=dtype, **_options(self),
+        )  # fmt: skip
+
+
+class InstanceNorm(nnx.InstanceNorm):
+    """`flax.nnx.InstanceNorm` around `jaxnorm.instance_norm`, same constructor and variables.
+
+    Raises:
+        TypeError, ValueError: as `jaxnorm.instance_norm`.
+
+    Source: Ulyanov, Vedaldi & Lempitsky 2016; arguments as in Flax.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm.nnx as jnn
+        >>> from flax import nnx
+        >>> x = jnp.array([[[1.0, 5.0], [3.0, 9.0]]])
+        >>> jnn.InstanceNorm(2, rngs=nnx.Rngs(0))(x).round(3).tolist()
+        [[[-1.0, -1.0], [1.0, 1.0]]]
+    """
+
+    def __call__(self, x, *, mask=None):
+        """Normalize each feature of each example; nonzero elements of `mask` count."""
+        x, scale, bias, dtype = _promoted(self, x)
+        return functional.instance_norm(
+            x, scale, bias, feature_axis=self.feature_axes, mask=mask, dtype=dtype,
+            **_options(self),
+        )  # fmt: skip
+
+
+def _promoted(module, x):
+    """`x`, scale, bias and the result's dtype, by the module's `promote_dtype`.
+
+    Flax's default casts all three to the result's dtype. Here only the result is: rounding `x`
+    before its statistics are taken would cost digits, and widening it bytes kept for the
+    backward pass. A `promote_dtype` of the user's own is called as Flax calls it.
+    """
+    x = check.inexact(type(module).__name__, "x", x)
+    scale = None if module.scale is None else module.scale[...]
+    bias = getattr(module, "bias", None)
+    bias = None if bias is None else bias[...]
+    if module.promote_dtype is dtypes.promote_dtype:
+        return x, scale, bias, module.dtype
+    x, scale, bias = module.promote_dtype((x, scale, bias), dtype=module.dtype)
+    return x, scale, bias, module.dtype
+
+
+def _options(module) -> dict:
+    return {
+        "epsilon": module.epsilon,
+        "implementation": check.from_flax(module.use_fast_variance),
+        "axis_name": module.axis_name,
+        "axis_index_groups": module.axis_index_groups,
+    }

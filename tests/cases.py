@@ -1,0 +1,116 @@
+"""The public functions, each beside a plain formula that autodiff can differentiate.
+
+The plain formulas are what a reader of the papers would write: two passes, no shift, no mask
+beyond a weighted mean. They are right for well-conditioned data, which is all they are used on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxnorm
+
+
+def _plain(x, axes, epsilon, scale=None, bias=None, mask=None, centered=True):
+    weight = jnp.ones_like(x, jnp.finfo(x.dtype).dtype) if mask is None else jnp.broadcast_to(
+        mask, x.shape
+    ).astype(jnp.finfo(x.dtype).dtype)
+    n = weight.sum(axes, keepdims=True)
+    mean = (x * weight).sum(axes, keepdims=True) / n if centered else 0
+    d = x - mean
+    var = ((d * jnp.conj(d)).real * weight).sum(axes, keepdims=True) / n
+    y = d / jnp.sqrt(var + epsilon)
+    y = y if scale is None else y * scale
+    return y if bias is None else y + bias
+
+
+def _plain_group(x, scale, bias, mask=None):
+    split = (*x.shape[:-1], 2, x.shape[-1] // 2)
+    mask = None if mask is None else jnp.broadcast_to(mask, x.shape).reshape(split)
+    y = _plain(x.reshape(split), (1, -1), 1e-6, mask=mask)
+    return y.reshape(x.shape) * scale + bias
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function of (x, scale, bias), its plain twin, and the shape of x."""
+
+    name: str
+    function: Callable
+    plain: Callable
+    has_bias: bool = True
+    shape: tuple[int, ...] = (4, 3, 6)
+
+    def arguments(self, seed: int = 0, dtype=jnp.float32):
+        """x, scale and bias, well conditioned."""
+        rng = np.random.default_rng(seed)
+        features = self.shape[-1]
+        x = rng.normal(size=self.shape) * 1.5 + 0.5
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            x = x + 1j * rng.normal(size=self.shape)
+        scale, bias = rng.normal(size=(2, features)) * 0.3 + 1
+        return tuple(jnp.asarray(a, dtype) for a in (x, scale, bias))
+
+
+def _batch(x, scale, bias, mask=None, **options):
+    stats = jaxnorm.init_batch_stats(
+        x.shape[-1], jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
+    )
+    return jaxnorm.batch_norm(x, scale, bias, stats, training=True, mask=mask, **options)[0]
+
+
+_MEAN, _VAR = np.linspace(-0.5, 1, 6, dtype="f"), np.linspace(0.5, 2, 6, dtype="f")
+
+
+def _batch_eval(x, scale, bias, **options):
+    stats = jaxnorm.BatchStats(jnp.asarray(_MEAN), jnp.asarray(_VAR), jnp.asarray(3))
+    return jaxnorm.batch_norm(x, scale, bias, stats, training=False, **options)[0]
+
+
+BATCH = Case("batch_norm", _batch, lambda x, s, b, mask=None: _plain(x, (0, 1), 1e-5, s, b, mask))
+BATCH_EVAL = Case(
+    "batch_norm_eval",
+    _batch_eval,
+    lambda x, s, b: (x - _MEAN.astype(x.dtype)) / np.sqrt(_VAR + 1e-5).astype(x.dtype) * s + b,
+)
+LAYER = Case(
+    "layer_norm",
+    jaxnorm.layer_norm,
+    lambda x, s, b, mask=None: _plain(x, -1, 1e-6, s, b, mask),
+)
+RMS = Case(
+    "rms_norm",
+    lambda x, s, b, **o: jaxnorm.rms_norm(x, s, **o),
+    lambda x, s, b, mask=None: _plain(x, -1, 1e-6, s, None, mask, centered=False),
+    has_bias=False,
+)
+GROUP = Case(
+    "group_norm",
+    lambda x, s, b, **o: jaxnorm.group_norm(x, s, b, num_groups=2, **o),
+    _plain_group,
+)
+INSTANCE = Case(
+    "instance_norm",
+    jaxnorm.instance_norm,
+    lambda x, s, b, mask=None: _plain(x, 1, 1e-6, s, b, mask),
+)
+WEIGHT = Case(
+    "standardize_weight",
+    lambda x, s, b: jaxnorm.standardize_weight(x, s),
+    lambda x, s, b: _plain(x, (0, 1), 1e-5, s),
+    has_bias=False,
+)
+CASES = (BATCH, BATCH_EVAL, LAYER, RMS, GROUP, INSTANCE, WEIGHT)
+MASKED = (BATCH, LAYER, RMS, GROUP, INSTANCE)
+
+
+def cotangent(shape, seed: int = 7, dtype=jnp.float32) -> jax.Array:
+    """A random cotangent: with `sum(y)` the true gradient is zero and would prove nothing."""
+    rng = np.random.default_rng(seed)
+    value = rng.normal(size=shape)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        value = value + 1j * rng.normal(size=shape)
+    return jnp.asarray(value, dtype)

@@ -1,0 +1,193 @@
+"""Every JAX transformation on every public function, against the plain formula under the same."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, Case, cotangent
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+
+def directions(arguments, seed=3):
+    return tuple(cotangent(a.shape, seed + i) for i, a in enumerate(arguments))
+
+
+def loss(function, arguments, ct):
+    return jnp.vdot(function(*arguments), ct) + 0.1 * jnp.sum(function(*arguments) ** 2)
+
+
+def jvp(f, a):
+    return jax.jvp(f, a, directions(a))
+
+
+def linearize(f, a):
+    y, linear = jax.linearize(f, *a)
+    return y, linear(*directions(a))
+
+
+def vjp(f, a):
+    y, back = jax.vjp(f, *a)
+    return y, back(cotangent(y.shape))
+
+
+def scalar(f, a):
+    ct = cotangent(jax.eval_shape(f, *a).shape)
+    return lambda *b: loss(f, b, ct)
+
+
+def grad(f, a):
+    return jax.value_and_grad(scalar(f, a), argnums=(0, 1, 2))(*a)
+
+
+def hessian(f, a):
+    whole = scalar(f, a)
+    return jax.hessian(lambda row: whole(a[0].at[0, 0].set(row), *a[1:]))(a[0][0, 0])
+
+
+def forward_over_reverse(f, a):
+    return jax.jvp(jax.grad(scalar(f, a), argnums=(0, 1, 2)), a, directions(a))[1]
+
+
+def reverse_over_reverse(f, a):
+    v = directions(a)
+    inner = lambda *b: sum(  # noqa: E731
+        jnp.vdot(g, t) for g, t in zip(jax.grad(scalar(f, a), argnums=(0, 1, 2))(*b), v)
+    )
+    return jax.grad(inner, argnums=(0, 1, 2))(*a)
+
+
+def reverse_over_forward(f, a):
+    v = directions(a)
+    ct = cotangent(a[0].shape)
+    return jax.grad(lambda *b: jnp.vdot(jax.jvp(f, b, v)[1], ct), argnums=(0, 1, 2))(*a)
+
+
+def third(f, a):
+    v = directions(a)
+    return jax.jvp(lambda *b: jax.jvp(jax.grad(scalar(f, a)), b, v)[1], a, v)[1]
+
+
+def stacked(a, n=3):
+    return tuple(jnp.stack([b * (1 + 0.1 * i) + 0.1 * i for i in range(n)]) for b in a)
+
+
+def vmap(f, a):
+    return jax.vmap(f)(*stacked(a))
+
+
+def vmap_one(f, a):
+    return jax.vmap(f, in_axes=(None, 0, None))(a[0], stacked(a)[1], a[2])
+
+
+def vmap_of_vmap(f, a):
+    xs = jnp.stack([stacked(a)[0], stacked(a)[0] + 1])
+    return jax.vmap(jax.vmap(f, in_axes=(0, None, None)), in_axes=(0, None, None))(xs, *a[1:])
+
+
+def vmap_of_grad(f, a):
+    return jax.vmap(jax.grad(scalar(f, a), argnums=(0, 1, 2)))(*stacked(a))
+
+
+def grad_of_vmap(f, a):
+    xs = stacked(a)
+    ct = cotangent(xs[0].shape)
+    return jax.grad(lambda *b: jnp.vdot(jax.vmap(f)(*b), ct), argnums=(0, 1, 2))(*xs)
+
+
+def scan(f, a):
+    def total(x, *rest):
+        def body(carry, factor):
+            carry = f(carry * factor, *rest)
+            return carry, carry.sum()
+
+        return lax.scan(body, x, jnp.array([1.0, 1.5, 0.7]))[0]
+
+    return jax.value_and_grad(scalar(total, a), argnums=(0, 1, 2))(*a)
+
+
+def while_loop(f, a):
+    # Forward mode only: JAX cannot reverse a while_loop of unknown length.
+    def repeated(x, *rest):
+        return lax.while_loop(
+            lambda c: c[0] < 3, lambda c: (c[0] + 1, f(c[1] * 1.5 + 0.1, *rest)), (0, x)
+        )[1]
+
+    return jax.jvp(repeated, a, directions(a))
+
+
+def remat(f, a):
+    return grad(jax.checkpoint(f), a)
+
+
+def jit(f, a):
+    return jax.jit(f)(*a), jax.jit(lambda *b: grad(f, b))(*a)
+
+
+def shard_map(f, a):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(
+        f, mesh=mesh, in_specs=(P("d"), P(), P()), out_specs=P("d"), check_vma=True
+    )
+    return grad(mapped, a)
+
+
+def pmap(f, a):
+    x = a[0].reshape(2, -1, *a[0].shape[1:])
+    return jax.pmap(lambda *b: grad(f, b), in_axes=(0, None, None))(x, *a[1:])
+
+
+TRANSFORMATIONS = [
+    jvp, linearize, vjp, grad, hessian, forward_over_reverse, reverse_over_reverse,
+    reverse_over_forward, third, vmap, vmap_one, vmap_of_vmap, vmap_of_grad, grad_of_vmap, scan,
+    while_loop, remat, jit, shard_map, pmap,
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:jax.pmap is deprecated")
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS, ids=lambda t: t.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_agrees_with_the_plain_formula(case: Case, transformation):
+    a = case.arguments()
+    whole = transformation if transformation in (pmap, jit, shard_map) else None
+    run = partial(transformation) if whole else lambda f, b: jax.jit(partial(transformation, f))(b)
+    got, wanted = run(case.function, a), run(case.plain, a)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        size = max(1.0, float(np.abs(w).max()))
+        np.testing.assert_allclose(np.asarray(g) / size, np.asarray(w) / size, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_shapes_without_running(case: Case):
+    a = case.arguments(dtype=jnp.bfloat16)
+    out = jax.eval_shape(case.function, *a)
+    assert (out.shape, out.dtype) == (a[0].shape, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_export_runs_what_was_exported(case: Case):
+    a = case.arguments()
+    function = jax.jit(lambda *b: jax.vjp(case.function, *b)[0])
+    exported = jax.export.deserialize(jax.export.export(function)(*a).serialize())
+    np.testing.assert_allclose(exported.call(*a), case.function(*a), atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_export_for_tpu(case: Case):
+    """Lowered for a platform that is not here: nothing in the program depends on this one."""
+    a = case.arguments()
+    exported = jax.export.export(jax.jit(jax.grad(scalar(case.function, a))), platforms=["tpu"])(*a)
+    assert exported.platforms == ("tpu",)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_strict_promotion(case: Case):
+    """No implicit upcast or broadcast anywhere, for any float dtype, forward and backward."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for dtype in (jnp.bfloat16, jnp.float32):
+            x, scale, bias = case.arguments(dtype=dtype)
+            y, back = jax.vjp(case.function, x, scale, bias)
+            assert y.dtype == dtype
+            assert [g.dtype for g in back(y)] == [dtype] * 3

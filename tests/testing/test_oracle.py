@@ -1,0 +1,300 @@
+"""The oracle against what it shares nothing with: JAX, PyTorch, finite differences, fractions."""
+
+import math
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnorm.testing import assert_close, oracle
+
+
+class Case(NamedTuple):
+    """A call of the oracle, and its layout written out by hand for the independent formula."""
+
+    function: str
+    shape: tuple[int, ...]
+    options: dict[str, Any]
+    view: tuple[int, ...]
+    over: tuple[int, ...]  # reduced axes of the view
+    parameter: tuple[int, ...]  # scale's shape
+    spread: tuple[int, ...]  # scale's shape against x
+    centered: bool = True
+
+    @property
+    def names(self):
+        return {"rms_norm": ("scale",), "standardize_weight": ("gain",)}.get(
+            self.function, ("scale", "bias")
+        )
+
+
+TRAIN = {"training": True, "epsilon": 1e-3}
+CASES = {
+    "batch": Case("batch_norm", (3, 4, 5), TRAIN, (3, 4, 5), (0, 1), (5,), (1, 1, 5)),
+    "batch, two feature axes": Case(
+        "batch_norm", (3, 4, 5), TRAIN | {"feature_axis": (-1, 0)}, (3, 4, 5), (1,), (3, 5),
+        (3, 1, 5),
+    ),
+    "layer": Case("layer_norm", (3, 4, 5), {}, (3, 4, 5), (2,), (5,), (1, 1, 5)),
+    "layer, two axes": Case(
+        "layer_norm", (3, 4, 5), {"axis": (2, -2)}, (3, 4, 5), (1, 2), (4, 5), (1, 4, 5)
+    ),
+    "layer, other features": Case(
+        "layer_norm", (5, 4, 3), {"axis": 0, "feature_axis": 1}, (5, 4, 3), (0,), (4,), (1, 4, 1)
+    ),
+    "rms": Case(
+        "rms_norm", (3, 4, 5), {"scale_offset": 1.0}, (3, 4, 5), (2,), (5,), (1, 1, 5), False
+    ),
+    "rms, one axis of two": Case(
+        "rms_norm", (3, 4, 5), {"axis": 1, "feature_axis": (1, 2)}, (3, 4, 5), (1,), (4, 5),
+        (1, 4, 5), False,
+    ),
+    "group": Case(
+        "group_norm", (2, 5, 6), {"num_groups": 2}, (2, 5, 2, 3), (1, 3), (6,), (1, 1, 6)
+    ),
+    "group, features first": Case(
+        "group_norm", (2, 6, 3, 2), {"num_groups": 3, "feature_axis": 1}, (2, 3, 2, 3, 2),
+        (2, 3, 4), (6,), (1, 6, 1, 1),
+    ),
+    "group, own axes": Case(
+        "group_norm", (2, 5, 6), {"num_groups": 2, "axis": (0, 2)}, (2, 5, 2, 3), (0, 3), (6,),
+        (1, 1, 6),
+    ),
+    "instance": Case("instance_norm", (2, 3, 4, 5), {}, (2, 3, 4, 5), (1, 2), (5,), (1, 1, 1, 5)),
+    "weight": Case("standardize_weight", (3, 2, 4), {}, (3, 2, 4), (0, 1), (4,), (1, 1, 4)),
+    "weight, own axis": Case(
+        "standardize_weight", (3, 2, 4), {"axis": 2}, (3, 2, 4), (2,), (3, 2), (3, 2, 1)
+    ),
+}  # fmt: skip
+NO_MASK = {"standardize_weight"}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+kinds = pytest.mark.parametrize("kind", ["real", "complex", "complex with real parameters"])
+
+
+def draw(case: Case, kind: str = "real", *, masked: bool = False):
+    """(x, parameters, dy, options) with every option of the case; seeded by the case."""
+    rng = np.random.default_rng(zlib.crc32(repr(case).encode()))
+
+    def normal(shape, is_complex):
+        real = rng.normal(size=shape)
+        return real + 1j * rng.normal(size=shape) if is_complex else real
+
+    x, dy = (normal(case.shape, kind != "real") for _ in range(2))
+    parameters = {n: normal(case.parameter, kind == "complex") for n in case.names}
+    options = dict(case.options)
+    if case.function == "batch_norm":
+        options |= {"mean": np.zeros(case.parameter), "var": np.ones(case.parameter)}
+    if masked:
+        # Three elements stay in each slice: the definition has no value for none, and with two
+        # real ones the terms of the derivative cancel.
+        length = math.prod(case.view[a] for a in case.over)
+        chosen = rng.random((length, math.prod(case.shape) // length)) < 0.6
+        chosen[[0, 1, -1]] = True
+        rest = [n for a, n in enumerate(case.view) if a not in case.over]
+        chosen = chosen.reshape([*(case.view[a] for a in case.over), *rest])
+        options["mask"] = np.moveaxis(chosen, range(len(case.over)), case.over).reshape(case.shape)
+    return x, parameters, dy, options
+
+
+def forward(case: Case, x, parameters, options):
+    y = getattr(oracle, case.function)(x, **parameters, **options)
+    return y[0] if case.function == "batch_norm" else y
+
+
+def backward(case: Case, dy, x, parameters, options):
+    """Cotangents by name, as the oracle's own backward gives them."""
+    found = getattr(oracle, case.function + "_vjp")(dy, x, **parameters, **options)
+    return dict(zip(("x", *case.names), found, strict=True))
+
+
+def naive(case: Case, x, parameters, options):
+    """The definition, in jnp, with nothing done about precision or empty slices."""
+    epsilon = options.get("epsilon", 1e-5 if case.function == "standardize_weight" else 1e-6)
+    mask = jnp.broadcast_to(jnp.asarray(options.get("mask", True)), case.shape).reshape(case.view)
+    v = x.reshape(case.view)
+
+    def mean(a):
+        total = jnp.sum(jnp.where(mask, a, jnp.zeros_like(a)), case.over, keepdims=True)
+        return total / jnp.sum(mask, case.over, keepdims=True).astype(a.dtype)
+
+    d = v - mean(v) if case.centered else v
+    var = mean(jnp.real(d) ** 2 + jnp.imag(d) ** 2)
+    y = (d / jnp.sqrt(var + epsilon).astype(d.dtype)).reshape(case.shape)
+    scale, *bias = (parameters[n].reshape(case.spread).astype(x.dtype) for n in case.names)
+    y = y * (options.get("scale_offset", 0.0) + scale)
+    return y + bias[0] if bias else y
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("case", "masked"),
+    [
+        pytest.param(case, masked, id=f"{name}, masked" if masked else name)
+        for name, case in CASES.items()
+        for masked in (False, True)
+        if not (masked and case.function in NO_MASK)
+    ],
+)
+def test_forward_and_backward_equal_jax_autodiff(case, masked, kind):
+    x, parameters, dy, options = draw(case, kind, masked=masked)
+    with jax.enable_x64(True):
+        as_jax = jax.tree.map(jnp.asarray, (x, parameters))
+
+        @jax.jit  # one compilation instead of one for each operation
+        def value_and_cotangents(primals, dy):
+            y, vjp = jax.vjp(lambda x, p: naive(case, x, p, options), *primals)
+            return y, vjp(dy)
+
+        found = value_and_cotangents(as_jax, jnp.asarray(dy))
+        y, (dx, dparameters) = jax.tree.map(np.asarray, found)
+    assert_close(forward(case, x, parameters, options), y, np.float64, name="y")
+    ours = backward(case, dy, x, parameters, options)
+    for name, theirs in ({"x": dx} | dparameters).items():
+        assert ours[name].dtype == theirs.dtype
+        # The reference works in float64 too and errs as much: twice the budget of one.
+        assert_close(
+            ours[name], theirs, np.float64, what="derivative", conditioning=2.0, name=f"d{name}"
+        )
+
+
+@kinds
+@cases
+def test_backward_equals_finite_differences(case, kind):
+    x, parameters, dy, options = draw(case, kind, masked=case.function not in NO_MASK)
+    primals = {"x": x} | parameters
+    ours = backward(case, dy, x, parameters, options)
+    step = 1e-4
+    for name, primal in primals.items():
+        wide = primal.astype(np.result_type(np.longdouble, primal.dtype))
+
+        def loss(shift, name=name, wide=wide):
+            moved = primals | {name: wide + shift}
+            y = forward(case, moved.pop("x"), moved, options)
+            return np.sum((dy * y).real)
+
+        def slope(direction, loss=loss):
+            near, far = (loss(h * direction) - loss(-h * direction) for h in (step, 2 * step))
+            return (8 * near - far) / (12 * step)
+
+        numeric = np.zeros_like(wide)
+        for index in np.ndindex(wide.shape):
+            unit = np.zeros_like(wide)
+            unit[index] = 1
+            numeric[index] = slope(unit)
+            if np.iscomplexobj(wide):  # Re(dx * i) = -Im(dx)
+                numeric[index] -= 1j * slope(1j * unit)
+        # Truncation is step^4 * rstd^4 (below 1e4 here) times a moderate constant; rounding is
+        # 1e-15 (1e-12 where longdouble is float64).
+        scale = max(1.0, np.abs(numeric).max())
+        np.testing.assert_allclose(ours[name], numeric, rtol=0, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("kind", ["real", "complex"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_moments_and_their_backward_equal_jax(masked, kind):
+    case = CASES["layer, two axes"]
+    x, _, dy, options = draw(case, kind, masked=masked)
+    mask = options.get("mask")
+    with jax.enable_x64(True):
+
+        def moments(x):
+            m = jnp.broadcast_to(jnp.asarray(True if mask is None else mask), x.shape)
+            n = jnp.sum(m, (0, 2), keepdims=True)
+            kept = jnp.where(m, x, jnp.zeros_like(x))
+            mean = jnp.sum(kept, (0, 2), keepdims=True) / n.astype(x.dtype)
+            d = x - mean
+            square = jnp.where(m, jnp.real(d) ** 2 + jnp.imag(d) ** 2, jnp.zeros(x.shape))
+            return mean[0, :, 0], jnp.sum(square, (0, 2))
+
+        (mean, m2), vjp = jax.vjp(moments, jnp.asarray(x))
+        dmean, dm2 = dy[0, :, 0], dy[1, :, 0].real
+        (dx,) = vjp((jnp.asarray(dmean), jnp.asarray(dm2)))
+    ours = oracle.moments(x, (0, 2), mask=mask)
+    assert_close(ours.mean, np.asarray(mean), np.float64)
+    assert_close(ours.m2, np.asarray(m2), np.float64)
+    dx_ours = oracle.moments_vjp(dmean, dm2, x, (0, 2), mask=mask)
+    assert_close(dx_ours, np.asarray(dx), np.float64, what="derivative", conditioning=2.0)
+
+
+def torch_norm(torch, case_name):
+    f = torch.nn.functional
+    return {
+        "batch": lambda x, w, b: f.batch_norm(
+            x.transpose(1, 2), None, None, w, b, training=True, eps=1e-3
+        ).transpose(1, 2),
+        "layer": lambda x, w, b: f.layer_norm(x, (5,), w, b, eps=1e-6),
+        "layer, two axes": lambda x, w, b: f.layer_norm(x, (4, 5), w, b, eps=1e-6),
+        "rms": lambda x, w: f.rms_norm(x, (5,), 1.0 + w, eps=1e-6),
+        "group, features first": lambda x, w, b: f.group_norm(x, 3, w, b, eps=1e-6),
+        "instance": lambda x, w, b: f.instance_norm(
+            x.movedim(-1, 1), weight=w, bias=b, eps=1e-6
+        ).movedim(1, -1),
+    }[case_name]
+
+
+@pytest.mark.parametrize(
+    "case_name", ["batch", "layer", "layer, two axes", "rms", "group, features first", "instance"]
+)
+def test_forward_and_backward_equal_torch(case_name):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    case = CASES[case_name]
+    x, parameters, dy, options = draw(case)
+    inputs = [torch.tensor(a, requires_grad=True) for a in (x, *parameters.values())]
+    y = torch_norm(torch, case_name)(*inputs)
+    theirs = torch.autograd.grad(y, inputs, torch.tensor(dy))
+    assert_close(forward(case, x, parameters, options), y.detach().numpy(), np.float64)
+    ours = backward(case, dy, x, parameters, options)
+    for name, expected in zip(ours, theirs, strict=True):
+        assert_close(
+            ours[name], expected.numpy(), np.float64, what="derivative", conditioning=2.0, name=name
+        )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_state_equals_torch(training):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    rng = np.random.default_rng(5)
+    x, dy = rng.normal(3.0, 2.0, size=(2, 7, 4))
+    mean, var = rng.normal(size=4), rng.uniform(0.5, 2.0, size=4)
+    module = torch.nn.BatchNorm1d(4, eps=1e-5, momentum=0.1, affine=False, dtype=torch.float64)
+    module.running_mean.copy_(torch.tensor(mean))
+    module.running_var.copy_(torch.tensor(var))
+    module.train(training)
+    x_torch = torch.tensor(x, requires_grad=True)
+    y_torch = module(x_torch)
+    y_torch.backward(torch.tensor(dy))
+    options = {"training": training, "decay": 0.9, "unbiased": True}
+    y, stats = oracle.batch_norm(x, None, None, mean, var, count=3, **options)
+    dx, dscale, dbias = oracle.batch_norm_vjp(dy, x, None, None, mean, var, **options)
+    assert_close(y, y_torch.detach().numpy(), np.float64)
+    assert_close(stats.mean, module.running_mean.numpy(), np.float64)
+    assert_close(stats.var, module.running_var.numpy(), np.float64)
+    assert_close(dx, x_torch.grad.numpy(), np.float64, what="derivative", conditioning=2.0)
+    assert (stats.count, dscale, dbias) == (3 + training, None, None)
+
+
+def test_evaluation_backward_equals_jax_autodiff():
+    rng = np.random.default_rng(6)
+    x, dy = rng.normal(size=(2, 6, 3)) + 1j * rng.normal(size=(2, 6, 3))
+    mean, scale, bias = rng.normal(size=(3, 3))
+    var = rng.uniform(0.5, 2.0, size=3)
+    with jax.enable_x64(True):
+
+        def formula(x, scale, bias):
+            rstd = (1 / jnp.sqrt(jnp.asarray(var) + 1e-5)) * scale
+            shifted = x - jnp.asarray(mean, x.dtype)[None]
+            return shifted * rstd.astype(x.dtype)[None] + bias.astype(x.dtype)[None]
+
+        y, vjp = jax.vjp(formula, *map(jnp.asarray, (x, scale, bias)))
+        theirs = vjp(jnp.asarray(dy))
+    options = {"training": False, "mask": np.zeros(3)}  # evaluation does not look at the mask
+    found, stats = oracle.batch_norm(x, scale, bias, mean, var, **options)
+    assert_close(found, np.asarray(y), np.float64)
+    np.testing.assert_array_equal(stats.mean, mean)
+    np.testing.assert_array_equal(stats.var, var)
+    ours = oracle.batch_norm_vjp(dy, x, scale, bias, mean, var, **options)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, np.asarray(b), np.float64, what="derivative", conditioning=2.0)
