@@ -170,6 +170,11 @@ def batch_norm(
             x, scale, bias, stats, feature_axes=features, epsilon=epsilon, dtype=dtype
         )
         return y, stats
+    if not reduced:
+        raise ValueError(
+            f"{op}: a batch has an axis beside the features; got x.shape={x.shape} with "
+            f"feature_axis={feature_axis}. Add the batch axis, x[None], or name fewer feature axes."
+        )
     check.not_empty(op, x, reduced)
     replicas = named_axis(op, axis_name, axis_index_groups)
     return batch.train(
@@ -558,4 +563,10 @@ def _checked_stats(op: str, stats, x, features) -> BatchStats:
             f"stats.mean.dtype={mean.dtype}. Start from init_batch_stats(num_features, "
             "dtype=jnp.complex64)."
         )
-    return BatchStats(mean, var, jnp.asarray(stats[2]))
+    count = jnp.asarray(stats[2])
+    if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
+        raise TypeError(
+            f"{op}: stats.count is one integer, the number of updates; got an array of "
+            f"shape={count.shape}, dtype={count.dtype}. Start from init_batch_stats(num_features)."
+        )
+    return BatchStats(mean, var, count)

@@ -1,37 +1,78 @@
-"""The second half of every normalization: standardize with given moments, scale, shift."""
+"""From moments to the normalized array: standardize, scale, shift, and what the backward keeps."""
+
+from functools import partial
 
 import jax
-from jaxtyping import Array, Inexact
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Inexact
 
-from jaxnorm.core.measure import LocalMoments
-from jaxnorm.core.moments import promoted
+from jaxnorm.core.measure import LocalMoments, Measured, Reduction, measure
+from jaxnorm.core.moments import promoted, wide_dtype
+
+# Between the passes `x` is kept in its own dtype, and the moments, under this name. All else is
+# recomputed: the backward pass is dx = rstd (g - <g> - xhat <g xhat>) with g = dy * scale, which
+# follows from the derivative of the moments, summed in the wide dtype and rounded once.
+MOMENTS = "jaxnorm_moments"
+_kept = partial(
+    jax.checkpoint,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.save_only_these_names(MOMENTS),
+)
 
 
 def normalize(
+    x: Inexact[Array, "*shape"],
+    scale: Inexact[Array, "*#shape"] | None,
+    bias: Inexact[Array, "*#shape"] | None,
+    *,
+    reduction: Reduction,
+    mask: Bool[Array, "*#shape"] | None,
+    guess: Inexact[Array, "*#shape"] | None = None,
+    dtype: jax.typing.DTypeLike,
+) -> tuple[Inexact[Array, "*shape"], Measured]:
+    """``(x - mean) * rstd * scale + bias`` with the moments of `x`, and those moments.
+
+    Computed in float32 at least and rounded once to `dtype`.
+    """
+
+    @_kept
+    def run(x, scale, bias, mask, guess):
+        x = x.astype(wide_dtype(x.dtype))
+        measured = jax.tree.map(_named, measure(x, reduction, mask, guess))
+        return _affine(x, measured.local, scale, bias, dtype), measured
+
+    return run(x, scale, bias, mask, guess)
+
+
+def normalize_with(
     x: Inexact[Array, "*shape"],
     local: LocalMoments,
     scale: Inexact[Array, "*#shape"] | None,
     bias: Inexact[Array, "*#shape"] | None,
     dtype: jax.typing.DTypeLike,
 ) -> Inexact[Array, "*shape"]:
-    """``(x - mean) * rstd * scale + bias``, computed in float32 at least, rounded once to `dtype`.
+    """The same with moments that are given."""
+    return _kept(partial(_affine, dtype=dtype))(x, local, scale, bias)
 
-    The backward pass recomputes xhat: between the passes only `x`, in its own dtype, the moments
-    and `scale` are kept. Together with the derivative of the moments this gives the classic
-    ``dx = rstd (g - <g> - xhat <g xhat>)`` with ``g = dy * scale``.
-    """
 
-    def affine(x, local: LocalMoments, scale, bias):
-        y = local.standardize(x)
-        wide = promoted(y.dtype, dtype)
-        y = y.astype(wide)
-        if scale is not None:
-            y = y * scale.astype(wide)
-        if bias is not None:
-            y = y + bias.astype(wide)
-        return y.astype(dtype)
+def _named(array: Array) -> Array:
+    # In parts: JAX cannot keep a complex array by name.
+    if jnp.iscomplexobj(array):
+        return lax.complex(_named(jnp.real(array)), _named(jnp.imag(array)))
+    return checkpoint_name(array, MOMENTS)
 
-    return jax.checkpoint(affine, prevent_cse=False)(x, local, scale, bias)
+
+def _affine(x, local: LocalMoments, scale, bias, dtype):
+    y = local.standardize(x)
+    wide = promoted(y.dtype, dtype)
+    y = y.astype(wide)
+    if scale is not None:
+        y = y * scale.astype(wide)
+    if bias is not None:
+        y = y + bias.astype(wide)
+    return y.astype(dtype)
 
 
 def along(

@@ -140,19 +140,9 @@ def flag(operation: str, name: str, value) -> bool:
     return value
 
 
-def disjoint(operation: str, reduced: tuple[int, ...], features: tuple[int, ...], x) -> None:
-    """No axis may be both reduced and featured."""
-    both = sorted(set(reduced) & set(features))
-    if both:
-        raise ValueError(
-            f"{operation}: axis {_unpacked(tuple(both))} of x.shape={x.shape} is both reduced and "
-            "a feature axis; there the statistics would be taken over each feature's own "
-            "parameter. Take it out of one of the two."
-        )
-
-
 def not_empty(operation: str, x, reduced: tuple[int, ...]) -> None:
     """A slice must have an element."""
+    # An axis of size 0 among the others is fine: there is no slice then, and nothing to do.
     if math.prod(x.shape[a] for a in reduced) == 0:
         raise ValueError(
             f"{operation}: there is nothing to take statistics of: x.shape={x.shape} has no "
@@ -219,12 +209,13 @@ def result_dtype(operation: str, x, *parameters, dtype=None):
         return promoted(x, *(p for p in parameters if p is not None))
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
-            f"{operation}: the result's dtype must be floating or complex; got dtype={dtype}. "
-            "For example dtype=jnp.bfloat16."
+            f"{operation}: the result's dtype must be floating or complex; got "
+            f"dtype={jnp.dtype(dtype)}. For example dtype=jnp.bfloat16."
         )
     if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
-            f"{operation}: complex x.dtype={x.dtype} cannot be returned as dtype={dtype}. "
+            f"{operation}: complex x.dtype={x.dtype} cannot be returned as "
+            f"dtype={jnp.dtype(dtype)}. "
             "Leave dtype=None, or ask for a complex one."
         )
     return jnp.dtype(dtype)

@@ -4,8 +4,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact
 
 from jaxnorm.core import running
-from jaxnorm.core.affine import along, normalize
-from jaxnorm.core.measure import LocalMoments, Reduction, measure
+from jaxnorm.core.affine import along, normalize, normalize_with
+from jaxnorm.core.measure import LocalMoments, Reduction
 from jaxnorm.core.moments import wide_dtype
 from jaxnorm.core.running import BatchStats
 
@@ -26,11 +26,15 @@ def train(
 ) -> tuple[Inexact[Array, "*shape"], BatchStats]:
     """Normalize with the moments of the batch; the running mean is the guess they start from."""
     guess = along(lax.stop_gradient(stats.mean), feature_axes, x.ndim)
-    measured = measure(x, reduction, mask, guess)
-    y = normalize(
-        x, measured.local, along(scale, feature_axes, x.ndim), along(bias, feature_axes, x.ndim),
-        dtype,
-    )  # fmt: skip
+    y, measured = normalize(
+        x,
+        along(scale, feature_axes, x.ndim),
+        along(bias, feature_axes, x.ndim),
+        reduction=reduction,
+        mask=mask,
+        guess=guess,
+        dtype=dtype,
+    )
     shape = stats.mean.shape
     new = running.update(
         stats, *(a.reshape(shape) for a in (measured.count, measured.mean, measured.var)),
@@ -55,6 +59,6 @@ def evaluate(
     )
     wide = wide_dtype(x.dtype)
     local = LocalMoments.known(mean.astype(wide), var.astype(mean.real.dtype), epsilon)
-    return normalize(
+    return normalize_with(
         x, local, along(scale, feature_axes, x.ndim), along(bias, feature_axes, x.ndim), dtype
     )

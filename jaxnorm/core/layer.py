@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
 from jaxnorm.core.affine import along, normalize
-from jaxnorm.core.measure import Reduction, measure
+from jaxnorm.core.measure import Reduction
 from jaxnorm.core.moments import wide_dtype
 
 
@@ -19,9 +19,8 @@ def per_slice(
     dtype,
 ) -> Inexact[Array, "*shape"]:
     """Normalize each slice with its own moments: layer, RMS and instance normalization."""
-    measured = measure(x, reduction, mask)
     scale, bias = along(scale, feature_axes, x.ndim), along(bias, feature_axes, x.ndim)
-    return normalize(x, measured.local, scale, bias, dtype)
+    return normalize(x, scale, bias, reduction=reduction, mask=mask, dtype=dtype)[0]
 
 
 def offset_scale(

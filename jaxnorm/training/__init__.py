@@ -1,0 +1,41 @@
+"""Training for any Linen or NNX model, Optax optimizer and loss, batch statistics included.
+
+    state = create_train_state(model, optimizer, seed, example_input)
+    step = make_train_step(model, optimizer, loss_fn)
+    evaluate = make_eval_step(model, metrics_fn)
+
+Statistics go in with the state and come out with it, once for each step; evaluation has no way to
+write them. `create_sweep_state`, `make_sweep_step` and `make_sweep_eval_step` train many seeds and
+hyperparameters at once in one compiled program, with the same model, loss and batches.
+
+This package imports Flax and Optax; `import jaxnorm` does not import it.
+"""
+
+from jaxnorm.training.state import (
+    NonFiniteLossError,
+    TrainState,
+    check_finite,
+    create_train_state,
+)
+from jaxnorm.training.steps import make_eval_step, make_train_step
+from jaxnorm.training.sweep import (
+    create_sweep_state,
+    grid,
+    make_sweep_eval_step,
+    make_sweep_step,
+    sweep_member,
+)
+
+__all__ = [
+    "NonFiniteLossError",
+    "TrainState",
+    "check_finite",
+    "create_sweep_state",
+    "create_train_state",
+    "grid",
+    "make_eval_step",
+    "make_sweep_eval_step",
+    "make_sweep_step",
+    "make_train_step",
+    "sweep_member",
+]

@@ -1,0 +1,94 @@
+"""No finite input gives a NaN or an infinity, in the value or in any derivative."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BATCH, GROUP, INSTANCE, LAYER, RMS, cotangent
+
+MAX = float(np.finfo(np.float32).max)
+RNG = np.random.default_rng(0)
+SHAPE = (4, 3, 6)
+EXTREMES = {
+    "1e30": RNG.normal(size=SHAPE) * 1e30,
+    "largest, both signs": RNG.choice([-MAX, MAX], size=SHAPE),
+    "largest": np.full(SHAPE, MAX),
+    "one of another sign": np.where(np.arange(6) == 0, -MAX, MAX) * np.ones(SHAPE),
+    "1e30 beside 1": np.where(np.arange(4)[:, None, None] == 0, 1e30, 1) * RNG.normal(size=SHAPE),
+    "subnormal": RNG.normal(size=SHAPE) * 1e-40,
+    "1e-20": RNG.normal(size=SHAPE) * 1e-20,
+    "zero": np.zeros(SHAPE),
+    "constant": np.full(SHAPE, 10000.1),
+    "constant channels": np.ones(SHAPE) * np.linspace(-1e4, 1e4, 6),
+    "edge of float16": RNG.choice([-65504.0, 65504.0], size=SHAPE),
+}
+FUNCTIONS = (BATCH, LAYER, RMS, GROUP, INSTANCE)
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.0])
+@pytest.mark.parametrize("case", FUNCTIONS, ids=lambda c: c.name)
+def test_all_finite(case, epsilon):
+    options = {} if epsilon is None else {"epsilon": epsilon}
+    _, scale, bias = case.arguments()
+    ct = cotangent(SHAPE)
+
+    @jax.jit
+    def run(x):
+        function = lambda x: case.function(x, scale, bias, **options)  # noqa: E731
+        gradient = jax.grad(lambda x: jnp.vdot(function(x), ct))
+        return function(x), *jax.jvp(gradient, (x,), (ct,))
+
+    for name, x in EXTREMES.items():
+        for what, a in zip(("value", "gradient", "second"), run(jnp.asarray(x, jnp.float32))):
+            assert np.isfinite(a).all(), (name, what)
+
+
+@pytest.mark.parametrize("case", FUNCTIONS, ids=lambda c: c.name)
+@pytest.mark.parametrize("factor", [1e30, 1e37, 1e-15])
+def test_scale_invariant_without_epsilon(case, factor):
+    x, scale, bias = case.arguments()
+    got = case.function(x * factor, scale, bias, epsilon=0.0)
+    np.testing.assert_allclose(got, case.function(x, scale, bias, epsilon=0.0), atol=2e-5)
+
+
+@pytest.mark.parametrize("case", FUNCTIONS, ids=lambda c: c.name)
+def test_a_mask_that_leaves_nothing(case):
+    x, scale, bias = case.arguments()
+    for mask in (jnp.zeros(SHAPE, bool), jnp.zeros(SHAPE, bool).at[1:].set(True)):
+        y, back = jax.vjp(lambda *a: case.function(*a, mask=mask), x, scale, bias)
+        assert np.isfinite(y).all()
+        assert all(np.isfinite(g).all() for g in back(cotangent(SHAPE)))
+    y = case.function(x, scale, bias, mask=jnp.zeros(SHAPE, bool))
+    np.testing.assert_array_equal(y, jnp.broadcast_to(bias if case.has_bias else 0, SHAPE))
+
+
+@pytest.mark.parametrize("case", FUNCTIONS, ids=lambda c: c.name)
+def test_what_the_mask_leaves_out_cannot_spoil_the_rest(case):
+    x, scale, bias = case.arguments()
+    mask = jnp.ones(SHAPE, bool).at[:, 1, 2:4].set(False)
+    ct = jnp.where(mask, cotangent(SHAPE), 0)
+
+    def run(x):
+        y, back = jax.vjp(lambda x: case.function(x, scale, bias, mask=mask), x)
+        return y[mask], back(ct)[0][mask]
+
+    for got, wanted in zip(run(jnp.where(mask, x, 1e30)), run(x)):
+        np.testing.assert_array_equal(got, wanted)
+    # A NaN too stays out of the value (a zero cotangent times NaN is NaN, as everywhere in JAX).
+    np.testing.assert_array_equal(run(jnp.where(mask, x, jnp.nan))[0], run(x)[0])
+
+
+@pytest.mark.parametrize("case", [c for c in FUNCTIONS if c.has_bias], ids=lambda c: c.name)
+@pytest.mark.parametrize("value", [0.0, 10000.1, -1e-3, 3e38, 1e-30])
+def test_a_constant_slice_gives_exactly_bias(case, value):
+    _, scale, bias = case.arguments()
+    for x in (jnp.full(SHAPE, value), jnp.full((*SHAPE[:2], 6), value, jnp.bfloat16)):
+        y = jax.jit(case.function)(x.astype(jnp.float32), scale, bias)
+        np.testing.assert_array_equal(y, jnp.broadcast_to(bias, SHAPE))
+
+
+@pytest.mark.parametrize("case", FUNCTIONS, ids=lambda c: c.name)
+def test_nan_in_is_nan_out(case):
+    x, scale, bias = case.arguments()
+    for bad in (jnp.nan, jnp.inf):
+        assert np.isnan(case.function(x.at[0, 0, 0].set(bad), scale, bias)[0, 0, 0])

@@ -1,0 +1,119 @@
+"""The command line: one small run from end to end, and input that cannot be used."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from jaxnorm import cli
+from jaxnorm.lab import study
+
+
+@pytest.fixture
+def never_trains(monkeypatch):
+    def run_study(*args, **kwargs):
+        raise AssertionError("training started before the input was checked")
+
+    monkeypatch.setattr(study, "run_study", run_study)
+
+
+def small(seed, steps, quick):
+    assert (seed, steps, quick) == (3, 20, True)
+    plans = (study.Plan("mlp", 4, 20, (0.1,)), study.Plan("conv", 2, 10, (0.1,)))
+    return study.StudyConfig(
+        plans=plans, normalizations=("none", "instance"), seed=seed, seeds=2, samples=2,
+        probe_images=8,
+    )  # fmt: skip
+
+
+def test_a_small_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "demo_config", small)
+    out = tmp_path / "a" / "demo"
+    out.mkdir(parents=True)
+    (out / "results.json").write_text("an older one")
+    (out / "notes.txt").write_text("mine")
+    arguments = ["demo", "--quick", "--steps", "20", "--seed", "3", "--out", str(out)]
+    assert cli.main(arguments) == 0
+    assert {path.name for path in out.iterdir()} == {"report.html", "results.json", "notes.txt"}
+    stored = json.loads((out / "results.json").read_text())
+    assert stored["settings"]["seed"] == 3
+    assert set(stored["versions"]) >= {"jaxnorm", "jax", "flax", "python"}
+    assert len(stored["summaries"]) == 4 and len(stored["curves"]) == 3
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
+    printed, shown = capsys.readouterr()
+    assert "Deep sigmoid MLP" in printed and "not applicable" in printed
+    for definition in ("best rate:", "accuracy:", "steps to 90 %:", "stable up to:"):
+        assert definition in printed
+    assert "validation accuracy" in shown and "Traceback" not in shown
+
+
+def refused(capsys, arguments, *expected):
+    assert cli.main(["demo", *map(str, arguments)]) == 2
+    printed, error = capsys.readouterr()
+    assert printed == "" and error.startswith("jaxnorm: ") and "Traceback" not in error
+    for text in expected:
+        assert str(text) in error
+
+
+@pytest.mark.usefixtures("never_trains")
+def test_data_that_cannot_be_read(tmp_path, capsys):
+    out = tmp_path / "out"
+    refused(capsys, ["--data", tmp_path / "none", "--out", out], tmp_path / "none", "Give the")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0\0")
+    refused(capsys, ["--data", tmp_path / "data", "--out", out], "header takes 16", "Fetch")
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("never_trains")
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    refused(capsys, ["--out", tmp_path / "file"], tmp_path / "file", "Choose another")
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    refused(capsys, ["--out", tmp_path / "out"], "'report.html' must be a file", "Move it")
+
+
+@pytest.mark.usefixtures("never_trains")
+@pytest.mark.parametrize("arguments", [["--steps", "3"], ["--steps", "x"], ["--seed", "-1"]])
+def test_numbers_that_make_no_sense(arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", "--out", str(tmp_path / "out"), *arguments])
+    assert stop.value.code == 2
+    assert "must be an integer of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("never_trains")
+def test_without_the_extra(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cli, "_installed", lambda module: module not in ("altair", "rich"))
+    refused(capsys, ["--out", tmp_path], "altair, rich are not", 'pip install "jaxnorm[lab]"')
+
+
+def test_an_interrupt_writes_nothing(monkeypatch, capsys, tmp_path):
+    def run_study(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "run_study", run_study)
+    assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from jaxnorm import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'flax', 'sklearn', 'altair', 'rich', 'vl_convert'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stdout
+
+
+def test_no_command_shows_the_help(capsys):
+    assert cli.main([]) == 2
+    assert "usage: jaxnorm" in capsys.readouterr().err

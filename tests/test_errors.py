@@ -1,0 +1,94 @@
+"""Bad input: an error of the right type that names the operation, what it got, and what to do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxnorm
+from jaxnorm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm, standardize_weight
+
+X = jnp.ones((4, 5))
+STATS = jaxnorm.init_batch_stats(5)
+
+
+def bn(x=X, scale=None, bias=None, stats=STATS, training=True, **options):
+    return batch_norm(x, scale, bias, stats, training=training, **options)
+
+
+# call, type of error, operation, what it was given, what to do
+BAD = {
+    "scale": (lambda: bn(scale=jnp.ones(3)), ValueError, "scale.shape=(3,)", "feature_axis="),
+    "bias": (lambda: bn(bias=jnp.ones((1, 5))), ValueError, "bias.shape=(1, 5)", "feature_axis="),
+    "stats": (lambda: bn(stats=jaxnorm.init_batch_stats(4)), ValueError, "(4,)", "feature_axis="),
+    "no stats": (lambda: bn(stats=None), TypeError, "NoneType", "init_batch_stats"),
+    "count": (lambda: bn(stats=STATS._replace(count=jnp.ones(3))), TypeError, "(3,)", "init_batch"),
+    "axis range": (lambda: bn(feature_axis=2), ValueError, "feature_axis=2", "between -2 and 1"),
+    "axis twice": (lambda: bn(feature_axis=(1, -1)), ValueError, "(1, -1)", "once"),
+    "axis type": (lambda: layer_norm(X, axis="a"), TypeError, "axis='a'", "axis=-1"),
+    "no axis": (lambda: layer_norm(X, axis=()), ValueError, "axis=()", "Name one"),
+    "rank": (lambda: bn(jnp.ones(5)), ValueError, "x.shape=(5,)", "x[None]"),
+    "rank 0": (lambda: layer_norm(jnp.float32(1)), ValueError, "x.shape=()", "lies between"),
+    "empty batch": (lambda: bn(jnp.ones((0, 5))), ValueError, "x.shape=(0, 5)", "Skip"),
+    "empty row": (lambda: layer_norm(jnp.ones((5, 0))), ValueError, "(5, 0)", "Skip"),
+    "integers": (lambda: bn(jnp.ones((4, 5), int)), TypeError, "int32", "astype"),
+    "string": (lambda: layer_norm("abc"), TypeError, "str 'abc'", "asarray"),
+    "strings": (lambda: rms_norm(np.array(["a"])), TypeError, "<U1", "astype"),
+    "list": (lambda: jaxnorm.moments([1.0], 0), TypeError, "list [1.0]", "asarray"),
+    "mask": (lambda: bn(mask=jnp.ones((3, 5), bool)), ValueError, "(3, 5)", "mask[..., None]"),
+    "mask rank": (lambda: bn(mask=jnp.ones((1, 4, 5))), ValueError, "(1, 4, 5)", "mask[..., None]"),
+    "mask type": (lambda: bn(mask="yes"), TypeError, "str 'yes'", "asarray"),
+    "epsilon": (lambda: bn(epsilon=-1e-5), ValueError, "epsilon=-1e-05", "1e-5"),
+    "epsilon nan": (lambda: layer_norm(X, epsilon=float("nan")), ValueError, "nan", "1e-6"),
+    "epsilon array": (lambda: layer_norm(X, epsilon=jnp.ones(())), TypeError, "Array", "1e-6"),
+    "decay": (lambda: bn(decay=1.5), ValueError, "decay=1.5", "0.99"),
+    "decay low": (lambda: bn(decay=-0.1), ValueError, "decay=-0.1", "0.99"),
+    "axis_name": (lambda: bn(axis_name="i"), ValueError, "axis_name='i'", "jax.vmap(..., axis_name"),
+    "groups": (lambda: bn(axis_index_groups=[[0]]), ValueError, "[[0]]", "Name the axis"),
+    "training": (lambda: bn(training=1), TypeError, "int 1", "static_argnames"),
+    "traced": (lambda: jax.jit(lambda t: bn(training=t))(True), TypeError, "Tracer", "static_argn"),
+    "num_groups": (lambda: group_norm(X, num_groups=3), ValueError, "num_groups=3", "[1, 5]"),
+    "num_groups type": (lambda: group_norm(X, num_groups=2.0), TypeError, "float 2.0", "=32"),
+    "group axis": (lambda: group_norm(X, num_groups=5, axis=0), ValueError, "axis=0", "leave axis"),
+    "instance": (lambda: instance_norm(X, feature_axis=0), ValueError, "feature_axis=0", "x[None]"),
+    "offset": (lambda: rms_norm(X, scale_offset=1.0), ValueError, "scale=None", "Give a scale"),
+    "gain": (
+        lambda: standardize_weight(X, jnp.ones(4)), ValueError, "gain.shape=(4,)", "feature_axis=",
+    ),
+    "vector": (lambda: standardize_weight(jnp.ones(3)), ValueError, "axis=()", "Name one"),
+    "implementation": (lambda: bn(implementation="pallas"), ValueError, "'pallas'", "None"),
+    "virtual batch": (lambda: bn(virtual_batch_size=2), ValueError, "virtual_batch_size=2", "None"),
+    "dtype": (lambda: layer_norm(X, dtype=jnp.int8), TypeError, "dtype=int8", "bfloat16"),
+    "complex": (lambda: bn(X.astype(jnp.complex64)), TypeError, "complex64", "init_batch_stats"),
+    "to real": (
+        lambda: layer_norm(X + 1j, dtype=jnp.float32), TypeError, "dtype=float32", "dtype=None",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_three_parts(name):
+    call, kind, given, advice = BAD[name]
+    with pytest.raises(kind) as raised:
+        call()
+    message = str(raised.value).split("\n---")[0]
+    operation = message.split(":")[0]
+    assert operation in {*jaxnorm.__all__}, message
+    assert given in message, message
+    assert advice in message, message
+
+
+@pytest.mark.parametrize(
+    "groups", [[[0, 1], [2]], [[0, 1], [1, 2]], [[0, 1]]], ids=["unequal", "twice", "missing"]
+)
+def test_groups_must_partition_the_axis(groups):
+    run = jax.vmap(
+        lambda x: bn(x, axis_name="i", axis_index_groups=groups)[0], axis_name="i"
+    )
+    with pytest.raises(ValueError, match="axis_index_groups must split the 3 indices"):
+        run(jnp.ones((3, 4, 5)))
+
+
+def test_an_empty_batch_is_fine_where_nothing_is_reduced():
+    assert layer_norm(jnp.ones((0, 5))).shape == (0, 5)
+    assert bn(jnp.ones((0, 5)), training=False)[0].shape == (0, 5)
