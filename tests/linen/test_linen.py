@@ -1,0 +1,298 @@
+"""Drop-in for `flax.linen`: same constructor, same variables, same outputs where Flax is right."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import serialization
+
+import jaxnorm
+import jaxnorm.linen as jnn
+from jaxnorm.testing import assert_close, oracle
+
+RNG = np.random.default_rng(0)
+KEY = jax.random.key(0)
+NORMS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+# Without an offset, where Flax's fast variance still has its digits.
+X = jnp.asarray(RNG.normal(size=(4, 5, 5, 6)), jnp.float32)
+
+OPTIONS = {
+    "BatchNorm": [
+        {},
+        {"axis": 1},
+        {"axis": (1, -1)},
+        {"momentum": 0.7, "use_bias": False},
+        {"use_scale": False, "epsilon": 1e-3},
+        {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16},
+        {"use_fast_variance": False},
+    ],
+    "LayerNorm": [
+        {},
+        {"reduction_axes": (1, 2), "feature_axes": -1},
+        {"reduction_axes": (2, 3), "feature_axes": (2, 3)},
+        {"use_bias": False, "dtype": jnp.bfloat16},
+    ],
+    "RMSNorm": [{}, {"reduction_axes": (-2, -1)}, {"use_scale": False}],
+    "GroupNorm": [
+        {"num_groups": 3},
+        {"num_groups": None, "group_size": 2},
+        {"num_groups": 2, "reduction_axes": (1, 3)},
+        {"num_groups": 2, "reduction_axes": (-1,), "use_scale": False},
+    ],
+    "InstanceNorm": [{}, {"feature_axes": (1, -1)}, {"use_bias": False}],
+}
+CASES = [(name, options) for name in NORMS for options in OPTIONS[name]]
+
+
+def make(module, name, options):
+    extra = {"use_running_average": False} if name == "BatchNorm" else {}
+    return getattr(module, name)(**extra, **options)
+
+
+def shapes(tree):
+    return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+
+
+@pytest.mark.parametrize("name", [*NORMS, "Conv", "Dense"])
+def test_same_name_and_fields_in_the_same_order(name):
+    ours, theirs = getattr(jnn, name), getattr(nn, name)
+    assert ours.__name__ == theirs.__name__
+
+    def fields(module):
+        return [f for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
+
+    their_fields = fields(theirs)
+    for a, b in zip(fields(ours), their_fields):
+        assert (a.name, a.default, a.kw_only) == (b.name, b.default, b.kw_only)
+    assert all(f.kw_only for f in fields(ours)[len(their_fields) :])
+
+
+@pytest.mark.parametrize("name, options", CASES, ids=str)
+def test_same_variables_and_outputs(name, options):
+    ours, theirs = make(jnn, name, options), make(nn, name, options)
+    wanted = theirs.init(KEY, X)
+    variables = ours.init(KEY, X)
+    assert shapes(variables) == shapes(wanted)
+    stirred = jax.tree.map(
+        lambda a: a + jnp.asarray(0.3 * np.abs(RNG.normal(size=a.shape)), a.dtype), wanted
+    )
+    mutable = ["batch_stats"] if name == "BatchNorm" else False
+    got, want = (m.apply(stirred, X, mutable=mutable) for m in (ours, theirs))
+    tolerance = 3e-2 if jnp.bfloat16 in options.values() else 3e-5
+    assert shapes(got) == shapes(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(g.astype("f"), w.astype("f"), atol=tolerance)
+
+
+def test_evaluation_writes_nothing_and_matches_flax():
+    bn, flax_bn = jnn.BatchNorm(True), nn.BatchNorm(True)
+    variables = bn.init(KEY, X)
+    variables["batch_stats"]["mean"] += 2
+    y, after = bn.apply(variables, X, mutable=["batch_stats"])
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), variables["batch_stats"], after["batch_stats"]))
+    np.testing.assert_allclose(y, flax_bn.apply(variables, X), atol=2e-6)
+
+
+def test_initialization_updates_nothing_and_needs_no_axis():
+    for layer in (jnn.BatchNorm(False, axis_name="nowhere"), jnn.LayerNorm(axis_name="nowhere")):
+        variables = layer.init(KEY, X)
+    bn = jnn.BatchNorm(False, axis_name="nowhere")
+    assert (bn.init(KEY, X)["batch_stats"]["mean"] == 0).all()
+    with pytest.raises(ValueError, match="axis_name='nowhere' is not bound"):
+        bn.apply(bn.init(KEY, X), X, mutable=["batch_stats"])
+    del variables
+
+
+def test_a_count_exists_only_when_asked_for():
+    assert set(jnn.BatchNorm(False).init(KEY, X)["batch_stats"]) == {"mean", "var"}
+    for options in ({"momentum": None}, {"debias": True}):
+        bn = jnn.BatchNorm(False, **options)
+        variables = bn.init(KEY, X)
+        assert set(variables["batch_stats"]) == {"mean", "var", "count"}
+        for i in range(3):
+            batch = X + i
+            _, new = bn.apply(variables, batch, mutable=["batch_stats"])
+            variables = {**variables, **new}
+        assert variables["batch_stats"]["count"] == 3
+    # The cumulative average and, at equal weight, nothing of the initial 0 and 1.
+    cumulative = jnn.BatchNorm(False, momentum=None)
+    stats = cumulative.init(KEY, X)
+    for i in range(3):
+        stats = {**stats, **cumulative.apply(stats, X + i, mutable=["batch_stats"])[1]}
+    np.testing.assert_allclose(
+        stats["batch_stats"]["mean"], X.mean((0, 1, 2)) + 1, rtol=1e-5
+    )
+    np.testing.assert_allclose(stats["batch_stats"]["var"], X.var((0, 1, 2)), rtol=1e-4)
+
+
+def test_running_statistics_keep_their_dtype_under_x64():
+    with jax.enable_x64(True):
+        bn = jnn.BatchNorm(False)
+        x = np.asarray(X, np.float64)
+        variables = bn.init(KEY, x)
+        _, new = bn.apply(variables, x, mutable=["batch_stats"])
+        assert {a.dtype for a in jax.tree.leaves(new)} == {jnp.dtype("float32")}
+
+
+def test_running_statistics_keep_their_dtype_in_bfloat16():
+    """Flax's are float32 after a step: a retrace, a broken donation."""
+    bn = jnn.BatchNorm(False, force_float32_reductions=False, param_dtype=jnp.bfloat16)
+    variables = bn.init(KEY, X)
+    _, new = bn.apply(variables, X, mutable=["batch_stats"])
+    assert {a.dtype for a in jax.tree.leaves((variables, new))} == {jnp.dtype("bfloat16")}
+
+
+class Block(nn.Module):
+    """A model whose only import that differs is where the norms come from."""
+
+    norms: object
+
+    @nn.compact
+    def __call__(self, x, train):
+        n = self.norms
+        x = n.Conv(8, (3, 3), use_bias=False)(x)
+        x = nn.relu(n.BatchNorm(not train)(x))
+        x = n.GroupNorm(4)(n.Conv(8, (3, 3))(x))
+        x = n.InstanceNorm()(x)
+        x = n.Dense(16)(n.LayerNorm()(x.reshape(x.shape[0], -1)))
+        return n.RMSNorm()(x)
+
+
+class FlaxNamespace:
+    BatchNorm, GroupNorm, InstanceNorm = nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm
+    LayerNorm, RMSNorm, Conv, Dense = nn.LayerNorm, nn.RMSNorm, nn.Conv, nn.Dense
+
+
+def test_a_checkpoint_of_flax_loads_unchanged():
+    theirs, ours = Block(FlaxNamespace), Block(jnn)
+    saved = serialization.to_bytes(theirs.init(KEY, X, train=True))
+    variables = serialization.from_bytes(ours.init(KEY, X, train=True), saved)
+    for train in (True, False):
+        got, want = (
+            jax.jit(lambda v, m=m, t=train: m.apply(v, X, t, mutable=["batch_stats"]))(variables)
+            for m in (ours, theirs)
+        )
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(g, w, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_transforms_of_linen(name):
+    options = {"num_groups": 2} if name == "GroupNorm" else {}
+    x = jnp.asarray(RNG.normal(size=(4, 5, 6)), jnp.float32)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            return make(jnn, name, options)(x), None
+
+    collections = {"params": 0, "batch_stats": 0}
+    split = {"params": True}
+    scanned = nn.scan(Net, variable_axes=collections, split_rngs=split, length=3)()
+    variables = scanned.init(KEY, x)
+    y, new = scanned.apply(variables, x, None, mutable=["batch_stats"])
+    wanted = x
+    for i in range(3):
+        layer = jax.tree.map(lambda a, i=i: a[i], variables)
+        wanted, _ = Net().apply(layer, wanted, mutable=["batch_stats"])[0]
+    np.testing.assert_allclose(y[0], wanted, atol=1e-5)
+    if name == "BatchNorm":
+        assert jax.tree.leaves(new)[0].shape == (3, 6)
+
+    xs = jnp.stack([x, x + 1])
+    mapped = nn.vmap(Net, variable_axes=collections, split_rngs=split)()
+    variables = mapped.init(KEY, xs)
+    y, _ = mapped.apply(variables, xs, mutable=["batch_stats"])
+    one = Net().apply(jax.tree.map(lambda a: a[1], variables), xs[1], mutable=["batch_stats"])[0]
+    np.testing.assert_allclose(y[0][1], one[0], atol=1e-5)
+
+    twice = nn.vmap(
+        nn.vmap(Net, variable_axes=collections, split_rngs=split),
+        variable_axes=collections, split_rngs=split,
+    )()  # fmt: skip
+    twice.init(KEY, jnp.stack([xs, xs]))
+
+    remat = nn.remat(Net)()
+    variables = remat.init(KEY, x)
+
+    def loss(params, net):
+        (y, _), new = net.apply({**variables, **params}, x, mutable=["batch_stats"])
+        return (y**3).sum(), new
+
+    params = {k: v for k, v in variables.items() if k == "params"}
+    (got, new), (want, wanted_new) = (
+        jax.grad(loss, has_aux=True)(params, net) for net in (remat, Net())
+    )
+    for g, w in zip(jax.tree.leaves((got, new)), jax.tree.leaves((want, wanted_new))):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gain", [False, True])
+def test_weight_standardization(gain):
+    for layer, x in ((jnn.Conv(7, (3, 3)), X), (jnn.Dense(7), X[:, 0, 0])):
+        plain = layer.init(KEY, x)
+        weighted = layer.clone(weight_standardization=True, use_gain=gain)
+        variables = weighted.init(KEY, x)
+        assert set(variables["params"]) == {"kernel", "bias"} | ({"gain"} if gain else set())
+        np.testing.assert_array_equal(variables["params"]["kernel"], plain["params"]["kernel"])
+        if gain:
+            variables["params"]["gain"] = jnp.arange(1.0, 8.0)
+        kernel = oracle.standardize_weight(
+            np.asarray(plain["params"]["kernel"]), np.arange(1.0, 8.0) if gain else None
+        )
+        flax_layer = nn.Conv(7, (3, 3)) if isinstance(layer, jnn.Conv) else nn.Dense(7)
+        params = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": plain["params"]["bias"]}
+        np.testing.assert_allclose(
+            weighted.apply(variables, x), flax_layer.apply({"params": params}, x), atol=2e-4
+        )
+
+
+def test_weight_standardization_refuses_a_masked_kernel():
+    conv = jnn.Conv(2, (3, 3), mask=jnp.ones((3, 3, 6, 2)), weight_standardization=True)
+    with pytest.raises(ValueError, match="masked kernel"):
+        conv.init(KEY, X)
+
+
+def test_complex_statistics_are_complex_from_the_start():
+    x = X + 1j * X[::-1]
+    bn = jnn.BatchNorm(False)
+    variables = bn.init(KEY, x)
+    y, new = bn.apply(variables, x, mutable=["batch_stats"])
+    assert shapes(variables["batch_stats"]) == shapes(new["batch_stats"])
+    # A checkpoint of Flax's holds a real mean before the first update.
+    real = {"mean": jnp.zeros(6), "var": jnp.ones(6)}
+    again, _ = bn.apply({**variables, "batch_stats": real}, x, mutable=["batch_stats"])
+    np.testing.assert_array_equal(again, y)
+
+
+def test_scale_offset():
+    x = X[:, 0, 0]
+    norm = jnn.RMSNorm(scale_offset=1.0, scale_init=nn.initializers.zeros)
+    y, variables = norm.init_with_output(KEY, x)
+    assert_close(y, oracle.rms_norm(np.asarray(x)))
+    assert (variables["params"]["scale"] == 0).all()
+
+
+def test_bad_use_running_average():
+    with pytest.raises(TypeError, match="BatchNorm: use_running_average must be a Python bool"):
+        jnn.BatchNorm().init(KEY, X, use_running_average=1)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_integers_are_refused(name):
+    layer = make(jnn, name, {"num_groups": 2} if name == "GroupNorm" else {})
+    with pytest.raises(TypeError, match=f"{name}: x must hold floating"):
+        layer.init(KEY, jnp.ones((2, 3, 4), int))
+
+
+def test_unbiased_running_variance():
+    bn = jnn.BatchNorm(False, momentum=0.0, unbiased=True)
+    _, new = bn.apply(bn.init(KEY, X), X, mutable=["batch_stats"])
+    np.testing.assert_allclose(
+        new["batch_stats"]["var"], np.asarray(X).var((0, 1, 2), ddof=1), rtol=1e-5
+    )
+    assert isinstance(bn, nn.BatchNorm)
+    assert jaxnorm.batch_norm.__module__ == "jaxnorm.functional"

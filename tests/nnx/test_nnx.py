@@ -1,0 +1,212 @@
+"""Drop-in for `flax.nnx`: same constructor, same variables, same outputs where Flax is right."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxnorm.nnx as jnn
+from jaxnorm.testing import assert_close, oracle
+
+RNG = np.random.default_rng(0)
+NORMS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+# Without an offset, where Flax's fast variance still has its digits.
+X = jnp.asarray(RNG.normal(size=(4, 5, 5, 6)), jnp.float32)
+OPTIONS = {
+    "BatchNorm": [{}, {"momentum": 0.7, "use_bias": False}, {"dtype": jnp.bfloat16}],
+    "LayerNorm": [{}, {"use_bias": False, "dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}],
+    "RMSNorm": [{}, {"use_scale": False}],
+    "GroupNorm": [{"num_groups": 3}, {"num_groups": None, "group_size": 2}],
+    "InstanceNorm": [{}, {"use_scale": False}],
+}
+CASES = [(name, options) for name in NORMS for options in OPTIONS[name]]
+
+
+def make(module, name, options):
+    return getattr(module, name)(6, **options, rngs=nnx.Rngs(0))
+
+
+def shapes(module):
+    return jax.tree.map(lambda a: (a.shape, a.dtype), nnx.to_pure_dict(nnx.state(module)))
+
+
+@pytest.mark.parametrize("name", [*NORMS, "Linear", "Conv"])
+def test_same_name_and_constructor(name):
+    ours, theirs = getattr(jnn, name), getattr(nnx, name)
+    assert ours.__name__ == theirs.__name__
+    got = list(inspect.signature(ours).parameters.values())
+    wanted = list(inspect.signature(theirs).parameters.values())
+    assert got[: len(wanted)] == wanted
+    assert all(p.kind is p.KEYWORD_ONLY for p in got[len(wanted) :])
+
+
+@pytest.mark.parametrize("name, options", CASES, ids=str)
+def test_same_variables_and_outputs(name, options):
+    ours, theirs = make(jnn, name, options), make(nnx, name, options)
+    assert shapes(ours) == shapes(theirs)
+    graph, state = nnx.split(theirs)
+    state = jax.tree.map(
+        lambda a: a + jnp.asarray(0.3 * np.abs(RNG.normal(size=a.shape)), a.dtype), state
+    )
+    nnx.update(theirs, state)
+    nnx.update(ours, state)
+    del graph
+    got, want = ours(X), theirs(X)
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+    tolerance = 4e-2 if jnp.bfloat16 in options.values() else 3e-5
+    np.testing.assert_allclose(got.astype("f"), want.astype("f"), atol=tolerance)
+    for g, w in zip(jax.tree.leaves(nnx.state(ours)), jax.tree.leaves(nnx.state(theirs))):
+        np.testing.assert_allclose(g, w, atol=2e-2 if jnp.bfloat16 in options.values() else 1e-6)
+
+
+def test_train_and_eval():
+    bn = make(jnn, "BatchNorm", {"momentum": 0.5})
+    bn(X)
+    before = bn.mean[...]
+    bn.eval()
+    y = bn(X)
+    np.testing.assert_array_equal(bn.mean[...], before)
+    np.testing.assert_allclose(
+        y, (X - before) / np.sqrt(bn.var[...] + 1e-5), atol=1e-5
+    )
+    bn(X, use_running_average=False)
+    assert (bn.mean[...] != before).all()
+    bn.train()
+    with pytest.raises(ValueError, match="whether to use the running statistics"):
+        make(jnn, "BatchNorm", {"use_running_average": None})(X)
+
+
+def test_running_statistics_are_not_rounded_to_the_input():
+    """Flax rounds them to bfloat16 on the way in: an error of 6 where the mean is 1000."""
+    bn = make(jnn, "BatchNorm", {"dtype": jnp.bfloat16, "use_running_average": True})
+    bn.mean[...] = bn.mean[...] + 1003.0
+    x = jnp.full((3, 6), 1004.0, jnp.bfloat16)
+    wanted = oracle.batch_norm(
+        np.asarray(x), None, None, np.full(6, 1003.0), np.ones(6), training=False
+    )[0]
+    assert_close(bn(x), wanted)
+
+
+def test_group_norm_with_reduction_axes():
+    """Flax's NNX repeats the statistics along the wrong axis here."""
+    layer = make(jnn, "GroupNorm", {"num_groups": 3, "reduction_axes": (1, 3)})
+    assert_close(layer(X), oracle.group_norm(np.asarray(X), num_groups=3, axis=(1, 3)))
+
+
+def test_a_count_exists_only_when_asked_for():
+    assert not hasattr(make(jnn, "BatchNorm", {}), "count")
+    bn = make(jnn, "BatchNorm", {"momentum": None})
+    for i in range(4):
+        bn(X + i)
+    assert bn.count[...] == 4
+    np.testing.assert_allclose(bn.mean[...], X.mean((0, 1, 2)) + 1.5, rtol=1e-5)
+
+
+def test_promote_dtype_of_the_users_own_is_called():
+    seen = []
+
+    def promote(arrays, *, dtype):
+        seen.append(dtype)
+        return tuple(None if a is None else a.astype(jnp.bfloat16) for a in arrays)
+
+    layer = make(jnn, "LayerNorm", {"promote_dtype": promote})
+    assert layer(X).dtype == jnp.bfloat16
+    assert seen == [None]
+
+
+class Net(nnx.Module):
+    def __init__(self, norms, *, rngs):
+        self.conv = norms.Conv(6, 8, (3, 3), rngs=rngs)
+        self.bn = norms.BatchNorm(8, rngs=rngs)
+        self.gn = norms.GroupNorm(8, num_groups=4, rngs=rngs)
+        self.ln = norms.LayerNorm(8, rngs=rngs)
+        self.out = norms.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.ln(self.gn(nnx.relu(self.bn(self.conv(x))))).mean((1, 2)))
+
+
+def test_split_merge_and_state_of_flax():
+    ours, theirs = Net(jnn, rngs=nnx.Rngs(0)), Net(nnx, rngs=nnx.Rngs(1))
+    nnx.update(ours, nnx.state(theirs))
+    np.testing.assert_allclose(ours(X), theirs(X), atol=2e-5)
+    graph, params, rest = nnx.split(ours, nnx.Param, ...)
+    again = nnx.merge(graph, params, rest)
+    np.testing.assert_allclose(again(X), ours(X), atol=1e-5)
+
+
+def test_jit_and_grad_update_the_statistics_once():
+    jitted, plain = Net(jnn, rngs=nnx.Rngs(0)), Net(jnn, rngs=nnx.Rngs(0))
+
+    def loss(model):
+        return (model(X) ** 2).sum()
+
+    got = nnx.jit(nnx.value_and_grad(loss))(jitted)
+    want = nnx.value_and_grad(loss)(plain)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(jitted.bn.mean[...], plain.bn.mean[...], atol=1e-6)
+    one = Net(jnn, rngs=nnx.Rngs(0))
+    one(X)
+    np.testing.assert_allclose(one.bn.mean[...], plain.bn.mean[...], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_vmap_and_scan_of_nnx(name):
+    options = {"num_groups": 2} if name == "GroupNorm" else {}
+
+    @nnx.vmap(in_axes=0)
+    def create(key):
+        return getattr(jnn, name)(6, **options, rngs=nnx.Rngs(key))
+
+    x = jnp.asarray(RNG.normal(size=(4, 5, 6)), jnp.float32)
+    stack = create(jax.random.split(jax.random.key(0), 3))
+    y = nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(stack, x)
+    assert y.shape == (3, *x.shape)
+    single = make(jnn, name, options)
+    np.testing.assert_allclose(y[1], single(x), atol=1e-5)
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def through(layer, x):
+        return layer(x * 1.5 + 0.1)
+
+    got = through(create(jax.random.split(jax.random.key(0), 3)), x)
+    wanted = x
+    for _ in range(3):
+        wanted = make(jnn, name, options)(wanted * 1.5 + 0.1)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("gain", [False, True])
+def test_weight_standardization(gain):
+    conv = jnn.Conv(6, 7, (3, 3), rngs=nnx.Rngs(0), weight_standardization=True, use_gain=gain)
+    linear = jnn.Linear(6, 7, rngs=nnx.Rngs(0), weight_standardization=True, use_gain=gain)
+    for layer, plain, x in (
+        (conv, nnx.Conv(6, 7, (3, 3), rngs=nnx.Rngs(0)), X),
+        (linear, nnx.Linear(6, 7, rngs=nnx.Rngs(0)), X[:, 0, 0]),
+    ):
+        before = layer.kernel[...]
+        np.testing.assert_array_equal(before, plain.kernel[...])
+        if gain:
+            layer.gain[...] = jnp.arange(1.0, 8.0)
+        plain.kernel[...] = jnp.asarray(
+            oracle.standardize_weight(np.asarray(before), np.arange(1.0, 8.0) if gain else None),
+            jnp.float32,
+        )
+        np.testing.assert_allclose(layer(x), plain(x), atol=2e-4)
+        # The stored kernel is the raw one: standardizing is not written back.
+        np.testing.assert_array_equal(layer.kernel[...], before)
+        gradient = nnx.grad(lambda m, x=x: (m(x) ** 2).sum())(layer)
+        assert {"kernel", "bias"} | ({"gain"} if gain else set()) == set(gradient)
+        assert jnp.abs(gradient["kernel"][...]).max() > 0
+
+
+def test_weight_standardization_refuses_a_masked_kernel():
+    with pytest.raises(ValueError, match="masked kernel"):
+        jnn.Conv(
+            6, 2, (3, 3), mask=jnp.ones((3, 3, 6, 2)), weight_standardization=True,
+            rngs=nnx.Rngs(0),
+        )  # fmt: skip
