@@ -48,9 +48,7 @@ def _parts(array: Array) -> tuple[Array, ...]:
     return (jnp.real(array), jnp.imag(array)) if jnp.iscomplexobj(array) else (array,)
 
 
-def named_axis(
-    operation: str, axis_name: AxisName | None, axis_index_groups=None
-) -> Alone:
+def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=None) -> Alone:
     """The replicas behind `axis_name`, which must be bound where this is traced.
 
     Raises:

@@ -15,9 +15,11 @@ import jaxnorm
 
 
 def _plain(x, axes, epsilon, scale=None, bias=None, mask=None, centered=True):
-    weight = jnp.ones_like(x, jnp.finfo(x.dtype).dtype) if mask is None else jnp.broadcast_to(
-        mask, x.shape
-    ).astype(jnp.finfo(x.dtype).dtype)
+    weight = (
+        jnp.ones_like(x, jnp.finfo(x.dtype).dtype)
+        if mask is None
+        else jnp.broadcast_to(mask, x.shape).astype(jnp.finfo(x.dtype).dtype)
+    )
     n = weight.sum(axes, keepdims=True)
     mean = (x * weight).sum(axes, keepdims=True) / n if centered else 0
     d = x - mean

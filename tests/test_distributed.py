@@ -113,7 +113,7 @@ def test_pmap():
 
 
 def test_groups_of_replicas():
-    x, ct = data(0.0)
+    x, _ = data(0.0)
     # vmap cannot split an axis into groups (JAX refuses); pmap and shard_map can.
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     groups = [[0, 2, 4, 6], [1, 3, 5, 7]]
@@ -155,7 +155,9 @@ def test_jit_over_sharded_arrays(axis_type, sharded):
 
 
 def collectives(text: str) -> list[str]:
-    return [line for line in text.splitlines() if " all-reduce(" in line or " all-reduce-start(" in line]
+    return [
+        line for line in text.splitlines() if " all-reduce(" in line or " all-reduce-start(" in line
+    ]
 
 
 def test_one_all_reduce_each_way():
@@ -167,7 +169,9 @@ def test_one_all_reduce_each_way():
         return jax.grad(loss)(x)
 
     run = jax.jit(
-        jax.shard_map(local, mesh=mesh, in_specs=(P("d"), P("d")), out_specs=P("d"), check_vma=False)
+        jax.shard_map(
+            local, mesh=mesh, in_specs=(P("d"), P("d")), out_specs=P("d"), check_vma=False
+        )
     )
     x = jnp.ones((32, C))
     text = run.lower(x, x).compile().as_text()
@@ -177,6 +181,8 @@ def test_one_all_reduce_each_way():
 
 def test_moments_merge_over_an_axis():
     x, _ = data(1e4)
-    got = jax.vmap(lambda x, m: jaxnorm.moments(x, 0, mask=m, axis_name="d"), axis_name="d")(x, MASK)
+    got = jax.vmap(lambda x, m: jaxnorm.moments(x, 0, mask=m, axis_name="d"), axis_name="d")(
+        x, MASK
+    )
     wanted = jaxnorm.moments(x.reshape(-1, C), 0, mask=MASK.reshape(-1, 1))
     agree(jax.tree.map(lambda a: a[0], got), wanted)

@@ -1,6 +1,7 @@
 """From moments to the normalized array: standardize, scale, shift, and what the backward keeps."""
 
 from functools import partial
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -75,9 +76,11 @@ def _affine(x, local: LocalMoments, scale, bias, dtype):
     return y.astype(dtype)
 
 
-def along(
-    parameter: Inexact[Array, "..."] | None, feature_axes: tuple[int, ...], ndim: int
-) -> Inexact[Array, "..."] | None:
+@overload
+def along(parameter: None, feature_axes: tuple[int, ...], ndim: int) -> None: ...
+@overload
+def along(parameter: Array, feature_axes: tuple[int, ...], ndim: int) -> Array: ...
+def along(parameter, feature_axes, ndim):
     """A parameter of the feature axes' shape, with size 1 on all other axes of a rank `ndim`."""
     if parameter is None:
         return None

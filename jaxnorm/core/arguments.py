@@ -59,17 +59,19 @@ def axes(operation: str, name: str, value: Axes, x) -> tuple[int, ...]:
     return found
 
 
-def parameter(operation: str, name: str, value, x, feature_axes: tuple[int, ...]):
-    """A scale, bias or statistic: None, or an array of the shape of the feature axes."""
-    if value is None:
-        return None
+def parameter(operation: str, name: str, value, x, feature_axes: tuple[int, ...]) -> Array | None:
+    """A scale or bias: None, or an array of the shape of the feature axes."""
+    return None if value is None else statistic(operation, name, value, x, feature_axes)
+
+
+def statistic(operation: str, name: str, value, x, feature_axes: tuple[int, ...]) -> Array:
+    """An array of the shape of the feature axes."""
     value = inexact(operation, name, value)
     expected = tuple(x.shape[a] for a in feature_axes)
     if value.shape != expected:
-        where = _unpacked(feature_axes)
         raise ValueError(
             f"{operation}: scale, bias and statistics must have the shape of the feature axis, "
-            f"{expected}, taken from x.shape={x.shape} at axis {where}; got "
+            f"{expected}, taken from x.shape={x.shape} at axis {_unpacked(feature_axes)}; got "
             f"{name}.shape={value.shape}. If your features lie elsewhere, say so: "
             "feature_axis=1, for example."
         )
@@ -124,7 +126,11 @@ def decay_of(operation: str, value, name: str = "decay"):
     """None, a Python number in [0, 1], or a scalar array (a schedule), which cannot be checked."""
     if value is None:
         return None
-    if isinstance(value, jax.Array) and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.floating):
+    if (
+        isinstance(value, jax.Array)
+        and value.ndim == 0
+        and jnp.issubdtype(value.dtype, jnp.floating)
+    ):
         return value
     return number(operation, name, value, 0.0, 1.0, "0.99")
 
@@ -163,7 +169,7 @@ def groups_of(operation: str, num_groups, x, feature_axis: int) -> int:
         raise ValueError(
             f"{operation}: num_groups must divide the number of features, {features}, taken from "
             f"x.shape={x.shape} at axis {feature_axis}; got num_groups={num_groups}. Choose one of "
-            f"{divisors if len(divisors) < 20 else divisors[:20] + ['...']}."
+            f"{divisors if len(divisors) < 20 else [*divisors[:20], '...']}."
         )
     return int(num_groups)
 

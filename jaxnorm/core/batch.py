@@ -54,9 +54,7 @@ def evaluate(
     dtype,
 ) -> Inexact[Array, "*shape"]:
     """Normalize with the running statistics, which carry no gradient."""
-    mean, var = (
-        along(lax.stop_gradient(a), feature_axes, x.ndim) for a in (stats.mean, stats.var)
-    )
+    mean, var = (along(lax.stop_gradient(a), feature_axes, x.ndim) for a in (stats.mean, stats.var))
     wide = wide_dtype(x.dtype)
     local = LocalMoments.known(mean.astype(wide), var.astype(mean.real.dtype), epsilon)
     return normalize_with(

@@ -23,8 +23,6 @@ def per_slice(
     return normalize(x, scale, bias, reduction=reduction, mask=mask, dtype=dtype)[0]
 
 
-def offset_scale(
-    scale: Inexact[Array, "*features"], offset: float
-) -> Inexact[Array, "*features"]:
+def offset_scale(scale: Inexact[Array, "*features"], offset: float) -> Inexact[Array, "*features"]:
     """``offset + scale`` in float32 at least: in bfloat16, 1 + w rounds w to 8 bits."""
     return scale.astype(wide_dtype(scale.dtype)) + jnp.asarray(offset, wide_dtype(scale.dtype))

@@ -73,7 +73,7 @@ class Measured(NamedTuple):
     """Result of `measure`: the local moments, and the absolute ones for whoever keeps them."""
 
     local: LocalMoments
-    count: Float[Array, "*slices"]
+    count: Float[Array, "*slices"]  # pyright: ignore[reportIncompatibleMethodOverride]
     var: Float[Array, "*slices"]
     """Biased variance of x; saturates at the largest finite number."""
 
@@ -98,7 +98,7 @@ class Reduction:
     centered: bool = True
     """False for raw second moments (RMS normalization): origin and mean are zero."""
     two_pass: bool = False
-    """The textbook's way, with a mean rounded to the accumulating dtype; see `_measure_two_pass`."""
+    """The textbook's way, with a rounded mean; see `_measure_two_pass`."""
 
     def size(self, shape: tuple[int, ...]) -> int:
         """Elements in a slice of an array of this shape, over all replicas."""

@@ -24,7 +24,7 @@ class Moments(NamedTuple):
         (4.0, 3.0, 14.0, 3.5)
     """
 
-    count: Float[Array, "*slices"]
+    count: Float[Array, "*slices"]  # pyright: ignore[reportIncompatibleMethodOverride]
     """Number of elements; float32 at least, so that it merges without casts."""
     mean: Inexact[Array, "*slices"]
     """Their mean; complex for complex numbers."""

@@ -24,7 +24,7 @@ class BatchStats(NamedTuple):
     """float32 (complex64 for complex data); starts at 0."""
     var: Float[Array, "*features"]
     """float32; divides by n, as Flax does (PyTorch: n - 1); starts at 1."""
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     """int32, updates so far."""
 
 

@@ -13,6 +13,7 @@ class _Standardized:
     """What Dense and Conv share: the kernel they are handed is the standardized one."""
 
     weight_standardization: bool
+    param_dtype: Any
     use_gain: bool
     gain_init: Any
     weight_epsilon: float

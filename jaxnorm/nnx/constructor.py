@@ -14,7 +14,9 @@ def extends(base: type) -> Callable:
 
     def decorate(init: Callable) -> Callable:
         kinds = inspect.Parameter
-        new = [p for p in inspect.signature(init).parameters.values() if p.kind is kinds.KEYWORD_ONLY]
+        new = [
+            p for p in inspect.signature(init).parameters.values() if p.kind is kinds.KEYWORD_ONLY
+        ]
         theirs = inspect.signature(base.__init__)
 
         @functools.wraps(init)

@@ -1,6 +1,7 @@
 """NNX Linear and Conv whose kernel can be standardized before it is used."""
 
 import copy
+from typing import Any
 
 import jax
 from flax import nnx
@@ -11,6 +12,9 @@ from jaxnorm.nnx.constructor import extends
 
 class _Standardized:
     """What Linear and Conv share: they run on a copy that holds the standardized kernel."""
+
+    kernel: nnx.Param
+    param_dtype: Any
 
     def _standardize(self, weight_standardization, use_gain, gain_init, weight_epsilon, kwargs):
         self.weight_standardization = weight_standardization

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import serialization
 
-import jaxnorm
 import jaxnorm.linen as jnn
 from jaxnorm.testing import assert_close, oracle
 
@@ -92,7 +91,9 @@ def test_evaluation_writes_nothing_and_matches_flax():
     variables = bn.init(KEY, X)
     variables["batch_stats"]["mean"] += 2
     y, after = bn.apply(variables, X, mutable=["batch_stats"])
-    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), variables["batch_stats"], after["batch_stats"]))
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: (a == b).all(), variables["batch_stats"], after["batch_stats"])
+    )
     np.testing.assert_allclose(y, flax_bn.apply(variables, X), atol=2e-6)
 
 
@@ -122,9 +123,7 @@ def test_a_count_exists_only_when_asked_for():
     stats = cumulative.init(KEY, X)
     for i in range(3):
         stats = {**stats, **cumulative.apply(stats, X + i, mutable=["batch_stats"])[1]}
-    np.testing.assert_allclose(
-        stats["batch_stats"]["mean"], X.mean((0, 1, 2)) + 1, rtol=1e-5
-    )
+    np.testing.assert_allclose(stats["batch_stats"]["mean"], X.mean((0, 1, 2)) + 1, rtol=1e-5)
     np.testing.assert_allclose(stats["batch_stats"]["var"], X.var((0, 1, 2)), rtol=1e-4)
 
 
@@ -295,4 +294,3 @@ def test_unbiased_running_variance():
         new["batch_stats"]["var"], np.asarray(X).var((0, 1, 2), ddof=1), rtol=1e-5
     )
     assert isinstance(bn, nn.BatchNorm)
-    assert jaxnorm.batch_norm.__module__ == "jaxnorm.functional"

@@ -69,9 +69,7 @@ def test_train_and_eval():
     bn.eval()
     y = bn(X)
     np.testing.assert_array_equal(bn.mean[...], before)
-    np.testing.assert_allclose(
-        y, (X - before) / np.sqrt(bn.var[...] + 1e-5), atol=1e-5
-    )
+    np.testing.assert_allclose(y, (X - before) / np.sqrt(bn.var[...] + 1e-5), atol=1e-5)
     bn(X, use_running_average=False)
     assert (bn.mean[...] != before).all()
     bn.train()

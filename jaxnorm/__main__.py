@@ -1,0 +1,7 @@
+"""`python -m jaxnorm`: the command line."""
+
+import sys
+
+from jaxnorm.cli import main
+
+sys.exit(main())

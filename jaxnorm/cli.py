@@ -1,0 +1,234 @@
+"""The command line: `jaxnorm demo`, and `jaxnorm --version`.
+
+Each command imports what it needs when it runs, so that `jaxnorm --help` answers at once.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxnorm.lab.results import StudyResult
+    from jaxnorm.lab.study import Progress, StudyConfig
+
+USAGE_ERROR = 2  # what argparse exits with, too
+INTERRUPTED = 130
+REPORT, RESULTS = "report.html", "results.json"
+LAB_PACKAGES = {  # module -> distribution, of the extra "lab"
+    "sklearn": "scikit-learn",
+    "altair": "altair",
+    "vl_convert": "vl-convert-python",
+    "jinja2": "jinja2",
+    "rich": "rich",
+}
+FEWEST_STEPS = 20
+
+
+class UsageError(Exception):
+    """Something that the user can put right; printed without a traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+      argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+      The exit status: 0; 2 for input that cannot be used; 130 after an interrupt.
+
+    Raises:
+      SystemExit: from argparse, after `--help`, `--version` or an unknown argument.
+
+    Example:
+      >>> main([])
+      2
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return USAGE_ERROR
+    try:
+        return arguments.command(arguments)
+    except UsageError as error:
+        print(f"jaxnorm: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("jaxnorm: interrupted; nothing was written.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxnorm", description="Normalization for JAX: exact, fast, distributed, observable."
+    )
+    parser.add_argument("--version", action="version", version=f"jaxnorm {_version('jaxnorm')}")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands")
+    demo = commands.add_parser(
+        "demo",
+        help="train two networks with and without normalization, and write a report",
+        description=(
+            "Train a deep sigmoid MLP and a small convolutional net with no normalization, batch, "
+            "layer, group, instance and RMS normalization and weight standardization, over seeds "
+            "and learning rates at once; print a table; write one page of HTML that works offline. "
+            "About a minute on two cores."
+        ),
+    )
+    demo.set_defaults(command=_demo)
+    demo.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder with the four IDX files of MNIST, Fashion-MNIST or the like, gzipped or not "
+        "(default: scikit-learn's digits)",
+    )
+    demo.add_argument(
+        "--out",
+        metavar="DIR",
+        default="jaxnorm-demo",
+        help=f"folder for {REPORT} and {RESULTS}; other files in it are left alone "
+        "(default: %(default)s)",
+    )
+    demo.add_argument(
+        "--seed", type=_integer(0), default=0, metavar="N", help="of all randomness (default: 0)"
+    )
+    demo.add_argument(
+        "--steps",
+        type=_integer(FEWEST_STEPS),
+        metavar="N",
+        help="training steps of the MLP; the convolutional net makes a fifth as many "
+        "(default: 800, or 300 with --quick)",
+    )
+    demo.add_argument(
+        "--quick",
+        action="store_true",
+        help="two seeds, three learning rates, fewer steps: half the time, and rougher figures",
+    )
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    missing = [name for module, name in LAB_PACKAGES.items() if not _installed(module)]
+    if missing:
+        raise UsageError(
+            f"demo: the packages of the extra 'lab' must be installed; {', '.join(missing)} "
+            f'{"is" if len(missing) == 1 else "are"} not. Run: pip install "jaxnorm[lab]"'
+        )
+    from jaxnorm.report.files import OutputError, check_folder
+
+    try:
+        folder = check_folder(arguments.out, (REPORT, RESULTS))
+    except OutputError as error:
+        raise UsageError(str(error)) from None
+
+    from jaxnorm.lab.data import DataError, load_digits, load_idx
+
+    try:
+        if arguments.data is None:
+            data = load_digits(arguments.seed)
+        else:
+            data = load_idx(arguments.data, arguments.seed)
+    except DataError as error:
+        raise UsageError(str(error)) from None
+
+    from rich.console import Console
+
+    from jaxnorm.lab.study import demo_config
+    from jaxnorm.report import build_tables, render_page, write_files
+    from jaxnorm.report.words import FOOTNOTE
+
+    config = demo_config(seed=arguments.seed, steps=arguments.steps, quick=arguments.quick)
+    result = _run(config, data)
+    versions = {
+        name: _version(name)
+        for name in ("jaxnorm", "jax", "flax", "optax", "numpy", "scikit-learn", "altair")
+    } | {"python": sys.version.split()[0]}
+    stored = {"command": "jaxnorm demo", "versions": versions, **result.to_json()}
+    texts = {
+        REPORT: render_page(result, versions),
+        RESULTS: json.dumps(stored, ensure_ascii=False, allow_nan=False) + "\n",
+    }
+    try:
+        report, results = write_files(folder, texts)
+    except OutputError as error:
+        raise UsageError(str(error)) from None
+    console = Console(highlight=False)
+    for table in build_tables(result):
+        console.print(table)
+    if any(not row.applicable for row in result.summaries):
+        console.print(FOOTNOTE, style="dim")
+    for name, text in stored["definitions"].items():
+        console.print(f"{name}: {text}", style="dim", markup=False)
+    done = f"\n{result.seconds:.0f} s. Report: {report}. Figures: {results}."
+    console.print(done, soft_wrap=True, markup=False)
+    return 0
+
+
+def _run(config: "StudyConfig", data: object) -> "StudyResult":
+    """The study, with a bar for all of it and a line for each part that is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from jaxnorm.lab.study import run_study
+    from jaxnorm.report.words import NETWORKS, NORMALIZATIONS
+
+    total = sum(plan.steps * len(names) for plan, names in config.pairs().items())
+    made: dict[tuple[str, str], int] = {}
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True, highlight=False),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("compiling", total=total)
+
+        def show(state: "Progress") -> None:
+            name = f"{NETWORKS[state.network]}, {NORMALIZATIONS[state.normalization]}"
+            made[state.network, state.normalization] = state.step
+            bar.update(task, completed=sum(made.values()), description=f"{name:<48}")
+            if state.step == state.steps:
+                bar.console.print(f"  {name:<48} validation accuracy {state.accuracy:6.1%}")
+
+        return run_study(config, data, show)  # type: ignore[arg-type]
+
+
+def _integer(least: int):
+    """An argparse type: an integer that is not too small."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value < 2**31:
+            raise argparse.ArgumentTypeError(f"must be an integer of {least} or more; got {text!r}")
+        return value
+
+    return parse
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        if name != "jaxnorm":
+            return "unknown"
+    from jaxnorm import __version__  # run from a source tree
+
+    return __version__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Weight standardization."""
+
+from jaxtyping import Array, Inexact
+
+from jaxnorm.core import arguments as check
+from jaxnorm.core import layer
+from jaxnorm.core.arguments import Axes
+from jaxnorm.core.measure import Reduction
+
+
+def standardize_weight(
+    kernel: Inexact[Array, "*shape"],
+    gain: Inexact[Array, "..."] | None = None,
+    *,
+    axis: Axes | None = None,
+    epsilon: float = 1e-5,
+) -> Inexact[Array, "*shape"]:
+    r"""Weight standardization: zero mean and unit variance for each output of a kernel.
+
+    .. math::
+        \hat W = g \frac{W - \mu}{\sqrt{\sigma^2 + \epsilon}}
+
+    Args:
+        kernel: floating or complex, e.g. (height, width, in, out).
+        gain: g, of the shape of the axes that are not reduced; None for 1. For activations of unit
+            variance without another normalization, ``1 / sqrt(fan_in)`` (Brock, De & Smith, 2021).
+        axis: the axes to reduce; None: all but the last.
+        epsilon: added to the variance, inside the root.
+
+    Returns:
+        The standardized kernel, in the dtype of `kernel` and `gain` promoted.
+
+    Raises:
+        TypeError: arrays of integers.
+        ValueError: a gain of another shape, an axis out of range, no axis to reduce.
+
+    Source: Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
+    Standardization", 2019, equations (5) and (6).
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm
+        >>> jaxnorm.standardize_weight(jnp.array([[1.0, 0.0], [3.0, 8.0]])).round(3).tolist()
+        [[-1.0, -1.0], [1.0, 1.0]]
+    """
+    op = "standardize_weight"
+    kernel = check.inexact(op, "kernel", kernel)
+    reduced = check.axes(
+        op, "axis", tuple(range(kernel.ndim - 1)) if axis is None else axis, kernel
+    )
+    outputs = tuple(a for a in range(kernel.ndim) if a not in reduced)
+    gain = check.parameter(op, "gain", gain, kernel, outputs)
+    check.not_empty(op, kernel, reduced)
+    epsilon = check.number(op, "epsilon", epsilon, 0.0, float("inf"), "1e-5")
+    return layer.per_slice(
+        kernel,
+        gain,
+        None,
+        reduction=Reduction(reduced, epsilon),
+        feature_axes=outputs,
+        mask=None,
+        dtype=check.result_dtype(op, kernel, gain),
+    )

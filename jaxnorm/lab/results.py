@@ -1,0 +1,211 @@
+"""What a study found: curves, activations, and the three figures that its table shows."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+TARGET_SHARE = 0.9  # of the network's best accuracy, to be reached
+STABLE_SHARE = 0.9  # of the normalization's own best accuracy, to be kept by every seed
+LEARNED_SHARE = 0.5  # of the network's best accuracy: with less, no rate is called stable
+
+DEFINITIONS = {
+    "best rate": (
+        "the swept learning rate with the highest validation accuracy at the end, mean over seeds; "
+        "of equal ones the lowest"
+    ),
+    "accuracy": "test accuracy at the end, at the best rate: mean ± deviation over seeds",
+    "steps to 90 %": (
+        "the first measured step at which the validation accuracy, mean over seeds, is 90 % of the "
+        "highest that any normalization of this network ends with; at the swept rate that gets "
+        "there first; 'never' where none does"
+    ),
+    "stable up to": (
+        "the highest stable learning rate: the largest swept one at which every seed ends with a "
+        "finite loss and with 90 % of this normalization's best validation accuracy; '≥' where it "
+        "is the largest swept; 'none' where there is none, or where even the best rate ends with "
+        "less than half of the network's best accuracy"
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """What the nonlinearities saw of a probe batch; axes (rates, seeds, layers, samples)."""
+
+    spread: np.ndarray  # deviation of a unit over the batch and pixels, mean over the units
+    drift: np.ndarray  # how far the units' means have moved since step 0, root mean square
+    percentiles: np.ndarray  # 15, 50, 85 of each layer's first unit, on a last axis of three
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """All runs of one network under one normalization; axes (rates, seeds, samples)."""
+
+    network: str
+    normalization: str
+    learning_rates: tuple[float, ...]
+    steps: tuple[int, ...]  # made at each sample; the first is 0
+    train_loss: np.ndarray  # mean over the steps since the last sample; one sample fewer
+    final_loss: np.ndarray  # of the last step; (rates, seeds)
+    validation_accuracy: np.ndarray
+    test_accuracy: np.ndarray  # (rates, seeds)
+    activations: Activations
+
+    @property
+    def best(self) -> int:
+        """Index of the best learning rate."""
+        return int(np.argmax(self.validation_accuracy[:, :, -1].mean(1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """One line of the table. All but the names are None where the pair makes no sense."""
+
+    network: str
+    normalization: str
+    best_rate: float | None = None
+    accuracy_mean: float | None = None
+    accuracy_deviation: float | None = None
+    target: float | None = None  # the accuracy that counts as reached
+    steps_to_target: int | None = None  # None: never
+    fastest_rate: float | None = None  # the rate that gets there first
+    stable_rate: float | None = None  # None: none
+    stable_is_largest: bool = False  # no larger rate was tried
+
+    @property
+    def applicable(self) -> bool:
+        """Whether the network has the axes that the normalization averages over."""
+        return self.best_rate is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyResult:
+    """A finished study."""
+
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    curves: tuple[Curves, ...]
+    summaries: tuple[Summary, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers; what is not finite becomes None."""
+        plain = {
+            "settings": self.settings,
+            "data": self.data,
+            "seconds": round(self.seconds, 1),
+            "definitions": DEFINITIONS,
+            "summaries": [dataclasses.asdict(row) for row in self.summaries],
+            "curves": [dataclasses.asdict(curves) for curves in self.curves],
+        }
+        return _plain(plain)
+
+
+def summarize(curves: Sequence[Curves], normalizations: Sequence[str]) -> list[Summary]:
+    """The table's lines for one network, by the `DEFINITIONS` above.
+
+    Args:
+      curves: of one network, one for each normalization that applies to it.
+      normalizations: the lines, in order; those without curves do not apply.
+
+    Returns:
+      One `Summary` for each of `normalizations`.
+
+    Raises:
+      Nothing of its own.
+    """
+    if not curves:
+        return []
+    highest = max(float(each.validation_accuracy[each.best, :, -1].mean()) for each in curves)
+    found = {each.normalization: each for each in curves}
+    return [
+        _summary(found[name], highest) if name in found else Summary(curves[0].network, name)
+        for name in normalizations
+    ]
+
+
+def steps_to_reach(steps: Sequence[int], accuracy: np.ndarray, target: float) -> int | None:
+    """The first measured step with this accuracy, or None.
+
+    Example:
+      >>> steps_to_reach([0, 10, 20], np.array([0.1, 0.8, 0.9]), 0.8)
+      10
+    """
+    reached = np.flatnonzero(accuracy >= target)
+    return int(steps[reached[0]]) if len(reached) else None
+
+
+def highest_stable(
+    rates: Sequence[float], final_loss: np.ndarray, final_accuracy: np.ndarray, least: float
+) -> float | None:
+    """The largest rate at which every seed ends with a finite loss and 90 % of the best accuracy.
+
+    Args:
+      rates: r learning rates, in any order.
+      final_loss: (r, seeds).
+      final_accuracy: (r, seeds).
+      least: the mean accuracy that the best rate must end with.
+
+    Returns:
+      The rate; None if the best rate ends with less than `least`, or if no rate qualifies.
+
+    Raises:
+      Nothing of its own.
+
+    Example:
+      >>> losses, accuracy = np.array([[0.2], [0.1], [np.nan]]), np.array([[0.9], [0.95], [0.95]])
+      >>> highest_stable([0.1, 0.3, 1.0], losses, accuracy, least=0.5)
+      0.3
+    """
+    best = float(final_accuracy.mean(1).max())
+    if best < least:
+        return None
+    enough = (final_accuracy >= STABLE_SHARE * best).all(1)
+    stable = np.asarray(np.isfinite(final_loss).all(1) & enough).tolist()
+    return max((rate for rate, ok in zip(rates, stable, strict=True) if ok), default=None)
+
+
+def _summary(curves: Curves, highest: float) -> Summary:
+    target = TARGET_SHARE * highest
+    test = curves.test_accuracy[curves.best]
+    reached = [
+        (step, rate)
+        for rate, accuracy in zip(
+            curves.learning_rates, curves.validation_accuracy.mean(1), strict=True
+        )
+        if (step := steps_to_reach(curves.steps, accuracy, target)) is not None
+    ]
+    steps, fastest = min(reached, default=(None, None))
+    stable = highest_stable(
+        curves.learning_rates,
+        curves.final_loss,
+        curves.validation_accuracy[:, :, -1],
+        LEARNED_SHARE * highest,
+    )
+    return Summary(
+        network=curves.network,
+        normalization=curves.normalization,
+        best_rate=curves.learning_rates[curves.best],
+        accuracy_mean=float(test.mean()),
+        accuracy_deviation=float(test.std()),
+        target=target,
+        steps_to_target=steps,
+        fastest_rate=fastest,
+        stable_rate=stable,
+        stable_is_largest=stable == max(curves.learning_rates),
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value

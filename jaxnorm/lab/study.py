@@ -1,0 +1,329 @@
+"""The main study: the same networks under every normalization, seeds and learning rates at once.
+
+A frozen `StudyConfig` goes in, a frozen `StudyResult` comes out; nothing is printed or written.
+For each network and normalization one program, vmapped over seeds x learning rates, trains all
+runs; between calls of it, validation accuracy and the activations on a fixed probe batch are
+reduced on the device to a few numbers per layer.
+"""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxnorm import training
+from jaxnorm.lab.data import Dataset, Part, batch_rows
+from jaxnorm.lab.networks import (
+    NORMALIZATIONS,
+    SOWN,
+    build_network,
+    draw_kernels,
+    is_applicable,
+)
+from jaxnorm.lab.results import Activations, Curves, StudyResult, summarize
+
+PERCENTILES = (15, 50, 85)  # those of the paper's Figure 1
+VALIDATION_IMAGES = 500  # at most, of the validation part
+EVALUATION_BATCH = 60  # images per call: the patches of all runs stay in the cache
+PERCENTILE_VALUES = 512  # of one unit, at most: a sort of all of them costs more than the training
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one network is trained."""
+
+    network: str
+    steps: int
+    batch_size: int
+    learning_rates: tuple[float, ...]
+    decay: bool = False  # let the rate fall to zero, along half a cosine
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """Everything that determines a study, apart from the data."""
+
+    plans: tuple[Plan, ...] = (
+        Plan("mlp", 800, 60, (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
+        # At a constant rate so short a training ends wherever its last steps happen to lead.
+        Plan("conv", 160, 32, (0.03, 0.1, 0.3, 1.0, 3.0), decay=True),
+    )
+    normalizations: tuple[str, ...] = tuple(NORMALIZATIONS)
+    seed: int = 0
+    seeds: int = 3
+    samples: int = 40  # measurements per run, about
+    probe_images: int = 64
+
+    def pairs(self) -> dict[Plan, list[str]]:
+        """For each plan the normalizations that its network can have."""
+        return {
+            plan: [name for name in self.normalizations if is_applicable(plan.network, name)]
+            for plan in self.plans
+        }
+
+    def run_seeds(self) -> list[int]:
+        """The seed of each run, drawn from the study's."""
+        return np.random.SeedSequence(self.seed).generate_state(self.seeds).tolist()
+
+
+def demo_config(seed: int = 0, steps: int | None = None, quick: bool = False) -> StudyConfig:
+    """The study of `jaxnorm demo`.
+
+    Args:
+      seed: of all randomness.
+      steps: of the MLP; the convolutional net makes a fifth as many.
+      quick: two seeds, three learning rates, fewer steps; every normalization all the same.
+
+    Returns:
+      A `StudyConfig`.
+
+    Raises:
+      Nothing of its own.
+
+    Example:
+      >>> [plan.steps for plan in demo_config(steps=400).plans]
+      [400, 80]
+    """
+    config = StudyConfig(seed=seed)
+    mlp, conv = config.plans
+    if quick:
+        config = dataclasses.replace(config, seeds=2, samples=25)
+        mlp = dataclasses.replace(mlp, steps=300, learning_rates=(0.3, 3.0, 30.0))
+        conv = dataclasses.replace(conv, steps=60, learning_rates=(0.03, 0.3, 3.0))
+    if steps is not None:
+        mlp = dataclasses.replace(mlp, steps=steps)
+        conv = dataclasses.replace(conv, steps=max(1, steps // 5))
+    return dataclasses.replace(config, plans=(mlp, conv))
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a running study tells its caller."""
+
+    network: str
+    normalization: str
+    step: int  # made so far; 0 when its program is about to be compiled
+    steps: int
+    accuracy: float  # the best validation accuracy of all its runs so far
+
+
+def run_study(
+    config: StudyConfig,
+    data: Dataset,
+    progress: Callable[[Progress], None] = lambda _: None,
+    workers: int | None = None,
+) -> StudyResult:
+    """Train every network under every normalization, on this data.
+
+    Args:
+      config: what to train, and from which seed.
+      data: what to train on.
+      progress: called, by one thread at a time, whenever a program has made some steps.
+      workers: programs that are compiled and run side by side; two by default, where there are two
+        cores. The numbers do not depend on it.
+
+    Returns:
+      Curves, activations and their summary, for every pair of network and normalization that fit.
+
+    Raises:
+      ValueError: a name in `config` is unknown, or a batch does not fit the data.
+
+    Source: S. Ioffe and C. Szegedy, Batch Normalization, ICML 2015, section 4.1 and Figure 1.
+    """
+    started = time.perf_counter()
+    # The slow programs first, so that the last ones to finish are short.
+    plans = sorted(config.pairs().items(), key=lambda pair: pair[0].network != "conv")
+    pairs = [(plan, name) for plan, names in plans for name in names]
+    workers = workers or min(2, os.cpu_count() or 1)
+    stop = threading.Event()
+    lock = threading.Lock()
+
+    def report(state: Progress) -> None:
+        with lock:
+            progress(state)
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(_train, config, *pair, data, report, stop) for pair in pairs]
+        try:
+            trained = [future.result() for future in futures]
+        except BaseException:  # an interrupt too: let no thread run on
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    order = [plan.network for plan in config.plans]
+    trained = sorted(trained, key=lambda curves: order.index(curves.network))
+    return StudyResult(
+        settings=dataclasses.asdict(config),
+        data={
+            "name": data.name,
+            "image_shape": data.image_shape,
+            "classes": data.classes,
+            "train_images": len(data.train.labels),
+            "validation_images": len(_validation(data).labels),
+            "test_images": len(data.test.labels),
+        },
+        curves=tuple(trained),
+        summaries=tuple(
+            row
+            for plan in config.plans
+            for row in summarize(
+                [curves for curves in trained if curves.network == plan.network],
+                config.normalizations,
+            )
+        ),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _train(
+    config: StudyConfig,
+    plan: Plan,
+    normalization: str,
+    data: Dataset,
+    report: Callable[[Progress], None],
+    stop: threading.Event,
+) -> Curves:
+    """All runs of one network under one normalization."""
+    report(Progress(plan.network, normalization, 0, plan.steps, 0.0))
+    network = build_network(plan.network, normalization, data.classes)
+    blank = network.clone(kernel_init=jax.nn.initializers.zeros)  # `draw_kernels` fills them
+    images, labels = jnp.asarray(data.train.images), jnp.asarray(data.train.labels)
+    rates = plan.learning_rates
+    seeds, hyperparams = training.grid(config.run_seeds(), learning_rate=rates)
+
+    def optimizer(learning_rate: Any) -> optax.GradientTransformation:
+        if plan.decay:
+            learning_rate = optax.cosine_decay_schedule(learning_rate, plan.steps)
+        return optax.sgd(learning_rate)
+
+    state = training.create_sweep_state(blank, optimizer, seeds, hyperparams, images[:2])
+    state = state.replace(params=draw_kernels(state.params, seeds))
+    rows_of = {
+        seed: batch_rows(len(images), plan.batch_size, plan.steps, seed) for seed in set(seeds)
+    }
+    rows = np.stack([rows_of[seed] for seed in seeds])
+
+    def loss(logits: jax.Array, rows: jax.Array) -> jax.Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
+        return losses.mean()
+
+    step = training.make_sweep_step(
+        network,
+        optimizer,
+        loss,
+        batch_per_member=True,
+        inputs=lambda rows: (images[rows],),
+        scan=True,
+    )
+    evaluate = training.make_sweep_eval_step(
+        network,
+        lambda logits, batch: {"correct": ((logits.argmax(-1) == batch[1]) & batch[2]).sum()},
+        inputs=lambda batch: (batch[0],),
+    )
+    probe = jax.jit(jax.vmap(_prober(network, images[: config.probe_images])))
+
+    every = max(1, round(plan.steps / config.samples))
+    made = [0, *range(every, plan.steps, every), plan.steps]
+    validation = list(_batches(_validation(data)))
+    accuracy = [_accuracy(evaluate, state, validation)]
+    probes = [probe(state.params, state.batch_stats)]
+    losses = []
+    for start, end in itertools.pairwise(made):
+        if stop.is_set():
+            raise concurrent.futures.CancelledError
+        state, metrics = step(state, rows[:, start:end])
+        losses.append(np.asarray(metrics["loss"], np.float64))  # lest a mean of 1e38 overflow
+        accuracy.append(_accuracy(evaluate, state, validation))
+        probes.append(probe(state.params, state.batch_stats))
+        best = float(np.max(np.mean(accuracy[-1].reshape(len(rates), -1), 1)))
+        report(Progress(plan.network, normalization, end, plan.steps, best))
+    test = _accuracy(evaluate, state, list(_batches(data.test)))
+
+    def split(values: Any) -> np.ndarray:
+        values = np.asarray(values)  # members, which `grid` orders by rate, then by seed
+        return values.reshape(len(rates), config.seeds, *values.shape[1:])
+
+    return Curves(
+        network=plan.network,
+        normalization=normalization,
+        learning_rates=rates,
+        steps=tuple(made),
+        train_loss=split(np.stack([piece.mean(1) for piece in losses], 1)),
+        final_loss=split(losses[-1][:, -1]),
+        validation_accuracy=split(np.stack(accuracy, 1)),
+        test_accuracy=split(test),
+        activations=_activations(jax.device_get(probes), split),
+    )
+
+
+def _prober(network: Any, images: jax.Array) -> Callable[[Any, Any], list[dict[str, jax.Array]]]:
+    """`(params, batch_stats) -> ` for each layer, what its nonlinearity is about to see.
+
+    In training mode, since that is what training sees; what it would write is dropped.
+    """
+
+    def probe(params: Any, batch_stats: Any) -> list[dict[str, jax.Array]]:
+        variables = {"params": params, **({"batch_stats": batch_stats} if batch_stats else {})}
+        kept = ["intermediates", "batch_stats"]
+        _, written = network.apply(variables, images, True, mutable=kept)
+        layers = []
+        for x in written["intermediates"][SOWN]:
+            x = x.reshape(-1, x.shape[-1])
+            first_unit = x[:: math.ceil(len(x) / PERCENTILE_VALUES), 0]
+            layers.append(
+                {
+                    "mean": x.mean(0),
+                    "spread": x.std(0).mean(),
+                    "percentiles": jnp.percentile(first_unit, jnp.asarray(PERCENTILES)),
+                }
+            )
+        return layers
+
+    return probe
+
+
+def _activations(
+    probes: list[list[dict[str, np.ndarray]]], split: Callable[[Any], np.ndarray]
+) -> Activations:
+    """Records of all samples, (rates, seeds, layers, samples), from one list of layers each."""
+
+    def gather(name: str) -> np.ndarray:
+        return np.stack(
+            [np.stack([layer[name] for layer in layers], 1) for layers in probes], 2
+        )  # members, layers, samples, ...
+
+    means = gather("mean").astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):  # runs that diverged
+        drift = np.sqrt(np.mean((means - means[:, :, :1]) ** 2, -1))
+    return Activations(
+        spread=split(gather("spread")), drift=split(drift), percentiles=split(gather("percentiles"))
+    )
+
+
+def _validation(data: Dataset) -> Part:
+    return Part(*(array[:VALIDATION_IMAGES] for array in data.validation))
+
+
+def _batches(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Images, labels and which of them count, in pieces of one size: one program serves all."""
+    total = len(part.labels)
+    size = math.ceil(total / math.ceil(total / EVALUATION_BATCH))
+    for start in range(0, total, size):
+        rows = np.arange(start, start + size)
+        yield part.images[rows % total], part.labels[rows % total], rows < total
+
+
+def _accuracy(evaluate: Any, state: Any, batches: list[tuple[np.ndarray, ...]]) -> np.ndarray:
+    correct = sum(np.asarray(evaluate(state, batch)["correct"]) for batch in batches)
+    counted = sum(int(batch[2].sum()) for batch in batches)
+    return np.asarray(correct / counted)

@@ -1,0 +1,286 @@
+"""The charts of a study as Vega-Lite specifications, made with Altair.
+
+Colours are those for a light page; the page exchanges them for `THEME`'s in the dark. Charts with
+a choice carry Vega-Lite parameters, which the page's buttons set: "network" and "variant" of the
+activation charts, "measure" of the curves.
+"""
+
+import math
+from typing import Any
+
+import altair as alt
+import numpy as np
+
+from jaxnorm.lab.results import Curves, StudyResult
+from jaxnorm.report.words import LINES, NORMALIZATIONS, Line
+
+NEUTRAL = ("#efeeea", "#2a2e35")  # a spread of one, no drift: light page, dark page
+SPREAD = {0.01: "#053061", 0.1: "#4393c3", 1.0: NEUTRAL[0], 4.0: "#e08214", 16.0: "#7f3b08"}
+DRIFT = {0.0: NEUTRAL[0], 0.5: "#b7a3d0", 2.0: "#7b5aa6", 8.0: "#3f1b6b"}
+DRIFT_DARK = {"#b7a3d0": "#5b4a80", "#7b5aa6": "#9a7fd1", "#3f1b6b": "#d9c8ff"}
+
+THEME = {  # what a light page shows -> what a dark page shows
+    NEUTRAL[0]: NEUTRAL[1],
+    **DRIFT_DARK,
+    **{line.light: line.dark for line in LINES.values()},
+}
+
+
+def build_charts(result: StudyResult) -> dict[str, dict[str, Any]]:
+    """Every chart of the page.
+
+    Args:
+      result: a finished study.
+
+    Returns:
+      Name -> Vega-Lite specification: "spread", "drift" and "unit"; "curves-N" and "rates-N" for
+      each network N.
+
+    Raises:
+      Nothing of its own.
+    """
+    networks = list(dict.fromkeys(curves.network for curves in result.curves))
+    charts = {
+        "spread": _heatmap(result, "spread", "spread", SPREAD, "log"),
+        "drift": _heatmap(result, "drift", "drift", DRIFT, "sqrt"),
+        "unit": _unit(result),
+    }
+    for network in networks:
+        group = [curves for curves in result.curves if curves.network == network]
+        target = next(
+            row.target for row in result.summaries if row.network == network and row.applicable
+        )
+        charts[f"curves-{network}"] = _curves(group, target)
+        charts[f"rates-{network}"] = _rates(group)
+    return {name: chart.to_dict() for name, chart in charts.items()}
+
+
+def _choices(result: StudyResult) -> tuple[alt.Parameter, alt.Parameter]:
+    first = result.curves[0]
+    network = alt.param(name="network", value=first.network)
+    return network, alt.param(name="variant", value=first.normalization)
+
+
+def _heatmap(
+    result: StudyResult, name: str, title: str, colours: dict[float, str], kind: Any
+) -> alt.Chart:
+    rows = []
+    for curves in result.curves:
+        values = getattr(curves.activations, name)[curves.best, 0]
+        ends = [*curves.steps[1:], 2 * curves.steps[-1] - curves.steps[-2]]
+        for layer, of_layer in enumerate(values):
+            for step, end, value in zip(curves.steps, ends, of_layer, strict=True):
+                rows.append(
+                    {
+                        "network": curves.network,
+                        "variant": curves.normalization,
+                        "layer": layer + 1,
+                        "step": step,
+                        "end": end,
+                        "value": _number(value),
+                    }
+                )
+    network, variant = _choices(result)
+    scale = alt.Scale(
+        type=kind,
+        domain=list(colours),
+        range=list(colours.values()),
+        clamp=True,
+        interpolate="lab",  # the default goes from grey to orange by way of pink
+    )
+    return (
+        alt.Chart(alt.InlineData(rows))
+        .mark_rect(invalid="filter")
+        .encode(
+            x=alt.X(
+                "step:Q",
+                title="training step",
+                axis=alt.Axis(grid=False, domain=False),
+                scale=alt.Scale(nice=False),
+            ),
+            x2="end:Q",
+            y=alt.Y(
+                "layer:O",
+                title="layer",
+                sort="descending",
+                axis=alt.Axis(ticks=False, domain=False, labelAngle=0),
+                scale=alt.Scale(paddingInner=0.06),
+            ),
+            color=alt.Color(
+                "value:Q",
+                title=title,
+                scale=scale,
+                legend=alt.Legend(
+                    orient="bottom", values=list(colours), format="~g", gradientLength=260
+                ),
+            ),
+            tooltip=[
+                alt.Tooltip("layer:O"),
+                alt.Tooltip("step:Q"),
+                alt.Tooltip("value:Q", title=title, format=".3~g"),
+            ],
+        )
+        .transform_filter("datum.network === network && datum.variant === variant")
+        .add_params(network, variant)
+        .properties(width="container", height=alt.Step(40))
+    )
+
+
+def _unit(result: StudyResult) -> Any:
+    rows = []
+    for curves in result.curves:
+        values = curves.activations.percentiles[curves.best, 0, -1]
+        for step, (low, middle, high) in zip(curves.steps, values, strict=True):
+            rows.append(
+                {
+                    "network": curves.network,
+                    "variant": curves.normalization,
+                    "step": step,
+                    "low": _number(low),
+                    "middle": _number(middle),
+                    "high": _number(high),
+                }
+            )
+    network, variant = _choices(result)
+    base = alt.Chart(alt.InlineData(rows)).encode(x=_steps())
+    y = alt.Y("low:Q", title="input of the unit", scale=alt.Scale(zero=True))
+    colour = LINES["batch"].light
+    band = base.mark_area(opacity=0.25, color=colour, clip=True).encode(y=y, y2="high:Q")
+    line = base.mark_line(color=colour, clip=True).encode(
+        y="middle:Q",
+        tooltip=[
+            alt.Tooltip("step:Q"),
+            alt.Tooltip("low:Q", title="15th percentile", format=".3~g"),
+            alt.Tooltip("middle:Q", title="median", format=".3~g"),
+            alt.Tooltip("high:Q", title="85th percentile", format=".3~g"),
+        ],
+    )
+    return (
+        (band + line)
+        .transform_filter("datum.network === network && datum.variant === variant")
+        .add_params(network, variant)
+        .properties(width="container", height=200)
+    )
+
+
+def _curves(group: list[Curves], target: float | None) -> Any:
+    rows = []
+    for curves in group:
+        for seed in range(curves.validation_accuracy.shape[1]):
+            accuracy = curves.validation_accuracy[curves.best, seed]
+            loss = [math.nan, *curves.train_loss[curves.best, seed]]
+            for step, reached, lost in zip(curves.steps, accuracy, loss, strict=True):
+                rows.append(
+                    {
+                        "normalization": NORMALIZATIONS[curves.normalization],
+                        "step": step,
+                        "accuracy": _number(reached),
+                        "loss": _number(lost),
+                    }
+                )
+    measure = alt.param(name="measure", value="accuracy")
+    base = (
+        alt.Chart(alt.InlineData(rows))
+        .transform_calculate(value="datum[measure]")
+        .transform_filter("isValid(datum.value)")
+        .encode(x=_steps())
+    )
+    colour, dash, opacity, pick = _key(group)
+    # The range over seeds only for a name that was clicked: seven at once hide each other.
+    only = {"param": "picked", "empty": False}
+    y = alt.Y("mean(value):Q", title=None, axis=alt.Axis(format="~g", tickCount=6))
+    band = base.mark_area().encode(
+        y=alt.Y("min(value):Q", title=None),
+        y2="max(value):Q",
+        color=colour,
+        opacity=alt.OpacityValue(0.0, condition={**only, "value": 0.16}),
+    )
+    line = base.mark_line(strokeWidth=2.2).encode(
+        y=y,
+        color=colour,
+        strokeDash=dash,
+        opacity=opacity,
+        tooltip=[
+            alt.Tooltip("normalization:N"),
+            alt.Tooltip("step:Q"),
+            alt.Tooltip("mean(value):Q", title="mean over seeds", format=".3f"),
+        ],
+    )
+    goal = (
+        alt.Chart(alt.InlineData([{"target": _number(target)}]))
+        .transform_filter("measure === 'accuracy'")
+        .mark_rule(strokeDash=[2, 3], strokeWidth=1.4, color="#888888")
+        .encode(y="target:Q")
+    )
+    return (band + line + goal).add_params(measure, pick).properties(width="container", height=280)
+
+
+def _rates(group: list[Curves]) -> Any:
+    rows = [
+        {
+            "normalization": NORMALIZATIONS[curves.normalization],
+            "rate": rate,
+            "accuracy": _number(accuracy) if np.isfinite(loss) else 0.0,
+        }
+        for curves in group
+        for rate, accuracies, losses in zip(
+            curves.learning_rates,
+            curves.validation_accuracy[:, :, -1],
+            curves.final_loss,
+            strict=True,
+        )
+        for accuracy, loss in zip(accuracies, losses, strict=True)
+    ]
+    rates = sorted({row["rate"] for row in rows})
+    colour, dash, opacity, pick = _key(group)
+    base = alt.Chart(alt.InlineData(rows)).encode(
+        x=alt.X(
+            "rate:Q",
+            title="learning rate",
+            scale=alt.Scale(type="log", nice=False, padding=8),
+            axis=alt.Axis(values=rates, format="~g", grid=False, labelOverlap=False),
+        ),
+        y=alt.Y("mean(accuracy):Q", title=None, axis=alt.Axis(format="~g", tickCount=6)),
+        color=colour,
+        opacity=opacity,
+        tooltip=[
+            alt.Tooltip("normalization:N"),
+            alt.Tooltip("rate:Q", title="learning rate", format="~g"),
+            alt.Tooltip("mean(accuracy):Q", title="mean over seeds", format=".3f"),
+            alt.Tooltip("min(accuracy):Q", title="worst seed", format=".3f"),
+        ],
+    )
+    line = base.mark_line(strokeWidth=2.2).encode(strokeDash=dash)
+    points = base.mark_point(filled=True, size=34)
+    return (line + points).add_params(pick).properties(width="container", height=240)
+
+
+def _steps() -> alt.X:
+    plain = alt.Axis(grid=False)
+    return alt.X("step:Q", title="training step", scale=alt.Scale(nice=False), axis=plain)
+
+
+def _key(group: list[Curves]) -> tuple[Any, Any, Any, alt.Parameter]:
+    """Colour, dash, opacity and the choice by a click on the legend."""
+    lines: list[Line] = [LINES[curves.normalization] for curves in group]
+    names = [NORMALIZATIONS[curves.normalization] for curves in group]
+    legend = alt.Legend(
+        title=None, orient="bottom", columns=4, symbolType="stroke", symbolSize=300, symbolOpacity=1
+    )
+    colour = alt.Color(
+        "normalization:N",
+        scale=alt.Scale(domain=names, range=[line.light for line in lines]),
+        legend=legend,
+    )
+    dash = alt.StrokeDash(
+        "normalization:N",
+        scale=alt.Scale(domain=names, range=[list(line.dash) or [1, 0] for line in lines]),
+        legend=legend,
+    )
+    pick = alt.selection_point(fields=["normalization"], bind="legend", name="picked")
+    return colour, dash, alt.condition(pick, alt.value(1.0), alt.value(0.12)), pick
+
+
+def _number(value: Any) -> float | None:
+    """Four digits, as many as a screen shows; None, a gap, for what is not finite."""
+    return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None

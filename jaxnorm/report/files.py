@@ -1,0 +1,110 @@
+"""Files that are there whole or not at all."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class OutputError(OSError):
+    """A folder that cannot be written; the message says which, why, and what to do."""
+
+
+def check_folder(folder: str | os.PathLike[str], names: tuple[str, ...] = ()) -> Path:
+    """Find out, before any work is done, whether files can be written into a folder.
+
+    Nothing is left behind: a folder that does not exist is not made, only the first of its parents
+    that exists is tried.
+
+    Args:
+      folder: where the files are to go.
+      names: of the files; none of them may be a folder.
+
+    Returns:
+      The folder as a path.
+
+    Raises:
+      OutputError: it, or a parent, is a file, or it cannot be written.
+
+    Example:
+      >>> with tempfile.TemporaryDirectory() as parent:
+      ...     check_folder(Path(parent) / "new").name
+      'new'
+    """
+    folder = Path(folder)
+    existing = folder.absolute()
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not os.path.isdir(existing):
+        raise OutputError(
+            f"output: the results must go into a folder; got '{folder}', where '{existing}' is not "
+            "one. Choose another with --out."
+        )
+    for name in names:
+        if os.path.isdir(folder / name):
+            raise OutputError(
+                f"output: '{name}' must be a file; got a folder of this name in '{folder}'. Move "
+                "it away, or choose another folder with --out."
+            )
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+    return folder
+
+
+def write_files(folder: str | os.PathLike[str], texts: Mapping[str, str]) -> list[Path]:
+    """Write text files next to whatever a folder holds; all are written before any is renamed.
+
+    Args:
+      folder: made where it does not exist, with its parents.
+      texts: file name -> content. A file of the same name is replaced; no other is touched.
+
+    Returns:
+      The paths, in the order of `texts`.
+
+    Raises:
+      OutputError: the folder cannot be made or written. What was there before is still there.
+
+    Example:
+      >>> with tempfile.TemporaryDirectory() as parent:
+      ...     [path] = write_files(parent, {"a.txt": "hello"})
+      ...     path.read_text()
+      'hello'
+    """
+    folder = Path(folder)
+    written: list[tuple[str, Path]] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+            written.append((temporary, folder / name))
+            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+        for temporary, path in written:
+            os.replace(temporary, path)
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+    finally:
+        for temporary, _ in written:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+    return [path for _, path in written]
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to read it without setting it
+    os.umask(mask)
+    return mask
+
+
+def _cannot_write(folder: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"output: the folder must be writable; got '{folder}': {error.strerror or error}. Choose "
+        "another with --out, or change its permissions."
+    )

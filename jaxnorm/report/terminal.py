@@ -1,0 +1,41 @@
+"""The table of a study, for the terminal."""
+
+from rich import box
+from rich.table import Table
+
+from jaxnorm.lab.results import StudyResult
+from jaxnorm.report.words import COLUMNS, NETWORKS, NORMALIZATIONS, cells
+
+
+def build_tables(result: StudyResult) -> list[Table]:
+    """One table per network: accuracy, steps to 90 % of the best, highest stable learning rate.
+
+    Args:
+      result: a finished study.
+
+    Returns:
+      Tables for `rich.console.Console.print`.
+
+    Raises:
+      Nothing of its own.
+    """
+    tables = []
+    for network in dict.fromkeys(row.network for row in result.summaries):
+        table = Table(
+            title=NETWORKS.get(network, network),
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("normalization", no_wrap=True)
+        for column in COLUMNS:
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in result.summaries:
+            if row.network == network:
+                name = NORMALIZATIONS.get(row.normalization, row.normalization)
+                table.add_row(name, *cells(row))
+        tables.append(table)
+    return tables

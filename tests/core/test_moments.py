@@ -1,0 +1,157 @@
+"""The monoid, the running statistics, and what `measure` does with a bad guess."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxnorm
+from jaxnorm import BatchStats, Moments
+from jaxnorm.core.measure import Reduction, measure
+from jaxnorm.testing import assert_close, oracle
+
+numbers = st.lists(st.floats(-1e6, 1e6, width=32), min_size=0, max_size=20)
+
+
+def taken(values) -> Moments:
+    if not values:
+        return Moments.empty()
+    return jaxnorm.moments(jnp.asarray(values, jnp.float32), 0)
+
+
+def close(a: Moments, b: Moments, size: float):
+    np.testing.assert_allclose(a.count, b.count)
+    np.testing.assert_allclose(a.mean, b.mean, atol=2e-6 * size)
+    np.testing.assert_allclose(a.m2, b.m2, atol=2e-5 * size**2, rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(numbers, numbers, numbers)
+def test_merge_is_a_commutative_monoid(a, b, c):
+    size = max(1.0, *map(abs, a + b + c)) if a + b + c else 1.0
+    x, y, z = taken(a), taken(b), taken(c)
+    close(x.merge(y), y.merge(x), size)
+    close(x.merge(y).merge(z), x.merge(y.merge(z)), size)
+    close(x.merge(Moments.empty()), x, size)
+    close(x.merge(y), taken(a + b), size)
+
+
+def test_merge_where_a_mean_of_variances_is_wrong():
+    whole = taken([-1.0, 1.0]).merge(taken([9.0, 11.0]))
+    assert (whole.count, whole.mean, whole.var) == (4, 5, 26)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1, (0, 2), (0, 1, 2)])
+def test_moments_against_the_oracle(axis):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(5, 6, 7)) + 1e4, jnp.float32)
+    mask = rng.random((5, 6, 1)) < 0.5
+    for m in (None, mask):
+        got = jaxnorm.moments(x, axis, mask=None if m is None else jnp.asarray(m))
+        wanted = oracle.moments(np.asarray(x), axis, mask=m)
+        assert got.mean.shape == wanted.mean.shape
+        np.testing.assert_array_equal(got.count, wanted.count)
+        np.testing.assert_allclose(got.mean, wanted.mean, rtol=1e-7)
+        np.testing.assert_allclose(got.m2, wanted.m2, rtol=2e-6, atol=1e-4)
+
+
+def test_moments_can_be_differentiated():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 50)) + 100, jnp.float32)
+    dmean, dm2 = jnp.arange(1.0, 5.0), jnp.arange(2.0, 6.0)
+    m, back = jax.vjp(lambda x: jaxnorm.moments(x, -1), x)
+    got = back(Moments(jnp.zeros_like(m.count), dmean, dm2))[0]
+    wanted = oracle.moments_vjp(np.asarray(dmean), np.asarray(dm2), np.asarray(x), -1)
+    assert_close(got, wanted, what="derivative", floor=float(np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0, 1e4, -1e6, 1e30])
+def test_the_guess_changes_nothing_but_the_time(offset):
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(64, 3)) + 7, jnp.float32)
+    guess = jnp.full((1, 3), offset, jnp.float32)
+    local = jax.jit(lambda x, g: measure(x, Reduction((0,), 1e-5), guess=g))(x, guess).local
+    wanted = oracle.batch_norm(np.asarray(x), None, None, np.zeros(3), np.ones(3), training=True)[0]
+    assert_close(local.standardize(x), wanted)
+
+
+def test_a_good_guess_costs_one_read():
+    """The second measurement stands in a branch, also under vmap: `cond`, not `select`."""
+    x = jnp.ones((3, 8, 4))
+    run = jax.vmap(lambda x: measure(x, Reduction((0,))).local)
+    text = str(jax.make_jaxpr(run)(x))
+    assert "cond[" in text
+    assert text.count("branches=") == 1
+
+
+def stats(mean, var, count=0):
+    return BatchStats(jnp.full(2, mean), jnp.full(2, var), jnp.asarray(count, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"decay": 0.5}, {"decay": 0.0}, {"decay": 1.0}, {"decay": None}, {"debias": True},
+        {"debias": True, "decay": 0.9}, {"debias": True, "decay": 1.0}, {"unbiased": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_running_statistics_against_the_oracle(options):
+    rng = np.random.default_rng(3)
+    new, wanted = stats(3.0, 2.0), (np.full(2, 3.0), np.full(2, 2.0), 0)
+    for i in range(4):
+        x = jnp.asarray(rng.normal(size=(5 + i, 2)) * 2 + 1, jnp.float32)
+        _, new = jaxnorm.batch_norm(x, None, None, new, training=True, **options)
+        _, wanted = oracle.batch_norm(
+            np.asarray(x), None, None, *wanted[:2], count=wanted[2], training=True, **options
+        )
+        np.testing.assert_allclose(new.mean, wanted[0], rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(new.var, wanted[1], rtol=2e-5)
+        assert int(new.count) == int(wanted[2]) == i + 1
+
+
+def test_decay_may_be_a_schedule():
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(5, 2)), jnp.float32)
+    run = jax.jit(
+        lambda d: jaxnorm.batch_norm(x, None, None, stats(0.0, 1.0), training=True, decay=d)
+    )
+    for decay in (0.3, 0.8):
+        fixed = jaxnorm.batch_norm(x, None, None, stats(0.0, 1.0), training=True, decay=decay)
+        np.testing.assert_allclose(run(jnp.float32(decay))[1].var, fixed[1].var, rtol=1e-6)
+
+
+def test_features_that_the_mask_leaves_out_keep_their_statistics():
+    x = jnp.ones((4, 2)) * 9
+    mask = jnp.array([[True, False]])
+    _, new = jaxnorm.batch_norm(x, None, None, stats(3.0, 2.0), training=True, mask=mask)
+    assert new.mean[1] == 3 and new.var[1] == 2 and new.mean[0] > 3
+    _, new = jaxnorm.batch_norm(x, None, None, stats(3.0, 2.0), training=True, mask=mask & False)
+    assert int(new.count) == 0 and (new.mean == 3).all()
+
+
+def test_running_statistics_carry_no_gradient():
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(5, 2)), jnp.float32)
+
+    def total(x, mean, training):
+        old = stats(0.0, 1.0)._replace(mean=mean)
+        y, new = jaxnorm.batch_norm(x, None, None, old, training=training)
+        return (new.mean + new.var).sum() if training else (y**2).sum()
+
+    assert (jax.grad(total)(x, jnp.zeros(2), True) == 0).all()
+    for training in (True, False):
+        assert (jax.grad(total, argnums=1)(x, jnp.ones(2), training) == 0).all()
+
+
+def test_evaluation_returns_the_statistics_it_was_given():
+    old = stats(1.0, 4.0, 7)
+    y, new = jaxnorm.batch_norm(jnp.full((3, 2), 5.0), None, None, old, training=False)
+    np.testing.assert_allclose(y, 2.0, rtol=1e-5)
+    for a, b in zip(new, old):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_huge_data_leaves_finite_statistics():
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(8, 2)) * 1e30, jnp.float32)
+    _, new = jaxnorm.batch_norm(x, None, None, stats(0.0, 1.0), training=True)
+    assert np.isfinite(new.var).all() and np.isfinite(new.mean).all()
+    assert np.isfinite(jaxnorm.moments(x, 0).m2).all()

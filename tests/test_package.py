@@ -1,0 +1,177 @@
+"""What holds for the package as a whole: its layers, its imports, its memory, its traces."""
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES
+
+import jaxnorm
+import jaxnorm.linen as jnn
+
+ROOT = Path(jaxnorm.__file__).parent
+# Each room may use those before it.
+ROOMS = (
+    "core", "distributed", "kernels", "functional", "linen", "nnx", "training", "tools", "monitor",
+    "lab", "report", "testing", "cli",
+)  # fmt: skip
+APART = {("linen", "nnx"), ("nnx", "linen")}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{a.name}" for a in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
+
+
+def test_imports_go_upward():
+    for path in ROOT.rglob("*.py"):
+        here = room(path)
+        if here in ("__init__", "__main__"):
+            continue
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] != "jaxnorm" or len(parts) < 2 or parts[1] not in ROOMS:
+                continue
+            assert ROOMS.index(parts[1]) <= ROOMS.index(here), f"{path}: {name}"
+            assert (here, parts[1]) not in APART, f"{path}: {name}"
+        flax_free = here in ("core", "distributed", "functional", "kernels")
+        assert not (flax_free and any(n.split(".")[0] == "flax" for n in imported(path))), path
+
+
+def test_the_oracle_shares_no_code_with_what_it_judges():
+    for path in (ROOT / "testing").rglob("*.py"):
+        for name in imported(path):
+            parts = name.split(".")
+            assert parts[0] != "jax", path
+            assert parts[0] != "jaxnorm" or parts[1] == "testing", path
+
+
+def test_no_file_is_two_ideas():
+    long = {str(p): n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    assert not long, long
+
+
+PROBE = """
+import json, sys, time
+import jax
+start = time.perf_counter()
+import jaxnorm
+seconds = time.perf_counter() - start
+from jax._src import xla_bridge
+print(json.dumps({
+    "seconds": seconds,
+    "flax": [m for m in sys.modules if m.split(".")[0] in ("flax", "optax")],
+    "backends": list(xla_bridge._backends),
+}))
+"""
+
+
+def test_importing_is_cheap_loads_no_flax_and_starts_no_backend():
+    runs = [
+        json.loads(
+            subprocess.run([sys.executable, "-c", PROBE], capture_output=True, check=True).stdout
+        )
+        for _ in range(3)
+    ]
+    assert runs[0]["flax"] == [] and runs[0]["backends"] == []
+    assert min(r["seconds"] for r in runs) < 0.1, runs
+
+
+@pytest.mark.parametrize("name", jaxnorm.__all__)
+def test_public_names_are_documented(name):
+    thing = getattr(jaxnorm, name)
+    doc = inspect.getdoc(thing)
+    assert ">>>" in doc, "no example"
+    if inspect.isfunction(thing) and name != "init_batch_stats":
+        for part in ("Args:", "Returns:", "Raises:", "Source:", ".. math::"):
+            assert part in doc, part
+
+
+def kept(function, *arguments) -> int:
+    """Bytes that live between the forward and the backward pass."""
+    _, back = jax.vjp(function, *arguments)
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(back))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name != "standardize_weight"], ids=lambda c: c.name
+)
+def test_the_backward_keeps_x_and_little_else(case, jit):
+    shape = (4, 512, 128)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    scale, bias = jnp.ones(128), jnp.zeros(128)
+    function = case.function
+    if case.name == "batch_norm_eval":
+        stats = jaxnorm.init_batch_stats(128)
+        function = lambda *a: jaxnorm.batch_norm(*a, stats, training=False)[0]  # noqa: E731
+    function = jax.jit(function) if jit else function
+    assert kept(function, x, scale, bias) <= 1.05 * x.nbytes
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "BatchNorm"])
+def test_modules_keep_a_sixth_of_flax(name):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(512, 512)), jnp.bfloat16)
+    share = {}
+    for module in (jnn, nn):
+        extra = {"use_running_average": False} if name == "BatchNorm" else {}
+        layer = getattr(module, name)(dtype=jnp.bfloat16, **extra)
+        variables = layer.init(jax.random.key(0), x)
+        run = lambda v, x, m=layer: m.apply(v, x, mutable=["batch_stats"])[0]  # noqa: E731
+        share[module] = kept(run, variables, x) / x.nbytes
+    assert share[jnn] <= 1.05
+    assert share[nn] >= 3 * share[jnn]  # else Flax has changed, and the README with it
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_training_loop_traces_once(x64):
+    traces = []
+    with jax.enable_x64(x64):
+
+        @jax.jit
+        def step(x, scale, bias, stats):
+            traces.append(None)
+
+            def loss(scale, bias):
+                y, new = jaxnorm.batch_norm(x, scale, bias, stats, training=True)
+                return ((y - 1) ** 2).mean(), new
+
+            (dscale, dbias), new = jax.grad(loss, argnums=(0, 1), has_aux=True)(scale, bias)
+            return scale - 0.1 * dscale, bias - 0.1 * dbias, new
+
+        rng = np.random.default_rng(0)
+        dtype = jnp.float64 if x64 else jnp.float32
+        scale, bias, stats = jnp.ones(3, dtype), jnp.zeros(3, dtype), jaxnorm.init_batch_stats(3)
+        for _ in range(100):
+            x = jnp.asarray(rng.normal(size=(16, 3)) + 2, dtype)
+            scale, bias, stats = step(x, scale, bias, stats)
+        assert len(traces) == 1
+        assert int(stats.count) == 100
+        assert {a.dtype.name for a in stats[:2]} == {"float32"}
+        np.testing.assert_allclose(stats.mean, 2, atol=0.9)
+
+
+@pytest.mark.parametrize("x_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("p_dtype", ["bfloat16", "float32"])
+def test_result_dtype_follows_flax(x_dtype, p_dtype):
+    x = jnp.ones((4, 3, 6), x_dtype)
+    for case in CASES[:-1]:
+        y = case.function(x, jnp.ones(6, p_dtype), jnp.ones(6, p_dtype))
+        assert y.dtype == jnp.result_type(x_dtype, p_dtype)
+        assert case.function(x, jnp.ones(6), jnp.ones(6), dtype=jnp.float16).dtype == jnp.float16

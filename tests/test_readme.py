@@ -1,0 +1,40 @@
+"""The README's example runs, its commands are CI's, its figures are the measured ones."""
+
+import re
+from pathlib import Path
+
+import jaxnorm
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_example_runs_and_learns():
+    (example,) = blocks("python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 30
+    names: dict = {"__name__": "readme"}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["seen"]["loss"] < 0.1
+    assert names["evaluate"](names["state"], names["batch"])["loss"] < 0.5
+
+
+def test_exactly_two_commands_and_ci_runs_them():
+    commands = "".join(blocks("sh")).strip().splitlines()
+    assert len(commands) == 2
+    assert "jaxnorm demo" in commands[0] and "pytest" in commands[1]
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_public_function_is_in_the_table():
+    for name in jaxnorm.__all__:
+        if name[0].islower() and name not in ("init_batch_stats",):
+            assert f"`{name}" in README or f".{name}(" in README, name
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
