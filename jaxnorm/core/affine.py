@@ -1,5 +1,6 @@
 """From moments to the normalized array: standardize, scale, shift, and what the backward keeps."""
 
+from dataclasses import replace
 from functools import partial
 from typing import overload
 
@@ -40,9 +41,10 @@ def normalize(
 
     @_kept
     def run(x, scale, bias, mask, guess):
-        x = x.astype(wide_dtype(x.dtype))
-        measured = jax.tree.map(_named, measure(x, reduction, mask, guess))
-        return _affine(x, measured.local, scale, bias, dtype), measured
+        wide = x.astype(wide_dtype(x.dtype))
+        measured = measure(wide, replace(reduction, stored=x.dtype), mask, guess)
+        measured = jax.tree.map(_named, measured)
+        return _affine(wide, measured.local, scale, bias, dtype), measured
 
     return run(x, scale, bias, mask, guess)
 

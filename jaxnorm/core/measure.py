@@ -99,6 +99,8 @@ class Reduction:
     """False for raw second moments (RMS normalization): origin and mean are zero."""
     two_pass: bool = False
     """The textbook's way, with a rounded mean; see `_measure_two_pass`."""
+    stored: jax.typing.DTypeLike | None = None
+    """What `x` was widened from, if it was: the branch of a poor guess reads it in that form."""
 
     def size(self, shape: tuple[int, ...]) -> int:
         """Elements in a slice of an array of this shape, over all replicas."""
@@ -140,8 +142,11 @@ def _measure(reduction: Reduction, x, mask, guess) -> Measured:
         origin = guess + jnp.zeros_like(mean)
         return Measured(_local(reduction, origin, mean, count, var), count, var)
 
+    # A branch's operands are arrays in memory. Narrowed, this one is the array that is there
+    # already (narrowing undoes the widening exactly, and the compiler drops both).
+    narrow = x if reduction.stored is None else x.astype(reduction.stored)
     return lax.cond(
-        _all(near & finite), kept, lambda: _measure_again(reduction, x, mask, guess + mean)
+        _all(near & finite), kept, lambda: _measure_again(reduction, narrow, mask, guess + mean)
     )
 
 
@@ -210,6 +215,7 @@ def _measure_again(reduction: Reduction, x, mask, guess) -> Measured:
     the guess was wrong, the second by the rounding of that. It is kept inside the range of the
     data, so that for a slice of one repeated value it is that value, and x - origin is exactly 0.
     """
+    x = x.astype(guess.dtype)
     low, high = _range(reduction, x, mask)
     size = jnp.maximum(_largest(low), _largest(high))
     rescale = jnp.where(size > _big(size.dtype) ** 0.5, _rescale(size.dtype), 1).astype(size.dtype)

@@ -119,8 +119,8 @@ def rms_norm(
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
-        >>> print(jaxnorm.rms_norm(jnp.array([3.0, 4.0]), epsilon=0.0).round(3))
-        [0.849 1.131]
+        >>> [round(v, 3) for v in jaxnorm.rms_norm(jnp.array([3.0, 4.0]), epsilon=0.0).tolist()]
+        [0.849, 1.131]
     """
     op = "rms_norm"
     x = check.inexact(op, "x", x)

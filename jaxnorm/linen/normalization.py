@@ -143,8 +143,8 @@ class RMSNorm(nn.RMSNorm):
     Example:
         >>> import jax, jax.numpy as jnp, jaxnorm.linen as jnn
         >>> y, _ = jnn.RMSNorm().init_with_output(jax.random.key(0), jnp.array([3.0, 4.0]))
-        >>> print(y.round(3))
-        [0.849 1.131]
+        >>> [round(v, 3) for v in y.tolist()]
+        [0.849, 1.131]
     """
 
     scale_offset: float = dataclasses.field(default=0.0, kw_only=True)

@@ -134,8 +134,9 @@ class RMSNorm(nnx.RMSNorm):
     Example:
         >>> import jax.numpy as jnp, jaxnorm.nnx as jnn
         >>> from flax import nnx
-        >>> print(jnn.RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([3.0, 4.0])).round(3))
-        [0.849 1.131]
+        >>> y = jnn.RMSNorm(2, rngs=nnx.Rngs(0))(jnp.array([3.0, 4.0]))
+        >>> [round(v, 3) for v in y.tolist()]
+        [0.849, 1.131]
     """
 
     @extends(nnx.RMSNorm)
