@@ -76,11 +76,14 @@ class BatchNorm(nn.BatchNorm):
             start.count if count is None else count.value,
         )
         initializing = self.is_initializing()
+        # A model of one example, whose batch is a named axis, has no batch at all while initializing.
+        one_example = initializing and self.axis_name is not None and x.ndim == len(shape)
+        training = not use_running_average
         y, new = functional.batch_norm(
             x,
             *_parameters(self, shape),
             stats,
-            training=not use_running_average,
+            training=training and not one_example,
             feature_axis=self.axis,
             decay=self.momentum,
             epsilon=self.epsilon,
@@ -92,7 +95,7 @@ class BatchNorm(nn.BatchNorm):
             implementation=check.from_flax(self.use_fast_variance),
             dtype=self.dtype,
         )
-        if not use_running_average and not initializing:
+        if training and not initializing:
             mean.value, var.value = new.mean, new.var
             if count is not None:
                 count.value = new.count

@@ -107,6 +107,22 @@ def test_initialization_updates_nothing_and_needs_no_axis():
     del variables
 
 
+def test_a_model_of_one_example_under_nested_vmap():
+    """The batch is two named axes; shared statistics come out unbatched (flax#3319)."""
+    shared = {
+        "variable_axes": {"params": None, "batch_stats": None},
+        "split_rngs": {"params": False},
+    }
+    inner = nn.vmap(jnn.BatchNorm, axis_name="inner", **shared)
+    both = nn.vmap(inner, axis_name="outer", **shared)
+    layer = both(use_running_average=False, axis_name=("inner", "outer"), momentum=0.0)
+    x = X[:, :, 0]
+    y, new = layer.apply(layer.init(KEY, x), x, mutable=["batch_stats"])
+    wanted = oracle.batch_norm(np.asarray(x), None, None, np.zeros(6), np.ones(6), training=True)[0]
+    assert_close(y, wanted)
+    np.testing.assert_allclose(new["batch_stats"]["mean"], x.mean((0, 1)), atol=1e-6)
+
+
 def test_a_count_exists_only_when_asked_for():
     assert set(jnn.BatchNorm(False).init(KEY, X)["batch_stats"]) == {"mean", "var"}
     for options in ({"momentum": None}, {"debias": True}):
