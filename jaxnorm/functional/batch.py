@@ -123,7 +123,8 @@ def batch_norm(
     if not reduced and axis_name is None:
         raise ValueError(
             f"{op}: a batch has an axis beside the features; got x.shape={x.shape} with "
-            f"feature_axis={feature_axis}. Add the batch axis, x[None]; or, where vmap holds it, give that axis's axis_name."
+            f"feature_axis={feature_axis}. Add the batch axis, x[None]; or, where vmap holds it, "
+            "give that axis's axis_name."
         )
     check.not_empty(op, x, reduced)
     replicas = named_axis(op, axis_name, axis_index_groups)

@@ -76,7 +76,7 @@ class BatchNorm(nn.BatchNorm):
             start.count if count is None else count.value,
         )
         initializing = self.is_initializing()
-        # A model of one example, whose batch is a named axis, has no batch at all while initializing.
+        # A model of one example, whose batch is a named axis, has no batch while initializing.
         one_example = initializing and self.axis_name is not None and x.ndim == len(shape)
         training = not use_running_average
         y, new = functional.batch_norm(
