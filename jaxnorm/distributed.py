@@ -35,10 +35,6 @@ class NamedAxis(Alone):
         """Elementwise minimum over the members."""
         return self._over(lax.pmin, array)
 
-    def max(self, array: Array) -> Array:
-        """Elementwise maximum over the members."""
-        return self._over(lax.pmax, array)
-
     def _over(self, collective, array: Array) -> Array:
         groups = None if self.groups is None else [list(g) for g in self.groups]
         return collective(array, self.name, axis_index_groups=groups)

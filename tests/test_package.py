@@ -5,6 +5,7 @@ import inspect
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -170,8 +171,8 @@ def test_a_training_loop_traces_once(x64):
 @pytest.mark.parametrize("x_dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("p_dtype", ["bfloat16", "float32"])
 def test_result_dtype_follows_flax(x_dtype, p_dtype):
-    x = jnp.ones((4, 3, 6), x_dtype)
+    x, p = jax.ShapeDtypeStruct((4, 3, 6), x_dtype), jax.ShapeDtypeStruct((6,), p_dtype)
     for case in CASES[:-1]:
-        y = case.function(x, jnp.ones(6, p_dtype), jnp.ones(6, p_dtype))
-        assert y.dtype == jnp.result_type(x_dtype, p_dtype)
-        assert case.function(x, jnp.ones(6), jnp.ones(6), dtype=jnp.float16).dtype == jnp.float16
+        assert jax.eval_shape(case.function, x, p, p).dtype == jnp.promote_types(x_dtype, p_dtype)
+        chosen = jax.eval_shape(partial(case.function, dtype=jnp.float16), x, p, p)
+        assert chosen.dtype == jnp.float16

@@ -39,6 +39,12 @@ def normalize(
     Computed in float32 at least and rounded once to `dtype`.
     """
 
+    return _normalize(reduction, jnp.dtype(dtype), x, scale, bias, mask, guess)
+
+
+# Compiled once for each shape where it is called outside of `jit`; inside, it dissolves.
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _normalize(reduction: Reduction, dtype, x, scale, bias, mask, guess):
     @_kept
     def run(x, scale, bias, mask, guess):
         wide = x.astype(wide_dtype(x.dtype))
@@ -57,6 +63,11 @@ def normalize_with(
     dtype: jax.typing.DTypeLike,
 ) -> Inexact[Array, "*shape"]:
     """The same with moments that are given."""
+    return _normalize_with(jnp.dtype(dtype), x, local, scale, bias)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _normalize_with(dtype, x, local, scale, bias):
     return _kept(partial(_affine, dtype=dtype))(x, local, scale, bias)
 
 

@@ -107,6 +107,7 @@ class Reduction:
         return math.prod(shape[a] for a in self.axes) * self.replicas.size()
 
 
+@partial(jax.jit, static_argnames="reduction", inline=True)
 def measure(
     x: Inexact[Array, "*shape"],
     reduction: Reduction,
@@ -129,7 +130,8 @@ def measure(
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _measure(reduction: Reduction, x, mask, guess) -> Measured:
     if not reduction.centered:
-        return _measure_raw(reduction, x, mask)
+        zero = jnp.zeros((1,) * x.ndim, wide_dtype(x.dtype))
+        return _measure_at_two_scales(reduction, x.astype(zero.dtype), mask, zero)
     if reduction.two_pass:
         return _measure_two_pass(reduction, x, mask)
     guess = guess.astype(wide_dtype(x.dtype))
@@ -146,7 +148,7 @@ def _measure(reduction: Reduction, x, mask, guess) -> Measured:
     # already (narrowing undoes the widening exactly, and the compiler drops both).
     narrow = x if reduction.stored is None else x.astype(reduction.stored)
     return lax.cond(
-        _all(near & finite), kept, lambda: _measure_again(reduction, narrow, mask, guess + mean)
+        _all(near & finite), kept, lambda: _measure_again(reduction, narrow, mask, guess, mean)
     )
 
 
@@ -197,59 +199,67 @@ def _sums(reduction: Reduction, shape, mask, *terms):
     return reduction.replicas.sum(total(inside), *map(total, terms))
 
 
-def _means(reduction: Reduction, x, mask, *, origin, rescale=None):
-    """Count, mean(z) and mean(|z|^2) for z = x * rescale - origin, in one read of x."""
-    z = x.astype(origin.dtype)
-    z = (z if rescale is None else z * rescale.astype(z.dtype)) - origin
+def _means(reduction: Reduction, x, mask, *, origin):
+    """Count, mean(z) and mean(|z|^2) for z = x - origin, in one read of x."""
+    z = x.astype(origin.dtype) - origin
     z = z if mask is None else jnp.where(mask, z, 0)
     count, first, square = _sums(reduction, x.shape, mask, z, abs_squared(z))
     n = jnp.maximum(count, 1)
     return count, first / n.astype(first.dtype), square / n
 
 
-def _measure_again(reduction: Reduction, x, mask, guess) -> Measured:
-    """The same moments at leisure: more reads, any guess, any finite data.
+def _measure_again(reduction: Reduction, x, mask, guess, offset) -> Measured:
+    """The same moments in a second read, from a first mean, guess + offset, of any quality.
 
-    The data is scaled down by a power of two where its squares could overflow, and the origin is
-    refined twice: the first refinement is off by the rounding of a sum of numbers as large as
-    the guess was wrong, the second by the rounding of that. It is kept inside the range of the
-    data, so that for a slice of one repeated value it is that value, and x - origin is exactly 0.
+    That mean is off by the rounding of numbers as large as the guess was wrong, `blur`. Where an
+    element of the slice lies that close to it, the element is as good an origin; and for a slice
+    of one repeated value it is that value, so that x - origin is exactly zero. Sums are taken at
+    two scales, since a poor guess may also be one that overflowed.
     """
     x = x.astype(guess.dtype)
-    low, high = _range(reduction, x, mask)
-    size = jnp.maximum(_largest(low), _largest(high))
-    rescale = jnp.where(size > _big(size.dtype) ** 0.5, _rescale(size.dtype), 1).astype(size.dtype)
-    scale = rescale.astype(low.dtype)
-    low, high, guess = low * scale, high * scale, guess * scale
-    origin = _clip(jnp.where(jnp.isfinite(guess), guess, 0), low, high)
-    for _ in range(2):
-        _, mean, _ = _means(reduction, x, mask, origin=origin, rescale=rescale)
-        origin = _clip(origin + mean, low, high)
-    count, mean, square = _means(reduction, x, mask, origin=origin, rescale=rescale)
-    var = jnp.maximum(square - abs_squared(mean), 0)
-    local = _local(reduction, origin / scale, mean / scale, count, var, rescale)
-    return Measured(local, count, saturate(var / rescale / rescale))
+    element = _element(x, reduction, mask)
+    mean = guess + offset
+    blur = 4 * jnp.finfo(mean.dtype).eps * (jnp.abs(guess) + jnp.abs(offset))
+    # Written so that a mean or a blur that is not a number chooses the element.
+    origin = jnp.where(jnp.abs(mean - element) > blur, mean, element)
+    return _measure_at_two_scales(reduction, x, mask, origin)
 
 
-def _measure_raw(reduction: Reduction, x, mask) -> Measured:
-    """mean |x|^2, summed at two scales in one read so that no large number overflows.
+def _measure_at_two_scales(reduction: Reduction, x, mask, origin) -> Measured:
+    """Moments about `origin` for any finite data: squares that overflow are summed scaled down.
 
     Source: Blue, "A portable Fortran program to find the Euclidean norm of a vector", 1978.
     """
-    z = x.astype(wide_dtype(x.dtype))
-    z = z if mask is None else jnp.where(mask, z, 0)
-    real = jnp.finfo(z.dtype).dtype
+    real = jnp.finfo(origin.dtype).dtype
     down = jnp.asarray(_rescale(real), real)
-    count, plain, scaled = _sums(
-        reduction, x.shape, mask, abs_squared(z), abs_squared(z * down.astype(z.dtype))
-    )
+    inside = (lambda z: z) if mask is None else (lambda z: jnp.where(mask, z, 0))
+    plain = inside(x - origin)
+    small = inside(x * down.astype(x.dtype) - origin * down.astype(x.dtype))
+    terms = (abs_squared(plain), abs_squared(small))
+    if reduction.centered:
+        terms = (plain, small, *terms)
+    count, *means = _sums(reduction, x.shape, mask, *terms)
     n = jnp.maximum(count, 1)
-    fits = plain < _big(real)
-    rescale = jnp.where(fits, jnp.ones_like(plain), down)
-    square = jnp.where(fits, plain, scaled) / n
-    zero = jnp.zeros((1,) * x.ndim, z.dtype)
-    local = _local(reduction, zero, zero, count, square, rescale)
-    return Measured(local, count, saturate(square / rescale / rescale))
+    square, small_square = (total / n for total in means[-2:])
+    fits = square < _big(real)
+    rescale = jnp.where(fits, jnp.ones_like(square), down)
+    var = jnp.where(fits, square, small_square)
+    mean = jnp.zeros((1,) * x.ndim, x.dtype)
+    if reduction.centered:
+        scale = rescale.astype(x.dtype)
+        mean = jnp.where(fits, means[0], means[1]) / n.astype(x.dtype)
+        var = jnp.maximum(var - abs_squared(mean), 0)
+        # The origin moves to the mean: among the largest numbers the way between may overflow.
+        origin, mean = (part / scale for part in _two_sum(origin * scale, mean))
+    local = _local(reduction, origin, mean, count, var, rescale)
+    return Measured(local, count, saturate(var / rescale / rescale))
+
+
+def _two_sum(a, b):
+    """a + b rounded, and what the rounding lost (Knuth, TAOCP volume 2, section 4.2.2)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
 
 
 def _measure_two_pass(reduction: Reduction, x, mask) -> Measured:
@@ -287,25 +297,41 @@ def _reciprocal_root(x):
 
 
 def _sample(x, reduction: Reduction, mask):
-    """A value near each slice, for next to nothing: the mean of a few of its elements.
-
-    Clipped to their range, it is exact for a slice of one repeated value.
-    """
-    wide = wide_dtype(x.dtype)
+    """A guess of the mean of each slice, for next to nothing: the mean of a few elements."""
     if reduction.replicas != ALONE or _sharded(x, reduction.axes):
         # No element is at hand everywhere, and fetching one would be a collective of its own.
-        return jnp.zeros([1 if a in reduction.axes else n for a, n in enumerate(x.shape)], wide)
-    if mask is not None:
-        # Which elements count is known to the device only: this guess takes a read of x.
-        low, high = _range(reduction, x, mask)
-        _, mean, _ = _means(reduction, x, mask, origin=jnp.zeros((1,) * x.ndim, wide))
-        return _clip(mean, low, high)
-    few = lax.slice(x, *_places(x.shape, reduction.axes)).astype(wide)
+        shape = [1 if a in reduction.axes else n for a, n in enumerate(x.shape)]
+        return jnp.zeros(shape, wide_dtype(x.dtype))
+    if mask is None:
+        return _few(x, reduction)
+    # Which elements count is known to the device only: this guess takes a read of x.
+    low = _element(x.astype(wide_dtype(x.dtype)), reduction, mask)
+    _, offset, _ = _means(reduction, x, mask, origin=low)
+    return low + offset
+
+
+def _few(x, reduction: Reduction):
+    """Mean of at most 16 elements, clipped to their range: exact for one repeated value."""
+    few = lax.slice(x, *_places(x.shape, reduction.axes)).astype(wide_dtype(x.dtype))
     over = {"axis": reduction.axes, "keepdims": True}
     mean = jnp.mean(few, **over)
     return _componentwise(
         lambda mean, few: jnp.clip(mean, jnp.min(few, **over), jnp.max(few, **over)), mean, few
     )
+
+
+def _element(x, reduction: Reduction, mask):
+    """A value inside the range of each slice, for one repeated value that value; 0 for none."""
+    if mask is None and reduction.replicas == ALONE and not _sharded(x, reduction.axes):
+        return _few(x, reduction)
+
+    def smallest(part):
+        infinity = jnp.asarray(jnp.inf, part.dtype)
+        kept = part if mask is None else jnp.where(mask, part, infinity)
+        found = reduction.replicas.min(jnp.min(kept, axis=reduction.axes, keepdims=True))
+        return jnp.where(found == infinity, 0, found)
+
+    return _componentwise(smallest, x)
 
 
 def _places(shape: tuple[int, ...], axes: tuple[int, ...]):
@@ -320,26 +346,6 @@ def _places(shape: tuple[int, ...], axes: tuple[int, ...]):
         start[a] = (shape[a] - 1 - span) // 2
         end[a] = start[a] + span + 1
     return start, end, stride
-
-
-def _range(reduction: Reduction, x, mask):
-    """Smallest and largest element of each slice (of each component); zeros where there is none."""
-    x = x.astype(wide_dtype(x.dtype))
-
-    def extreme(reduce, across, start):
-        def one(part):
-            bound = jnp.asarray(start, part.dtype)
-            kept = part if mask is None else jnp.where(mask, part, bound)
-            found = across(reduce(kept, axis=reduction.axes, keepdims=True))
-            return jnp.where(found == bound, jnp.zeros_like(found), found)
-
-        return _componentwise(one, x)
-
-    replicas = reduction.replicas
-    return (
-        extreme(jnp.min, replicas.min, jnp.inf),
-        extreme(jnp.max, replicas.max, -jnp.inf),
-    )
 
 
 def _sharded(x, axes: tuple[int, ...]) -> bool:
@@ -366,15 +372,6 @@ def _componentwise(function, *parts):
         return function(*parts)
     real, imag = map(jnp.real, parts), map(jnp.imag, parts)
     return lax.complex(function(*real), function(*imag))
-
-
-def _clip(x, low, high):
-    return _componentwise(jnp.clip, x, low, high)
-
-
-def _largest(x):
-    """Largest magnitude of the components."""
-    return jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
 
 
 def _big(dtype) -> float:

@@ -1,6 +1,6 @@
 """Who else holds a part of the slices whose moments are taken.
 
-`core` only needs three verbs. The base class is the case of one device; `jaxnorm.distributed`
+`core` only needs these verbs. The base class is the case of one device; `jaxnorm.distributed`
 gives the same verbs a named axis.
 """
 
@@ -23,10 +23,6 @@ class Alone:
 
     def min(self, array: Array) -> Array:
         """Elementwise minimum over the replicas."""
-        return array
-
-    def max(self, array: Array) -> Array:
-        """Elementwise maximum over the replicas."""
         return array
 
 

@@ -1,0 +1,1 @@
+"""Peers side by side, and the results that the README quotes."""

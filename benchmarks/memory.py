@@ -1,0 +1,55 @@
+"""Bytes that a layer keeps between its forward and its backward pass, in units of x's bytes.
+
+Counted in the traced program: the distinct arrays that the function returned by `jax.vjp` holds.
+Parameters are float32, x and the results bfloat16.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import peers as p
+from benchmarks.records import new_record
+
+SHAPES = ((4096, 1024), (32, 28, 28, 128))
+GROUPS = 32
+
+
+def measure(command: str, *, quick: bool = False) -> dict:
+    """The record of a run. Nothing is computed, only traced, so that the quick form is the full."""
+    del quick
+    settings = {
+        "peers": [p.JAXNORM.name, p.FLAX.name],
+        "dtype": "bfloat16",
+        "parameters": "float32",
+        "columns": ["norm", "shape", "under jit", "kept bytes / bytes of x, by peer"],
+    }
+    record = new_record("memory", command, settings)
+    samples = []
+    for shape in SHAPES:
+        for norm in p.norms(GROUPS):
+            if norm.name in ("instance", "group") and len(shape) == 2:
+                continue  # without spatial axes
+            for jit in (False, True):
+                kept = [_kept(peer, norm, shape, jit=jit) for peer in (p.JAXNORM, p.FLAX)]
+                samples.append([norm.name, list(shape), jit, kept])
+    record["samples"] = samples
+    return record
+
+
+def _kept(peer: p.Linen, norm: p.Norm, shape, *, jit: bool) -> float:
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    feature = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+    function = peer.function(norm, jnp.bfloat16)
+    function = jax.jit(function) if jit else function
+    kept = {}
+
+    def trace(parameters, x):
+        y, back, state = jax.vjp(function, parameters, x, has_aux=True)
+        kept.update({id(a): a for a in jax.tree.leaves(back)})
+        return y, state
+
+    jax.eval_shape(trace, p.parameters_of(norm, feature, feature), x)
+    size = sum(math.prod(a.shape) * a.dtype.itemsize for a in kept.values())
+    return round(size / (math.prod(shape) * x.dtype.itemsize), 4)

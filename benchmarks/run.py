@@ -1,0 +1,48 @@
+"""Run a benchmark, or render the committed results.
+
+    python benchmarks/run.py accuracy|memory|compile|time [--quick] [--out DIR]
+    python benchmarks/run.py report [--out DIR]
+
+A run prints its tables and writes every sample to `<DIR>/<name>.json`; DIR is
+`benchmarks/results` unless given. A quick run is a smoke test: it writes only where it is told.
+`report` prints the results in DIR as Markdown; the README's tables are pasted from it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks import accuracy, compiling, memory, records, report, timing
+
+BENCHMARKS = {"accuracy": accuracy, "memory": memory, "compile": compiling, "time": timing}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=[*BENCHMARKS, "report"])
+    parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the JSON is")
+    given = parser.parse_args(arguments)
+    if given.what == "report":
+        print(report.render(given.out or records.RESULTS), end="")
+        return
+    command = f"python benchmarks/run.py {given.what}" + " --quick" * given.quick
+    record = BENCHMARKS[given.what].measure(command, quick=given.quick)
+    for table in report.TABLES[given.what](record):
+        table.show()
+    print(report.origin(record))
+    if given.out or not given.quick:
+        written = records.write(record, given.out or records.RESULTS)
+        print(f"written: {written.name}")
+    else:
+        print("a quick run is not written; give --out DIR to keep it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The benchmarks run, and what they found keeps the promises that the README makes of them."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def from_the_repository():
+    """`benchmarks` is no part of the installed package, and this folder must not pass for it."""
+    sys.path.insert(0, str(ROOT))
+    yield
+    sys.path.remove(str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def quick(from_the_repository):
+    from benchmarks import accuracy, memory
+
+    return {
+        "accuracy": accuracy.measure("quick", quick=True, peers=("jaxnorm",)),
+        "memory": memory.measure("quick", quick=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def committed(from_the_repository):
+    from benchmarks import records
+
+    return {n: records.read(n) for n in ("accuracy", "memory", "compile", "time")}
+
+
+def numbers_are_right(results):
+    """jaxnorm's promises: units by dtype, exactness at the edge, and no NaN anywhere."""
+    ours = results["settings"]["peers"].index("jaxnorm")
+    assert results["values"] and results["derivatives"]
+    for row in results["values"]:
+        limit = 32 if row[1] == "float32" else 0.51
+        assert row[-1][ours] <= limit, row
+    for row in results["derivatives"]:
+        found = [units for units in row[-1][ours] if units is not None]
+        assert len(found) == (2 if row[0] == "rms" else 3)
+        assert max(found) <= (64 if row[1] == "float32" else 0.51), row
+    for case, norm, row in results["special"]:
+        units, finite = row[ours]
+        assert finite and units <= (0 if case.startswith("constant") else 32), (case, norm)
+
+
+def memory_is_small(results):
+    assert len(results["samples"]) == 16
+    for norm, shape, jit, (ours, flax) in results["samples"]:
+        # x itself, which Flax keeps in float32 and more than once.
+        assert 1 <= ours <= 1.05 and flax >= 4, (norm, shape, jit)
+
+
+def test_the_quick_forms_keep_the_promises(quick):
+    numbers_are_right(quick["accuracy"])
+    memory_is_small(quick["memory"])
+
+
+def test_the_committed_results_keep_the_promises(committed):
+    numbers_are_right(committed["accuracy"])
+    memory_is_small(committed["memory"])
+    dtypes = {row[1] for row in committed["accuracy"]["values"]}
+    assert dtypes == {"float32", "bfloat16"}
+    assert len({row[2] for row in committed["accuracy"]["values"]}) == 3
+
+
+def test_what_is_committed_was_checked_against_the_oracle(committed):
+    timed = committed["time"]
+    ours = timed["settings"]["peers"].index("jaxnorm")
+    cases = {json.dumps(row[:3]) for row in timed["samples"]}
+    assert cases == {json.dumps(row[:3]) for row in timed["checked"]}
+    assert all(max(row[-1][ours]) <= 64 for row in timed["checked"])
+
+
+def test_a_measurement_notices_a_wrong_layer(quick, monkeypatch):
+    from benchmarks import accuracy, peers
+
+    run = peers.Linen.run
+    monkeypatch.setattr(peers.Linen, "run", lambda self, *args, **options: {
+        k: v * (1 + 1e-3) for k, v in run(self, *args, **options).items()
+    })  # fmt: skip
+    found = accuracy.measure("quick", quick=True, peers=("jaxnorm",))
+    with pytest.raises(AssertionError):
+        numbers_are_right(found)
+
+
+def test_results_say_where_they_come_from_and_stay_small(committed):
+    from benchmarks import records
+
+    for name, results in committed.items():
+        path = records.RESULTS / f"{name}.json"
+        assert path.stat().st_size < 200_000
+        assert not re.search(r"/(root|home|work|tmp|Users)/", path.read_text())
+        assert results["command"] == f"python benchmarks/run.py {name}"
+        assert results["machine"]["cpu"] and results["machine"]["cores"]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", results["date"])
+        assert {"python", "jaxnorm", "jax", "jaxlib", "flax", "numpy", "torch"} == set(
+            results["versions"]
+        )
+
+
+def test_the_report_shows_every_result(committed):
+    from benchmarks import report
+
+    text = report.render()
+    for name, results in committed.items():
+        assert results["command"] in text
+        for table in report.TABLES[name](results):
+            assert table.markdown() in text
+    for norm in report.WORD.values():
+        assert f"| {norm}" in text
+    assert report.accuracy_table(committed["accuracy"], by="norm").count("\n") == 2 + 5
+    assert report.accuracy_table(committed["accuracy"], by="offset").count("\n") == 2 + 4
+
+
+def test_the_report_takes_the_worst_and_the_median():
+    from benchmarks import report
+
+    results = {
+        "settings": {"peers": ["jaxnorm", "flax"]},
+        "versions": {"torch": "not installed"},
+        "values": [
+            ["layer", "float32", "ragged", 0.0, 1.0, "none", [1.5, 7.0]],
+            ["layer", "float32", "ragged", 0.0, 1.0, "first", [2.5, "nonfinite"]],
+        ],
+        "samples": [["layer", [8, 4], "", "forward", i, [v, 2.0]] for i, v in enumerate((1, 3, 8))],
+    }
+    line = report.accuracy_table(results, by="norm").splitlines()[-1]
+    assert line == "| LayerNorm | 2.5 | NaN | - | not installed |"
+    cells = report.time_table(results).splitlines()[-1].split(" | ")
+    assert cells[1:4] == ["8x4", "forward", "3.00 (2.00–5.50)"]  # noqa: RUF001
+    assert cells[-2] == "1.50 (1.00–2.75)" and cells[-1].startswith("not installed")  # noqa: RUF001
+
+
+def test_a_run_prints_and_writes(tmp_path, capsys):
+    from benchmarks import records, run
+
+    run.main(["memory", "--quick", "--out", str(tmp_path)])
+    written = records.read("memory", tmp_path)
+    memory_is_small(written)
+    assert "--quick" in written["command"] and "LayerNorm" in capsys.readouterr().out
+    run.main(["report", "--out", str(tmp_path)])
+    assert "| LayerNorm | 4096x1024 |" in capsys.readouterr().out
+
+
+def test_tables_without_rich(capsys, monkeypatch):
+    from benchmarks import report
+
+    monkeypatch.setitem(sys.modules, "rich", None)
+    report.Table("title", ("", "n"), [("a", "1"), ("bb", "22")]).show()
+    assert capsys.readouterr().out == "title\n     n\na    1\nbb  22\n\n"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="PyTorch is not installed: an optional peer"
+)
+def test_torch_computes_the_same():
+    import numpy as np
+
+    from benchmarks import accuracy, peers
+    from jaxnorm.testing import rounding_units
+
+    for norm in peers.norms(3):
+        inputs = accuracy._inputs(accuracy.LAYOUTS[1], np.float32, 0.0, 1.0, "none")
+        got, exact = peers.TORCH.run(norm, **inputs), norm.exact(**inputs)
+        for name, found in got.items():
+            what = "value" if name == "y" else "derivative"
+            assert rounding_units(found, exact[name], what=what) < 64, (norm.name, name)
