@@ -114,6 +114,48 @@ def render(folder: Path = records.RESULTS) -> str:
     return "\n".join(parts)
 
 
+def readme(folder: Path = records.RESULTS) -> str:
+    """The README's section of measured figures, between its two markers."""
+    read = {name: records.read(name, folder) for name in TABLES}
+    accuracy, kept, compiled, timed = (
+        read[name] for name in ("accuracy", "memory", "compile", "time")
+    )
+    return f"""
+Worst error of `y` over batch, layer, RMS, group and instance normalization in float32, by offset of
+the data, against a float64 oracle, in units of the dtype's rounding of max(1, |y|). "Two-pass" is
+Flax with `use_fast_variance=False`.
+
+{accuracy_table(accuracy, by="offset")}
+Worst error of any first derivative on the same inputs, where they are well conditioned, in units of
+rounding of the largest element:
+
+{derivative_table(accuracy)}
+Inputs at the edge:
+
+{special_table(accuracy)}
+{origin(accuracy)}
+
+Kept between the forward and the backward pass for bfloat16 `x`, in bytes of `x`:
+
+{memory_table(kept)}
+{origin(kept)}
+
+Time on a CPU, milliseconds, median and quartiles of interleaved rounds. What is exact and small is
+not yet fast everywhere: the backward passes are behind Flax on this CPU, and a batch far from the
+running mean (the first steps of training) is read twice.
+
+{time_table(timed)}
+{origin(timed)}
+
+Seconds to trace and compile the gradient of eight layers:
+
+{compile_table(compiled)}
+{origin(compiled)}
+
+`python benchmarks/run.py accuracy` (memory, time, compile) in `.venv-test` measures them again.
+"""
+
+
 _KEYS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "norm and offset": (("", "offset"), lambda row: (WORD[row[0]], _power(row[3]))),
     "norm": (("",), lambda row: (WORD[row[0]],)),

@@ -1,11 +1,11 @@
 """Run a benchmark, or render the committed results.
 
     python benchmarks/run.py accuracy|memory|compile|time [--quick] [--out DIR]
-    python benchmarks/run.py report [--out DIR]
+    python benchmarks/run.py report [--readme] [--out DIR]
 
 A run prints its tables and writes every sample to `<DIR>/<name>.json`; DIR is
 `benchmarks/results` unless given. A quick run is a smoke test: it writes only where it is told.
-`report` prints the results in DIR as Markdown; the README's tables are pasted from it.
+`report` prints the results in DIR as Markdown, `report --readme` the section that the README holds.
 """
 
 import argparse
@@ -26,11 +26,13 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=[*BENCHMARKS, "report"])
+    parser.add_argument("--readme", action="store_true", help="report: the README's section")
     parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the JSON is")
     given = parser.parse_args(arguments)
     if given.what == "report":
-        print(report.render(given.out or records.RESULTS), end="")
+        shown = report.readme if given.readme else report.render
+        print(shown(given.out or records.RESULTS), end="")
         return
     command = f"python benchmarks/run.py {given.what}" + " --quick" * given.quick
     record = BENCHMARKS[given.what].measure(command, quick=given.quick)

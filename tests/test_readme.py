@@ -1,6 +1,7 @@
 """The README's example runs, its commands are CI's, its figures are the measured ones."""
 
 import re
+import sys
 from pathlib import Path
 
 import jaxnorm
@@ -38,3 +39,13 @@ def test_every_public_function_is_in_the_table():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_figures_are_the_committed_ones():
+    sys.path.insert(0, str(ROOT))
+    try:
+        from benchmarks import report
+    finally:
+        sys.path.remove(str(ROOT))
+    section = README.split("<!-- measured: begin -->\n")[1].split("<!-- measured: end -->")[0]
+    assert section == report.readme(), "python benchmarks/run.py report --readme"
