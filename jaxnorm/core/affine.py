@@ -6,17 +6,14 @@ from typing import overload
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Inexact
 
-from jaxnorm.core.measure import LocalMoments, Measured, Reduction, measure
+from jaxnorm.core.measure import LocalMoments, Measured, Reduction
 from jaxnorm.core.moments import promoted, wide_dtype
+from jaxnorm.core.standardize import MOMENTS, standardize
 
-# Between the passes `x` is kept in its own dtype, and the moments, under this name. All else is
-# recomputed: the backward pass is dx = rstd (g - <g> - xhat <g xhat>) with g = dy * scale, which
-# follows from the derivative of the moments, summed in the wide dtype and rounded once.
-MOMENTS = "jaxnorm_moments"
+# Between the passes `x` is kept in its own dtype, and the moments, which bear this name. All else
+# is recomputed, in the wide dtype, and the gradient rounded once.
 _kept = partial(
     jax.checkpoint,
     prevent_cse=False,
@@ -47,12 +44,23 @@ def normalize(
 def _normalize(reduction: Reduction, dtype, x, scale, bias, mask, guess):
     @_kept
     def run(x, scale, bias, mask, guess):
-        wide = x.astype(wide_dtype(x.dtype))
-        measured = measure(wide, replace(reduction, stored=x.dtype), mask, guess)
-        measured = jax.tree.map(_named, measured)
-        return _affine(wide, measured.local, scale, bias, dtype), measured
+        xhat, measured = _standardized(reduction, x, mask, guess)
+        return _affine(xhat, scale, bias, dtype), measured
 
     return run(x, scale, bias, mask, guess)
+
+
+@partial(jax.jit, static_argnames="reduction", inline=True)
+def measure(
+    x: Inexact[Array, "*shape"], reduction: Reduction, mask: Bool[Array, "*#shape"] | None
+) -> Measured:
+    """The moments alone."""
+    return _kept(lambda x, mask: _standardized(reduction, x, mask, None)[1])(x, mask)
+
+
+def _standardized(reduction: Reduction, x, mask, guess):
+    wide = x.astype(wide_dtype(x.dtype))
+    return standardize(wide, replace(reduction, stored=x.dtype), mask, guess)
 
 
 def normalize_with(
@@ -68,20 +76,16 @@ def normalize_with(
 
 @partial(jax.jit, static_argnums=0, inline=True)
 def _normalize_with(dtype, x, local, scale, bias):
-    return _kept(partial(_affine, dtype=dtype))(x, local, scale, bias)
+    @_kept
+    def run(x, local: LocalMoments, scale, bias):
+        return _affine(local.standardize(x), scale, bias, dtype)
+
+    return run(x, local, scale, bias)
 
 
-def _named(array: Array) -> Array:
-    # In parts: JAX cannot keep a complex array by name.
-    if jnp.iscomplexobj(array):
-        return lax.complex(_named(jnp.real(array)), _named(jnp.imag(array)))
-    return checkpoint_name(array, MOMENTS)
-
-
-def _affine(x, local: LocalMoments, scale, bias, dtype):
-    y = local.standardize(x)
-    wide = promoted(y.dtype, dtype)
-    y = y.astype(wide)
+def _affine(xhat, scale, bias, dtype):
+    wide = promoted(xhat.dtype, dtype)
+    y = xhat.astype(wide)
     if scale is not None:
         y = y * scale.astype(wide)
     if bias is not None:

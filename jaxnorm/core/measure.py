@@ -1,4 +1,4 @@
-"""Measure the slices of an array: one read, any offset, every derivative.
+"""Measure the slices of an array: one read, any offset.
 
 `LocalMoments` is what normalization needs: moments seen from a value near the data, because a
 mean rounded to float32 is off by 1e-3 at an offset of 1e4, and so would be everything that is
@@ -23,19 +23,13 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Inexact
 
-from jaxnorm.core.moments import Moments, abs_squared, saturate, wide_dtype
+from jaxnorm.core.moments import Moments, abs_squared, saturate
 from jaxnorm.core.replicas import ALONE, Alone
 
 # A guess within this many deviations of the mean costs at most log2(1 + 2**2) = 2.3 bits of the
 # variance. Looser is cheaper for tiny batches only: the samples of `_sample` lie within half a
 # deviation, a running mean closer still.
 _NEAR = 2.0
-
-# Centered data is carried times this power of two, and the reciprocal deviation divided by it. So
-# x - origin stays finite over the whole range of the dtype, 1 / sqrt(var) of the largest numbers
-# does not become subnormal, and sums of centered data in the backward pass do not overflow. It is
-# exact, and what it flushes to zero has a variance that is zero in any case.
-_DOWN = 2.0**-40
 
 
 class LocalMoments(NamedTuple):
@@ -48,29 +42,22 @@ class LocalMoments(NamedTuple):
     """A value near the data; constant under differentiation, since no result depends on it."""
     mean: Inexact[Array, "*slices"]
     """Mean of x - origin."""
-    rstd_up: Float[Array, "*slices"]
-    """2^40 / sqrt(var + epsilon); 0 for a slice with no element, or with var + epsilon = 0."""
+    rstd: Float[Array, "*slices"]
+    """1 / sqrt(var + epsilon); 0 for a slice with no element, or with var + epsilon = 0."""
 
     def standardize(self, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         """``xhat = (x - origin - mean) / sqrt(var + epsilon)`` in the dtype of the moments."""
         dtype = self.mean.dtype
-        down = jnp.asarray(_DOWN, dtype)
-        centered = (x.astype(dtype) * down - self.origin * down) - self.mean * down
-        return centered * self.rstd_up.astype(dtype)
-
-    @property
-    def rstd(self) -> Float[Array, "*slices"]:
-        """``1 / sqrt(var + epsilon)``."""
-        return self.rstd_up * _DOWN
+        return ((x.astype(dtype) - self.origin) - self.mean) * self.rstd.astype(dtype)
 
     @classmethod
     def known(cls, mean: Inexact[Array, "*slices"], var: Float[Array, "*slices"], epsilon: float):
         """From statistics that are given, as in evaluation."""
-        return cls(mean, jnp.zeros_like(mean), _reciprocal_root(var + epsilon) / _DOWN)
+        return cls(mean, jnp.zeros_like(mean), _reciprocal_root(var + epsilon))
 
 
 class Measured(NamedTuple):
-    """Result of `measure`: the local moments, and the absolute ones for whoever keeps them."""
+    """Result of a measurement: the local moments, and the absolute ones for whoever keeps them."""
 
     local: LocalMoments
     count: Float[Array, "*slices"]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -90,7 +77,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Reduction:
-    """The static half of `measure`: which elements make up a slice, and epsilon."""
+    """The static half of a measurement: which elements make up a slice, and epsilon."""
 
     axes: tuple[int, ...]
     epsilon: float = 0.0
@@ -107,34 +94,19 @@ class Reduction:
         return math.prod(shape[a] for a in self.axes) * self.replicas.size()
 
 
-@partial(jax.jit, static_argnames="reduction", inline=True)
-def measure(
-    x: Inexact[Array, "*shape"],
+def take(
     reduction: Reduction,
-    mask: Bool[Array, "*#shape"] | None = None,
-    guess: Inexact[Array, "*#shape"] | None = None,
+    x: Inexact[Array, "*shape"],
+    mask: Bool[Array, "*#shape"] | None,
+    guess: Inexact[Array, "*#shape"] | None,
 ) -> Measured:
-    """Moments of the slices of `x`, differentiable to any order in both modes.
-
-    Args:
-        x: the data, any floating or complex dtype; accumulated in float32 at least.
-        reduction: the axes and what lies behind them.
-        mask: which elements count; None for all.
-        guess: a value expected near the mean of each slice, the same on all replicas.
-    """
-    if guess is None and reduction.centered and not reduction.two_pass:
-        guess = _sample(x, reduction, mask)
-    return _measure(reduction, x, mask, guess)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _measure(reduction: Reduction, x, mask, guess) -> Measured:
+    """The moments of the slices of `x`, from a guess of their means; None: from one of its own."""
     if not reduction.centered:
-        zero = jnp.zeros((1,) * x.ndim, wide_dtype(x.dtype))
-        return _measure_at_two_scales(reduction, x.astype(zero.dtype), mask, zero)
+        zero = jnp.zeros((1,) * x.ndim, x.dtype)
+        return _measure_at_two_scales(reduction, x, mask, zero)
     if reduction.two_pass:
         return _measure_two_pass(reduction, x, mask)
-    guess = guess.astype(wide_dtype(x.dtype))
+    guess = _sample(x, reduction, mask) if guess is None else guess.astype(x.dtype)
     count, mean, square = _means(reduction, x, mask, origin=guess)
     var = jnp.maximum(square - abs_squared(mean), 0)
     near = jnp.abs(mean) <= _NEAR * jnp.sqrt(var)
@@ -152,43 +124,6 @@ def _measure(reduction: Reduction, x, mask, guess) -> Measured:
     )
 
 
-@_measure.defjvp
-def _measure_jvp(reduction: Reduction, primals, tangents):
-    x, mask, guess = primals
-    measured = _measure(reduction, x, mask, guess)
-    # Recomputed from x in the backward pass, which therefore keeps nothing else of x's size.
-    rule = jax.checkpoint(partial(_tangents, reduction), prevent_cse=False)
-    count = None if mask is None else measured.count
-    mean, rstd_up, var = rule(x, mask, count, measured.local, tangents[0])
-    local = LocalMoments(jnp.zeros_like(measured.local.origin), mean, rstd_up)
-    return measured, Measured(local, jnp.zeros_like(measured.count), var)
-
-
-def _tangents(reduction: Reduction, x, mask, count, local: LocalMoments, tangent):
-    """The derivative of the moments, a linear map of the tangent dx.
-
-    With xhat = (x - mean) rstd and <.> the mean over a slice: d mean = <dx>,
-    d var = 2 <Re(conj(xhat) dx)> / rstd, d rstd = -rstd^2 <Re(conj(xhat) dx)>.
-    """
-    xhat = local.standardize(x)
-    dx = tangent.astype(xhat.dtype)
-    if mask is not None:
-        xhat, dx = jnp.where(mask, xhat, 0), jnp.where(mask, dx, 0)
-    total = partial(jnp.sum, axis=reduction.axes, keepdims=True)
-    inner = jnp.real(jnp.conj(xhat) * dx) if jnp.iscomplexobj(xhat) else xhat * dx
-    n = reduction.size(x.shape) if count is None else jnp.maximum(count, 1)
-    if reduction.centered:
-        dmean, inner = reduction.replicas.sum(total(dx), total(inner))
-        dmean = dmean / jnp.asarray(n, dmean.dtype)
-    else:
-        (inner,) = reduction.replicas.sum(total(inner))
-        dmean = jnp.zeros_like(local.mean)
-    inner = inner / n
-    rstd = local.rstd
-    dvar = jnp.where(rstd > 0, inner + inner, 0) / jnp.where(rstd > 0, rstd, 1)
-    return dmean, -(inner * rstd) * local.rstd_up, dvar
-
-
 def _sums(reduction: Reduction, shape, mask, *terms):
     """Count of each slice and sums of terms that are zero outside the mask, in one collective."""
     total = partial(jnp.sum, axis=reduction.axes, keepdims=True)
@@ -201,7 +136,7 @@ def _sums(reduction: Reduction, shape, mask, *terms):
 
 def _means(reduction: Reduction, x, mask, *, origin):
     """Count, mean(z) and mean(|z|^2) for z = x - origin, in one read of x."""
-    z = x.astype(origin.dtype) - origin
+    z = x - origin
     z = z if mask is None else jnp.where(mask, z, 0)
     count, first, square = _sums(reduction, x.shape, mask, z, abs_squared(z))
     n = jnp.maximum(count, 1)
@@ -244,14 +179,20 @@ def _measure_at_two_scales(reduction: Reduction, x, mask, origin) -> Measured:
     fits = square < _big(real)
     rescale = jnp.where(fits, jnp.ones_like(square), down)
     var = jnp.where(fits, square, small_square)
-    mean = jnp.zeros((1,) * x.ndim, x.dtype)
+    mean, count_within = jnp.zeros_like(origin), count
     if reduction.centered:
         scale = rescale.astype(x.dtype)
         mean = jnp.where(fits, means[0], means[1]) / n.astype(x.dtype)
         var = jnp.maximum(var - abs_squared(mean), 0)
         # The origin moves to the mean: among the largest numbers the way between may overflow.
         origin, mean = (part / scale for part in _two_sum(origin * scale, mean))
-    local = _local(reduction, origin, mean, count, var, rescale)
+        # An element lies at most sqrt(n) deviations from the mean. Where that could overflow, at
+        # the very end of the range, nothing is subtracted, and 1 / sqrt(var) is zero.
+        limit = float(jnp.finfo(real).max) * rescale / (2 * jnp.sqrt(n))
+        within = jnp.sqrt(var) < limit
+        origin, mean = (jnp.where(within, part, jnp.zeros_like(part)) for part in (origin, mean))
+        count_within = jnp.where(within, count, 0)
+    local = _local(reduction, origin, mean, count_within, var, rescale)
     return Measured(local, count, saturate(var / rescale / rescale))
 
 
@@ -268,13 +209,12 @@ def _measure_two_pass(reduction: Reduction, x, mask) -> Measured:
     Kept for reproducing numbers, not for its digits: at an offset of 1e4 deviations the rounding
     of the mean alone moves every float32 result by 1e-3.
     """
-    wide = x.astype(wide_dtype(x.dtype))
     if reduction.replicas == ALONE:
         # jnp.mean, and not a sum divided here: its last bit is what is to be reproduced.
-        mean = jnp.mean(wide, axis=reduction.axes, keepdims=True, where=mask)
+        mean = jnp.mean(x, axis=reduction.axes, keepdims=True, where=mask)
         mean = mean if mask is None else jnp.where(jnp.isnan(mean), 0, mean)
     else:
-        zero = jnp.zeros((1,) * x.ndim, wide.dtype)
+        zero = jnp.zeros((1,) * x.ndim, x.dtype)
         _, mean, _ = _means(reduction, x, mask, origin=zero)
     count, _, var = _means(reduction, x, mask, origin=mean)
     return Measured(_local(reduction, mean, jnp.zeros_like(mean), count, var), count, saturate(var))
@@ -283,11 +223,10 @@ def _measure_two_pass(reduction: Reduction, x, mask) -> Measured:
 def _local(reduction: Reduction, origin, mean, count, var, rescale=None) -> LocalMoments:
     """Local moments from the variance of data that was scaled by `rescale`."""
     if rescale is None:
-        rstd_up = _reciprocal_root(var + reduction.epsilon) / _DOWN
+        rstd = _reciprocal_root(var + reduction.epsilon)
     else:
-        epsilon = reduction.epsilon * rescale * rescale
-        rstd_up = (rescale / _DOWN) * _reciprocal_root(var + epsilon)
-    return LocalMoments(origin, mean, jnp.where(count > 0, rstd_up, 0))
+        rstd = rescale * _reciprocal_root(var + reduction.epsilon * rescale * rescale)
+    return LocalMoments(origin, mean, jnp.where(count > 0, rstd, 0))
 
 
 def _reciprocal_root(x):
@@ -301,18 +240,18 @@ def _sample(x, reduction: Reduction, mask):
     if reduction.replicas != ALONE or _sharded(x, reduction.axes):
         # No element is at hand everywhere, and fetching one would be a collective of its own.
         shape = [1 if a in reduction.axes else n for a, n in enumerate(x.shape)]
-        return jnp.zeros(shape, wide_dtype(x.dtype))
+        return jnp.zeros(shape, x.dtype)
     if mask is None:
         return _few(x, reduction)
     # Which elements count is known to the device only: this guess takes a read of x.
-    low = _element(x.astype(wide_dtype(x.dtype)), reduction, mask)
+    low = _element(x, reduction, mask)
     _, offset, _ = _means(reduction, x, mask, origin=low)
     return low + offset
 
 
 def _few(x, reduction: Reduction):
     """Mean of at most 16 elements, clipped to their range: exact for one repeated value."""
-    few = lax.slice(x, *_places(x.shape, reduction.axes)).astype(wide_dtype(x.dtype))
+    few = lax.slice(x, *_places(x.shape, reduction.axes))
     over = {"axis": reduction.axes, "keepdims": True}
     mean = jnp.mean(few, **over)
     return _componentwise(

@@ -4,8 +4,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
 from jaxnorm.core import arguments as check
+from jaxnorm.core.affine import measure
 from jaxnorm.core.arguments import Axes
-from jaxnorm.core.measure import Reduction, measure
+from jaxnorm.core.measure import Reduction
 from jaxnorm.core.moments import Moments
 from jaxnorm.distributed import AxisName, named_axis
 
