@@ -142,7 +142,7 @@ Kept between the forward and the backward pass for bfloat16 `x`, in bytes of `x`
 
 Time on a CPU, milliseconds, median and quartiles of interleaved rounds. What is exact and small is
 not yet fast everywhere: the backward passes are behind Flax on this CPU, and a batch far from the
-running mean (the first steps of training) is read twice.
+running mean (the first steps of training, a constant channel) is read twice.
 
 {time_table(timed)}
 {origin(timed)}

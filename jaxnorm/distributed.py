@@ -15,7 +15,7 @@ AxisName = str | tuple[str, ...]
 class NamedAxis(Alone):
     """All members of a named axis, or of one's group of its indices, hold parts of a slice."""
 
-    name: AxisName
+    name: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...] | None = None
 
     def size(self) -> int:
@@ -58,7 +58,12 @@ def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=Non
             f"axis_index_groups={axis_index_groups} with axis_name=None. Name the axis too, or "
             "leave both out."
         )
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    if not names or isinstance(axis_name, int):
+        raise TypeError(
+            f"{operation}: axis_name must be the name of an axis, or a tuple of names; got "
+            f"axis_name={axis_name!r}. Give the name that vmap, pmap or the mesh has for it."
+        )
     for name in names:
         try:
             lax.axis_size(name)
@@ -72,14 +77,23 @@ def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=Non
     groups = None
     if axis_index_groups is not None:
         groups = tuple(tuple(int(i) for i in g) for g in axis_index_groups)
-        _check_groups(operation, groups, lax.axis_size(axis_name))
-    return NamedAxis(axis_name, groups)
+        _check_groups(operation, names, groups)
+    return NamedAxis(names, groups)
 
 
-def _check_groups(operation: str, groups: tuple[tuple[int, ...], ...], size: int) -> None:
+def _check_groups(operation: str, names: tuple[str, ...], groups: tuple[tuple[int, ...], ...]):
+    size = lax.axis_size(names)
     if sorted(i for g in groups for i in g) != list(range(size)) or len(set(map(len, groups))) != 1:
         raise ValueError(
             f"{operation}: axis_index_groups must split the {size} indices of the axis into groups "
             f"of one size; got {[list(g) for g in groups]}. For example "
             f"{[list(range(size // 2)), list(range(size // 2, size))]}."
         )
+    try:  # one number, to learn here what JAX would say from three layers below
+        NamedAxis(names, groups).sum(lax.axis_index(names).astype(jnp.float32))
+    except NotImplementedError:
+        raise ValueError(
+            f"{operation}: JAX does not split an axis into groups under this transformation; got "
+            f"axis_index_groups={[list(g) for g in groups]} for axis_name={names}. pmap and "
+            "shard_map(..., check_vma=False) do; under vmap, use two axes and name one of them."
+        ) from None

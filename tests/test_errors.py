@@ -53,9 +53,17 @@ BAD = {
     "instance": (lambda: instance_norm(X, feature_axis=0), ValueError, "feature_axis=0", "x[None]"),
     "offset": (lambda: rms_norm(X, scale_offset=1.0), ValueError, "scale=None", "Give a scale"),
     "gain": (
-        lambda: standardize_weight(X, jnp.ones(4)), ValueError, "gain.shape=(4,)", "feature_axis=",
+        lambda: standardize_weight(X, jnp.ones(4)), ValueError, "gain.shape=(4,)", "One for each",
     ),
-    "vector": (lambda: standardize_weight(jnp.ones(3)), ValueError, "axis=()", "Name one"),
+    "vector": (lambda: standardize_weight(jnp.ones(3)), ValueError, "kernel.shape=(3,)", "axis=0"),
+    "batch as feature": (
+        lambda: group_norm(X, num_groups=2, feature_axis=0), ValueError, "feature_axis=0", "Name",
+    ),
+    "axis_name type": (lambda: bn(axis_name=0), TypeError, "axis_name=0", "Give the name"),
+    "no values": (
+        lambda: layer_norm(jax.ShapeDtypeStruct((3,), "float32")), TypeError, "ShapeDtype", "eval_",
+    ),
+    "float8": (lambda: layer_norm(X.astype("float8_e5m2")), TypeError, "float8_e5m2", "astype"),
     "implementation": (lambda: bn(implementation="pallas"), ValueError, "'pallas'", "None"),
     "virtual batch": (lambda: bn(virtual_batch_size=2), ValueError, "virtual_batch_size=2", "None"),
     "dtype": (lambda: layer_norm(X, dtype=jnp.int8), TypeError, "dtype=int8", "bfloat16"),
@@ -76,6 +84,14 @@ def test_three_parts(name):
     assert operation in {*jaxnorm.__all__}, message
     assert given in message, message
     assert advice in message, message
+
+
+def test_groups_where_jax_has_none():
+    run = jax.vmap(
+        lambda x: bn(x, axis_name="i", axis_index_groups=[[0, 1], [2, 3]])[0], axis_name="i"
+    )
+    with pytest.raises(ValueError, match="batch_norm: JAX does not split an axis into groups"):
+        run(jnp.ones((4, 4, 5)))
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,16 @@ def test_export_runs_what_was_exported(case: Case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_export_with_a_symbolic_size(case: Case):
+    b, s = jax.export.symbolic_shape("b, s")
+    x, scale, bias = case.arguments()
+    symbolic = jax.ShapeDtypeStruct((b, s, x.shape[-1]), x.dtype)
+    function = jax.jit(lambda x: jax.vjp(lambda x: case.function(x, scale, bias), x)[1](x)[0])
+    exported = jax.export.export(function)(symbolic)
+    np.testing.assert_allclose(exported.call(x), function(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_export_for_tpu(case: Case):
     """Lowered for a platform that is not here: nothing in the program depends on this one."""
     a = case.arguments()

@@ -24,7 +24,12 @@ def inexact(operation: str, name: str, value) -> Array:
             f"{operation}: {name} must be a JAX or NumPy array; got {type(value).__name__} "
             f"{_short(value)}. Convert it first: jnp.asarray({name}, jnp.float32)."
         )
-    if not jnp.issubdtype(value.dtype, jnp.inexact):
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{operation}: {name} must be an array with values; got {value}. To learn the result's "
+            "shape without values, use jax.eval_shape."
+        )
+    if not jnp.issubdtype(value.dtype, jnp.inexact) or jnp.finfo(value.dtype).bits < 16:
         raise TypeError(
             f"{operation}: {name} must hold floating or complex numbers; got "
             f"{name}.dtype={value.dtype}, {name}.shape={value.shape}. Convert it first: "
@@ -64,7 +69,14 @@ def parameter(operation: str, name: str, value, x, feature_axes: tuple[int, ...]
     return None if value is None else statistic(operation, name, value, x, feature_axes)
 
 
-def statistic(operation: str, name: str, value, x, feature_axes: tuple[int, ...]) -> Array:
+def statistic(
+    operation: str,
+    name: str,
+    value,
+    x,
+    feature_axes: tuple[int, ...],
+    advice: str = "If your features lie elsewhere, say so: feature_axis=1, for example.",
+) -> Array:
     """An array of the shape of the feature axes."""
     value = inexact(operation, name, value)
     expected = tuple(x.shape[a] for a in feature_axes)
@@ -72,8 +84,7 @@ def statistic(operation: str, name: str, value, x, feature_axes: tuple[int, ...]
         raise ValueError(
             f"{operation}: scale, bias and statistics must have the shape of the feature axis, "
             f"{expected}, taken from x.shape={x.shape} at axis {_unpacked(feature_axes)}; got "
-            f"{name}.shape={value.shape}. If your features lie elsewhere, say so: "
-            "feature_axis=1, for example."
+            f"{name}.shape={value.shape}. {advice}"
         )
     return value
 
@@ -122,17 +133,15 @@ def number(operation: str, name: str, value, low: float, high: float, example: s
     return float(value)
 
 
-def decay_of(operation: str, value, name: str = "decay"):
+def decay_of(operation: str, value):
     """None, a Python number in [0, 1], or a scalar array (a schedule), which cannot be checked."""
     if value is None:
         return None
-    if (
-        isinstance(value, jax.Array)
-        and value.ndim == 0
-        and jnp.issubdtype(value.dtype, jnp.floating)
-    ):
+    value = value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
+    array = isinstance(value, jax.Array) and value.ndim == 0
+    if array and jnp.issubdtype(value.dtype, jnp.floating):
         return value
-    return number(operation, name, value, 0.0, 1.0, "0.99")
+    return number(operation, "decay", value, 0.0, 1.0, "0.99")
 
 
 def flag(operation: str, name: str, value) -> bool:
@@ -192,6 +201,20 @@ def groups_from(operation: str, num_groups, group_size, x) -> int:
             " Choose a divisor."
         )
     return features // group_size
+
+
+def kernel_options(operation: str, standardized: bool, use_gain: bool, mask) -> None:
+    """What goes together in a layer whose kernel can be standardized."""
+    if use_gain and not standardized:
+        raise ValueError(
+            f"{operation}: a gain belongs to a standardized kernel; got use_gain=True with "
+            "weight_standardization=False. Set weight_standardization=True, or leave out the gain."
+        )
+    if standardized and mask is not None:
+        raise ValueError(
+            f"{operation}: a masked kernel cannot be standardized, since its zeros would enter the "
+            "statistics; got mask with weight_standardization=True. Leave out one of the two."
+        )
 
 
 def implementation_of(operation: str, value) -> bool:

@@ -1,12 +1,13 @@
 """Batch normalization: moments over everything but the feature axes, remembered for inference."""
 
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact
 
 from jaxnorm.core import running
 from jaxnorm.core.affine import along, normalize, normalize_with
 from jaxnorm.core.measure import LocalMoments, Reduction
-from jaxnorm.core.moments import wide_dtype
+from jaxnorm.core.moments import promoted
 from jaxnorm.core.running import BatchStats
 
 
@@ -36,10 +37,18 @@ def train(
         dtype=dtype,
     )
     shape = stats.mean.shape
+    # Without a mask the count is known here, and is no array that could vary over devices.
+    size = reduction.size(x.shape)
+    known = mask is None and isinstance(size, int)
     new = running.update(
-        stats, *(a.reshape(shape) for a in (measured.count, measured.mean, measured.var)),
-        decay=decay, debias=debias, unbiased=unbiased,
-    )  # fmt: skip
+        stats,
+        size if known else measured.count.reshape(shape),
+        measured.mean.reshape(shape),
+        measured.var.reshape(shape),
+        decay=decay,
+        debias=debias,
+        unbiased=unbiased,
+    )
     return y, new
 
 
@@ -55,8 +64,8 @@ def evaluate(
 ) -> Inexact[Array, "*shape"]:
     """Normalize with the running statistics, which carry no gradient."""
     mean, var = (along(lax.stop_gradient(a), feature_axes, x.ndim) for a in (stats.mean, stats.var))
-    wide = wide_dtype(x.dtype)
-    local = LocalMoments.known(mean.astype(wide), var.astype(mean.real.dtype), epsilon)
+    wide = promoted(x.dtype, mean.dtype, jnp.float32)
+    local = LocalMoments.known(mean.astype(wide), var.astype(jnp.finfo(wide).dtype), epsilon)
     return normalize_with(
         x, local, along(scale, feature_axes, x.ndim), along(bias, feature_axes, x.ndim), dtype
     )

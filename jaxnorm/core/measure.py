@@ -276,6 +276,9 @@ def _element(x, reduction: Reduction, mask):
 def _places(shape: tuple[int, ...], axes: tuple[int, ...]):
     """Start, end and stride of a grid of at most 16 places over the axes, away from the edges."""
     start, end, stride = [0] * len(shape), list(shape), [1] * len(shape)
+    if not all(isinstance(shape[a], int) for a in axes):
+        # A symbolic size (jax.export): all that is known is that there is a first place.
+        return start, [1 if a in axes else n for a, n in enumerate(shape)], stride
     room = 16
     for left, a in zip(range(len(axes), 0, -1), sorted(axes, key=lambda a: shape[a])):
         number = min(shape[a], max(1, round(room ** (1 / left))))

@@ -52,11 +52,18 @@ class Moments(NamedTuple):
         sample variances", 1979, equation (2.1).
         """
         count = self.count + other.count
-        share = other.count / jnp.maximum(count, 1)
-        delta = other.mean - self.mean
-        mean = self.mean + delta * share.astype(delta.dtype)
-        m2 = self.m2 + other.m2 + abs_squared(delta) * (self.count * share)
-        return Moments(count, mean, m2)
+        # From the larger part, and in halves: so neither product leaves the range of the dtype.
+        first = self.count >= other.count
+        large, small = (
+            jnp.where(first, self.mean, other.mean),
+            jnp.where(first, other.mean, self.mean),
+        )
+        share = jnp.minimum(self.count, other.count) / jnp.maximum(count, 1)
+        half = small * 0.5 - large * 0.5
+        mean = large + half * (2 * share).astype(half.dtype)
+        weight = jnp.sqrt(jnp.maximum(self.count, other.count) * share)
+        between = abs_squared(half * (2 * weight).astype(half.dtype))
+        return Moments(count, mean, saturate(self.m2 + other.m2 + between))
 
     @classmethod
     def empty(cls, shape: tuple[int, ...] = (), dtype: jax.typing.DTypeLike = jnp.float32):

@@ -1,5 +1,6 @@
 """Running statistics: what batch normalization remembers between steps."""
 
+import operator
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
-from jaxnorm.core.moments import saturate
+from jaxnorm.core.moments import promoted, saturate
 
 
 class BatchStats(NamedTuple):
@@ -40,12 +41,16 @@ def init_batch_stats(
     Returns:
         `BatchStats` for `jaxnorm.batch_norm`.
 
+    Raises:
+        TypeError: a size that is no int, a dtype that is not floating or complex.
+
     Example:
         >>> import jaxnorm
         >>> jaxnorm.init_batch_stats((2, 3)).var.shape
         (2, 3)
     """
-    shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+    several = isinstance(num_features, tuple | list)
+    shape = tuple(map(operator.index, num_features if several else (num_features,)))
     return BatchStats(
         jnp.zeros(shape, dtype), jnp.ones(shape, jnp.finfo(dtype).dtype), jnp.zeros((), jnp.int32)
     )
@@ -53,7 +58,7 @@ def init_batch_stats(
 
 def update(
     stats: BatchStats,
-    count: Float[Array, "*features"],
+    count: Float[Array, "*features"] | int,
     mean: Inexact[Array, "*features"],
     var: Float[Array, "*features"],
     *,
@@ -63,24 +68,23 @@ def update(
 ) -> BatchStats:
     """``decay * old + (1 - decay) * batch``, with no gradient and in the dtype of the old.
 
-    A feature with no element in the batch keeps its statistics; a batch with none at all is not
-    counted.
+    `count` is the number of elements for each feature. One with no element in the batch keeps its
+    statistics; a batch with none at all is not counted.
     """
     keep = _share_kept(stats.count, decay, debias)
     if unbiased:
         var = var * (count / jnp.maximum(count - 1, 1))
-    seen = count > 0
 
     def blend(old, new):
-        new = lax.stop_gradient(saturate(new, old.dtype))
-        share = jnp.asarray(keep, jnp.finfo(old.dtype).dtype).astype(old.dtype)
-        return jnp.where(seen, share * old + (1 - share) * new, old)
+        wide = promoted(old.dtype, jnp.float32)
+        share = jnp.asarray(keep, jnp.finfo(wide).dtype).astype(wide)
+        old_wide, new = lax.stop_gradient((old.astype(wide), saturate(new, wide)))
+        blended = saturate(share * old_wide + (1 - share) * new, old.dtype)
+        # An int is known to be positive: a batch is not empty.
+        return blended if isinstance(count, int) else jnp.where(count > 0, blended, old)
 
-    return BatchStats(
-        blend(lax.stop_gradient(stats.mean), mean),
-        blend(lax.stop_gradient(stats.var), var),
-        stats.count + jnp.any(seen).astype(stats.count.dtype),
-    )
+    seen = 1 if isinstance(count, int) else jnp.any(count > 0).astype(stats.count.dtype)
+    return BatchStats(blend(stats.mean, mean), blend(stats.var, var), stats.count + seen)
 
 
 def _share_kept(count, decay, debias: bool):

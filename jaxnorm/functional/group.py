@@ -72,6 +72,11 @@ def group_norm(
         reduced = tuple(sorted({*range(1, x.ndim), *features}))
     else:
         reduced = check.axes(op, "axis", axis, x)
+    if axis is None and features == (0,):
+        raise ValueError(
+            f"{op}: axis 0 is the batch, which is not reduced unless axis says so; got "
+            f"feature_axis={feature_axis} for x.shape={x.shape}. Name another one, or axis."
+        )
     if len(features) != 1 or features[0] not in reduced:
         raise ValueError(
             f"{op}: there is one feature axis, and it is reduced within each group; got "

@@ -44,11 +44,18 @@ def standardize_weight(
     """
     op = "standardize_weight"
     kernel = check.inexact(op, "kernel", kernel)
+    if axis is None and kernel.ndim < 2:
+        raise ValueError(
+            f"{op}: a kernel has axes of inputs before the last, its outputs; got "
+            f"kernel.shape={kernel.shape}. Name the axes to reduce: axis=0, for example."
+        )
     reduced = check.axes(
         op, "axis", tuple(range(kernel.ndim - 1)) if axis is None else axis, kernel
     )
     outputs = tuple(a for a in range(kernel.ndim) if a not in reduced)
-    gain = check.parameter(op, "gain", gain, kernel, outputs)
+    if gain is not None:
+        advice = "One for each output: the axes that are not reduced; axis names those that are."
+        gain = check.statistic(op, "gain", gain, kernel, outputs, advice)
     check.not_empty(op, kernel, reduced)
     epsilon = check.number(op, "epsilon", epsilon, 0.0, float("inf"), "1e-5")
     return layer.per_slice(

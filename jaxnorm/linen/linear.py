@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 
 from jaxnorm import functional
+from jaxnorm.core.arguments import kernel_options
 
 
 class _Standardized:
@@ -21,14 +22,16 @@ class _Standardized:
     def param(self, name: str, *args, **kwargs):
         """The parameter `name`; of `kernel`, the standardized form."""
         value = super().param(name, *args, **kwargs)  # type: ignore[misc]
-        if name != "kernel" or not self.weight_standardization:
+        if name != "kernel":
             return value
-        if getattr(self, "mask", None) is not None:
-            raise ValueError(
-                f"{type(self).__name__}: a masked kernel cannot be standardized, since its zeros "
-                "would enter the statistics; got mask with weight_standardization=True. Leave out "
-                "one of the two."
-            )
+        kernel_options(
+            type(self).__name__,
+            self.weight_standardization,
+            self.use_gain,
+            getattr(self, "mask", None),
+        )
+        if not self.weight_standardization:
+            return value
         gain = None
         if self.use_gain:
             gain = super().param(  # type: ignore[misc]
@@ -49,7 +52,7 @@ class Dense(_Standardized, nn.Dense):
         weight_epsilon: epsilon of the standardization.
 
     Raises:
-        ValueError: a kernel with a mask and standardization at once (Conv).
+        ValueError: a gain without standardization; standardization of a masked kernel (Conv).
 
     Source: Qiao et al. 2019; fields as in Flax.
 
@@ -71,7 +74,7 @@ class Conv(_Standardized, nn.Conv):
     """`flax.linen.Conv`, with weight standardization where asked for; fields as `Dense`.
 
     Raises:
-        ValueError: a kernel with a mask and standardization at once.
+        ValueError: a gain without standardization; standardization of a masked kernel.
 
     Source: Qiao et al. 2019; fields as in Flax.
 

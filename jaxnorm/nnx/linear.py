@@ -1,12 +1,12 @@
 """NNX Linear and Conv whose kernel can be standardized before it is used."""
 
-import copy
 from typing import Any
 
 import jax
 from flax import nnx
 
 from jaxnorm import functional
+from jaxnorm.core.arguments import kernel_options
 from jaxnorm.nnx.constructor import extends
 
 
@@ -20,14 +20,9 @@ class _Standardized:
         self.weight_standardization = weight_standardization
         self.use_gain = use_gain
         self.weight_epsilon = weight_epsilon
-        if not weight_standardization:
-            return
-        if getattr(self, "mask", None) is not None:
-            raise ValueError(
-                f"{type(self).__name__}: a masked kernel cannot be standardized, since its zeros "
-                "would enter the statistics; got mask with weight_standardization=True. Leave out "
-                "one of the two."
-            )
+        kernel_options(
+            type(self).__name__, weight_standardization, use_gain, getattr(self, "mask", None)
+        )
         if use_gain:
             key = kwargs["rngs"].params()
             self.gain = nnx.Param(gain_init(key, self.kernel.shape[-1:], self.param_dtype))
@@ -40,7 +35,8 @@ class _Standardized:
             kernel = functional.standardize_weight(
                 self.kernel[...], gain, epsilon=self.weight_epsilon
             )
-            layer = copy.copy(self)
+            # A copy made here and now, so that it may be changed inside of any transformation.
+            layer = nnx.merge(*nnx.split(self))
             layer.kernel = nnx.Param(kernel)
         return super(_Standardized, layer).__call__(inputs, *args, **kwargs)  # type: ignore[misc]
 
@@ -57,7 +53,7 @@ class Linear(_Standardized, nnx.Linear):
         weight_epsilon: epsilon of the standardization.
 
     Raises:
-        ValueError: a kernel with a mask and standardization at once (Conv).
+        ValueError: a gain without standardization; standardization of a masked kernel (Conv).
 
     Source: Qiao et al. 2019; arguments as in Flax.
 
@@ -87,7 +83,7 @@ class Conv(_Standardized, nnx.Conv):
     """`flax.nnx.Conv`, with weight standardization where asked for; arguments as `Linear`.
 
     Raises:
-        ValueError: a kernel with a mask and standardization at once.
+        ValueError: a gain without standardization; standardization of a masked kernel.
 
     Source: Qiao et al. 2019; arguments as in Flax.
 

@@ -25,7 +25,7 @@ class BatchNorm(nnx.BatchNorm):
         debias: bias-corrected running statistics, see `jaxnorm.batch_norm`.
 
     With `momentum=None` or `debias=True` there is one more variable, `count`, an
-    `nnx.BatchStat`.
+    `nnx.BatchStat`. For complex data give a complex `param_dtype`: then `mean` is complex too.
 
     Raises:
         ValueError: as `jaxnorm.batch_norm`; also if `use_running_average` is None both here and
@@ -46,6 +46,9 @@ class BatchNorm(nnx.BatchNorm):
         super().__init__(*args, **kwargs)
         self.unbiased = unbiased
         self.debias = debias
+        if jnp.issubdtype(self.param_dtype, jnp.complexfloating):
+            # Of complex data the mean is complex, from the start.
+            self.mean = nnx.BatchStat(self.mean[...].astype(jnp.complex64))
         if self.momentum is None or debias:
             self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
@@ -66,10 +69,8 @@ class BatchNorm(nnx.BatchNorm):
                 "False (training), or call model.train() or model.eval() first."
             )
         check.flag("BatchNorm", "use_running_average", use_running_average)
-        x, scale, bias, dtype = _promoted(self, x)
         mean, var = self.mean[...], self.var[...]
-        if jnp.iscomplexobj(x):
-            mean = mean.astype(promoted(mean.dtype, jnp.complex64))
+        x, _, _, scale, bias, dtype = _promoted(self, x, mean, var, *_affine(self))
         counted = hasattr(self, "count")
         count = self.count[...] if counted else init_batch_stats(()).count
         y, new = functional.batch_norm(
@@ -113,7 +114,7 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x, *, mask=None):
         """Normalize `x` over `reduction_axes`; nonzero elements of `mask` enter the statistics."""
-        x, scale, bias, dtype = _promoted(self, x)
+        x, scale, bias, dtype = _promoted(self, x, *_affine(self))
         return functional.layer_norm(
             x, scale, bias, axis=self.reduction_axes, feature_axis=self.feature_axes, mask=mask,
             dtype=dtype, **_options(self),
@@ -146,7 +147,7 @@ class RMSNorm(nnx.RMSNorm):
 
     def __call__(self, x, mask=None):
         """Normalize `x` over `reduction_axes`; nonzero elements of `mask` enter the mean square."""
-        x, scale, _, dtype = _promoted(self, x)
+        x, scale, dtype = _promoted(self, x, _affine(self)[0])
         return functional.rms_norm(
             x, scale, axis=self.reduction_axes, feature_axis=self.feature_axes,
             scale_offset=self.scale_offset, mask=mask, dtype=dtype, **_options(self),
@@ -172,7 +173,7 @@ class GroupNorm(nnx.GroupNorm):
 
     def __call__(self, x, *, mask=None):
         """Normalize each group of `x`; nonzero elements of `mask` enter the statistics."""
-        x, scale, bias, dtype = _promoted(self, x)
+        x, scale, bias, dtype = _promoted(self, x, *_affine(self))
         return functional.group_norm(
             x, scale, bias, num_groups=self.num_groups, axis=self.reduction_axes, mask=mask,
             dtype=dtype, **_options(self),
@@ -197,28 +198,31 @@ class InstanceNorm(nnx.InstanceNorm):
 
     def __call__(self, x, *, mask=None):
         """Normalize each feature of each example; nonzero elements of `mask` count."""
-        x, scale, bias, dtype = _promoted(self, x)
+        x, scale, bias, dtype = _promoted(self, x, *_affine(self))
         return functional.instance_norm(
             x, scale, bias, feature_axis=self.feature_axes, mask=mask, dtype=dtype,
             **_options(self),
         )  # fmt: skip
 
 
-def _promoted(module, x):
-    """`x`, scale, bias and the result's dtype, by the module's `promote_dtype`.
+def _affine(module):
+    """Scale and bias, where the module has them."""
+    variables = (getattr(module, name, None) for name in ("scale", "bias"))
+    return tuple(None if v is None else v[...] for v in variables)
 
-    Flax's default casts all three to the result's dtype. Here only the result is: rounding `x`
-    before its statistics are taken would cost digits, and widening it bytes kept for the
-    backward pass. A `promote_dtype` of the user's own is called as Flax calls it.
+
+def _promoted(module, x, *others):
+    """`x`, the other arrays and the result's dtype, by the module's `promote_dtype`.
+
+    Flax's default casts all of them to the result's dtype. Here only the result is: rounding `x`
+    before its statistics are taken would cost digits, and widening it bytes kept for the backward
+    pass. A `promote_dtype` of the user's own is called as Flax calls it, with the same arrays.
     """
     x = check.inexact(type(module).__name__, "x", x)
-    scale = None if module.scale is None else module.scale[...]
-    bias = getattr(module, "bias", None)
-    bias = None if bias is None else bias[...]
     if module.promote_dtype is dtypes.promote_dtype:
-        return x, scale, bias, module.dtype
-    x, scale, bias = module.promote_dtype((x, scale, bias), dtype=module.dtype)
-    return x, scale, bias, module.dtype
+        arrays = (a for a in others if a is not None)
+        return x, *others, promoted(x, *arrays) if module.dtype is None else module.dtype
+    return *module.promote_dtype((x, *others), dtype=module.dtype), module.dtype
 
 
 def _options(module) -> dict:

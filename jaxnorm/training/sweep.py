@@ -1,8 +1,8 @@
 """Many runs in one compiled program: seeds and hyperparameters as one more array axis.
 
 A sweep is a `TrainState` whose every leaf has a leading axis of members. Its step is the step of a
-single run under `jax.vmap`, so a member computes what the same run alone computes. Small models
-leave most of a machine idle; a sweep of them costs little more than one run.
+single run under `jax.vmap`, so a member computes what the same run alone computes, up to rounding.
+Small models leave most of a machine idle; a sweep of them costs little more than one run.
 """
 
 from __future__ import annotations

@@ -39,6 +39,16 @@ def test_merge_is_a_commutative_monoid(a, b, c):
     close(x.merge(y), taken(a + b), size)
 
 
+def test_merge_of_huge_numbers():
+    huge = taken([1e30, 1.0000001e30])
+    for merged in (huge.merge(Moments.empty()), Moments.empty().merge(huge)):
+        assert all(a == b for a, b in zip(merged, huge))
+    for value in (1e30, 3e38):
+        merged = taken([value, value]).merge(taken([-value]))
+        np.testing.assert_allclose(merged.mean, value / 3, rtol=1e-6)
+        assert np.isfinite(merged.m2)
+
+
 def test_merge_where_a_mean_of_variances_is_wrong():
     whole = taken([-1.0, 1.0]).merge(taken([9.0, 11.0]))
     assert (whole.count, whole.mean, whole.var) == (4, 5, 26)
@@ -141,6 +151,30 @@ def test_running_statistics_carry_no_gradient():
     assert (jax.grad(total)(x, jnp.zeros(2), True) == 0).all()
     for training in (True, False):
         assert (jax.grad(total, argnums=1)(x, jnp.ones(2), training) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("x_dtype", ["float32", "float64"])
+def test_evaluation_computes_in_the_wider_dtype(dtype, x_dtype):
+    rng = np.random.default_rng(7)
+    with jax.enable_x64(x_dtype == "float64"):
+        x = jnp.asarray(rng.normal(size=(6, 2)), x_dtype)
+        mean, var = (jnp.asarray(rng.random(2) + 0.5, dtype) for _ in range(2))
+        old = BatchStats(mean, var, jnp.asarray(0))
+        y, _ = jaxnorm.batch_norm(x, None, None, old, training=False)
+        wanted = oracle.batch_norm(
+            *(np.asarray(a) for a in (x,)), None, None,
+            np.asarray(mean, np.float64), np.asarray(var, np.float64), training=False,
+        )[0]  # fmt: skip
+        assert_close(y, wanted)
+
+
+def test_small_steps_add_up_in_half_precision():
+    start = jaxnorm.init_batch_stats(2, jnp.bfloat16)
+    _, new = jaxnorm.batch_norm(
+        jnp.full((4, 2), 1e3), None, None, start, training=True, decay=0.999
+    )
+    np.testing.assert_allclose(new.mean.astype("f"), 1.0, rtol=1e-2)
 
 
 def test_evaluation_returns_the_statistics_it_was_given():

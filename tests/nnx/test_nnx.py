@@ -115,6 +115,42 @@ def test_promote_dtype_of_the_users_own_is_called():
     assert seen == [None]
 
 
+@pytest.mark.parametrize("name, arrays", [("BatchNorm", 5), ("RMSNorm", 2), ("GroupNorm", 3)])
+def test_promote_dtype_gets_the_arrays_that_flax_gives_it(name, arrays):
+    seen = []
+
+    def promote(arrays, *, dtype):
+        seen.append(len(arrays))
+        return arrays
+
+    options = {"num_groups": 3} if name == "GroupNorm" else {}
+    for module in (jnn, nnx):
+        make(module, name, {"promote_dtype": promote, **options})(X)
+    assert seen == [arrays, arrays]
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_bias": False, "use_scale": False}, {"param_dtype": "bfloat16"}], ids=str
+)
+@pytest.mark.parametrize("name", NORMS)
+def test_result_dtype_follows_flax(name, options):
+    groups = {"num_groups": 3} if name == "GroupNorm" else {}
+    if name == "RMSNorm":
+        options = {k: v for k, v in options.items() if k != "use_bias"}
+    x = X.astype(jnp.bfloat16)
+    got, wanted = (make(m, name, {**options, **groups})(x).dtype for m in (jnn, nnx))
+    assert got == wanted
+
+
+def test_complex_statistics():
+    x = X + 1j * X[::-1] + 5j
+    bn = make(jnn, "BatchNorm", {"param_dtype": jnp.complex64, "momentum": 0.0})
+    bn(x)
+    np.testing.assert_allclose(bn.mean[...], x.mean((0, 1, 2)), rtol=1e-5)
+    with pytest.raises(TypeError, match="running mean of complex data is complex"):
+        make(jnn, "BatchNorm", {})(x)
+
+
 class Net(nnx.Module):
     def __init__(self, norms, *, rngs):
         self.conv = norms.Conv(6, 8, (3, 3), rngs=rngs)
@@ -200,6 +236,17 @@ def test_weight_standardization(gain):
         gradient = nnx.grad(lambda m, x=x: (m(x) ** 2).sum())(layer)
         assert {"kernel", "bias"} | ({"gain"} if gain else set()) == set(gradient)
         assert jnp.abs(gradient["kernel"][...]).max() > 0
+
+
+def test_weight_standardization_inside_any_transformation():
+    layer = jnn.Linear(6, 7, rngs=nnx.Rngs(0), weight_standardization=True, use_gain=True)
+    x = X[0, 0]
+    wanted = layer(x)
+    np.testing.assert_allclose(jax.jit(lambda x: layer(x))(x), wanted, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(lambda x: layer(x))(x), wanted, atol=1e-6)
+    assert jax.grad(lambda x: layer(x).sum())(x).shape == x.shape
+    with pytest.raises(ValueError, match="a gain belongs to a standardized kernel"):
+        jnn.Linear(6, 7, rngs=nnx.Rngs(0), use_gain=True)
 
 
 def test_weight_standardization_refuses_a_masked_kernel():
