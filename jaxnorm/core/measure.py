@@ -220,12 +220,11 @@ def _measure_two_pass(reduction: Reduction, x, mask) -> Measured:
     return Measured(_local(reduction, mean, jnp.zeros_like(mean), count, var), count, saturate(var))
 
 
-def _local(reduction: Reduction, origin, mean, count, var, rescale=None) -> LocalMoments:
+def _local(
+    reduction: Reduction, origin, mean, count, var, rescale: Array | float = 1.0
+) -> LocalMoments:
     """Local moments from the variance of data that was scaled by `rescale`."""
-    if rescale is None:
-        rstd = _reciprocal_root(var + reduction.epsilon)
-    else:
-        rstd = rescale * _reciprocal_root(var + reduction.epsilon * rescale * rescale)
+    rstd = rescale * _reciprocal_root(var + reduction.epsilon * rescale * rescale)
     return LocalMoments(origin, mean, jnp.where(count > 0, rstd, 0))
 
 
@@ -237,8 +236,8 @@ def _reciprocal_root(x):
 
 def _sample(x, reduction: Reduction, mask):
     """A guess of the mean of each slice, for next to nothing: the mean of a few elements."""
-    if reduction.replicas != ALONE or _sharded(x, reduction.axes):
-        # No element is at hand everywhere, and fetching one would be a collective of its own.
+    if not _at_hand(x, reduction):
+        # Fetching an element for all would be a collective of its own.
         shape = [1 if a in reduction.axes else n for a, n in enumerate(x.shape)]
         return jnp.zeros(shape, x.dtype)
     if mask is None:
@@ -261,7 +260,7 @@ def _few(x, reduction: Reduction):
 
 def _element(x, reduction: Reduction, mask):
     """A value inside the range of each slice, for one repeated value that value; 0 for none."""
-    if mask is None and reduction.replicas == ALONE and not _sharded(x, reduction.axes):
+    if mask is None and _at_hand(x, reduction):
         return _few(x, reduction)
 
     def smallest(part):
@@ -290,10 +289,11 @@ def _places(shape: tuple[int, ...], axes: tuple[int, ...]):
     return start, end, stride
 
 
-def _sharded(x, axes: tuple[int, ...]) -> bool:
-    """Whether the type of `x` says that a slice is spread over a mesh (an Explicit mesh)."""
+def _at_hand(x, reduction: Reduction) -> bool:
+    """Whether slices lie whole here: not over replicas, nor, by the type of `x`, over a mesh."""
     spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
-    return any(a < len(spec) and spec[a] is not None for a in axes)
+    spread = any(a < len(spec) and spec[a] is not None for a in reduction.axes)
+    return reduction.replicas == ALONE and not spread
 
 
 @custom_vmap

@@ -9,7 +9,7 @@ def prepared(
     op, x, scale, bias, reduced, epsilon, mask, axis_name, groups, dtype, implementation,
     *, centered=True,
 ):  # fmt: skip
-    """The checks that all stateless normalizations share."""
+    """Reduction, mask as booleans and result dtype, from arguments that are checked here."""
     two_pass = check.implementation_of(op, implementation)
     check.not_empty(op, x, reduced)
     epsilon = check.number(op, "epsilon", epsilon, 0.0, float("inf"), "1e-6")
