@@ -10,7 +10,7 @@ from jaxnorm.core import batch
 from jaxnorm.core.arguments import Axes
 from jaxnorm.core.measure import Reduction
 from jaxnorm.core.running import BatchStats
-from jaxnorm.distributed import AxisName, named_axis
+from jaxnorm.distributed.axes import AxisName, named_axis
 
 DType = jax.typing.DTypeLike
 

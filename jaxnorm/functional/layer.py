@@ -7,7 +7,7 @@ from jaxtyping import Array, Inexact
 from jaxnorm.core import arguments as check
 from jaxnorm.core import layer
 from jaxnorm.core.arguments import Axes
-from jaxnorm.distributed import AxisName
+from jaxnorm.distributed.axes import AxisName
 from jaxnorm.functional.prepare import prepared
 
 DType = jax.typing.DTypeLike

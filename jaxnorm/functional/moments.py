@@ -8,7 +8,7 @@ from jaxnorm.core.affine import measure
 from jaxnorm.core.arguments import Axes
 from jaxnorm.core.measure import Reduction
 from jaxnorm.core.moments import Moments
-from jaxnorm.distributed import AxisName, named_axis
+from jaxnorm.distributed.axes import AxisName, named_axis
 
 
 def moments(

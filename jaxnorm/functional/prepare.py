@@ -2,7 +2,7 @@
 
 from jaxnorm.core import arguments as check
 from jaxnorm.core.measure import Reduction
-from jaxnorm.distributed import named_axis
+from jaxnorm.distributed.axes import named_axis
 
 
 def prepared(

@@ -1,0 +1,1 @@
+"""Moments over several devices and processes."""
