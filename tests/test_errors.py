@@ -65,7 +65,7 @@ BAD = {
     ),
     "float8": (lambda: layer_norm(X.astype("float8_e5m2")), TypeError, "float8_e5m2", "astype"),
     "implementation": (lambda: bn(implementation="pallas"), ValueError, "'pallas'", "None"),
-    "virtual batch": (lambda: bn(virtual_batch_size=2), ValueError, "virtual_batch_size=2", "None"),
+    "virtual batch": (lambda: bn(virtual_batch_size=3), ValueError, "virtual_batch_size=3", "Choose"),
     "dtype": (lambda: layer_norm(X, dtype=jnp.int8), TypeError, "dtype=int8", "bfloat16"),
     "complex": (lambda: bn(X.astype(jnp.complex64)), TypeError, "complex64", "init_batch_stats"),
     "to real": (

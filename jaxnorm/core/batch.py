@@ -8,6 +8,7 @@ from jaxnorm.core import running
 from jaxnorm.core.affine import along, normalize, normalize_with
 from jaxnorm.core.measure import LocalMoments, Reduction
 from jaxnorm.core.moments import promoted
+from jaxnorm.core.replicas import Alone
 from jaxnorm.core.running import BatchStats
 
 
@@ -23,9 +24,13 @@ def train(
     decay: Float[Array, ""] | float | None,
     debias: bool,
     unbiased: bool,
+    everyone: Alone | None,
     dtype,
 ) -> tuple[Inexact[Array, "*shape"], BatchStats]:
-    """Normalize with the moments of the batch; the running mean is the guess they start from."""
+    """Normalize with the moments of the batch; the running mean is the guess they start from.
+
+    With virtual batches `everyone` is all who hold some of them.
+    """
     guess = along(lax.stop_gradient(stats.mean), feature_axes, x.ndim)
     y, measured = normalize(
         x,
@@ -36,20 +41,39 @@ def train(
         guess=guess,
         dtype=dtype,
     )
-    shape = stats.mean.shape
     # Without a mask the count is known here, and is no array that could vary over devices.
     size = reduction.size(x.shape)
-    known = mask is None and isinstance(size, int)
+    count = size if mask is None and isinstance(size, int) else measured.count
+    mean, var = measured.mean, measured.var
+    if unbiased:
+        var = running.unbiased(var, count)
+    if everyone is not None:
+        count, mean, var = _average(everyone, feature_axes, measured.count, mean, var, guess)
+    shape = stats.mean.shape
     new = running.update(
         stats,
-        size if known else measured.count.reshape(shape),
-        measured.mean.reshape(shape),
-        measured.var.reshape(shape),
+        count if isinstance(count, int) else count.reshape(shape),
+        mean.reshape(shape),
+        var.reshape(shape),
         decay=decay,
         debias=debias,
-        unbiased=unbiased,
     )
     return y, new
+
+
+def _average(everyone: Alone, feature_axes: tuple[int, ...], count, mean, var, near):
+    """Count, and the averages of means and variances over all virtual batches, by their counts.
+
+    The mean is that of the whole batch. The variance is the mean variance within a virtual batch,
+    which is what the activations were divided by.
+    """
+    others = tuple(a for a in range(mean.ndim) if a not in feature_axes)
+    sums = (count, (mean - near) * count.astype(mean.dtype), var * count)
+    # Weights, not counts: a sum of large variances stays within the range.
+    sums = (jnp.sum(part / count.size, axis=others, keepdims=True) for part in sums)
+    count, mean, var = everyone.sum(*sums)
+    n = jnp.where(count > 0, count, 1)
+    return count, near + mean / n.astype(mean.dtype), var / n
 
 
 def evaluate(

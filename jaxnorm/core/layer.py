@@ -1,4 +1,4 @@
-"""Layer and RMS normalization: moments over axes of one example, no state."""
+"""Layer, RMS, instance and group normalization: moments over axes of one example, no state."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
@@ -18,7 +18,7 @@ def per_slice(
     mask: Bool[Array, "*#shape"] | None,
     dtype,
 ) -> Inexact[Array, "*shape"]:
-    """Normalize each slice with its own moments: layer, RMS and instance normalization."""
+    """Normalize each slice with its own moments."""
     scale, bias = along(scale, feature_axes, x.ndim), along(bias, feature_axes, x.ndim)
     return normalize(x, scale, bias, reduction=reduction, mask=mask, dtype=dtype)[0]
 

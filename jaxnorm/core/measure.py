@@ -1,4 +1,4 @@
-"""Measure the slices of an array: one read, any offset.
+"""Measure the slices of an array, at any offset.
 
 `LocalMoments` is what normalization needs: moments seen from a value near the data, because a
 mean rounded to float32 is off by 1e-3 at an offset of 1e4, and so would be everything that is
@@ -6,13 +6,18 @@ normalized with it.
 
 ``z = x - guess`` and one read of ``x`` give ``mean(z)`` and ``mean(|z|^2) - |mean(z)|^2``. The
 subtraction in that formula costs about ``log2(1 + |mean(z)|^2 / var)`` bits, so it is exact enough
-whenever the guess lies within a few deviations of the mean. A guess is cheap: the running mean in
-batch normalization, elsewhere an element of the slice. When it turns out to be a poor one
-(the first steps of training, an outlier), the moments are taken again from a good one: see
-`_measure_again`. Nothing depends on the guess but the time it takes.
+whenever the guess lies within a few deviations of the mean.
+
+* Batch normalization has such a guess at hand, its running mean. Where it turns out to be a poor
+  one (the first steps of training, a jump), a branch reads ``x`` again, from the mean just found.
+* The others have none, and always read twice: slices are short there, or come in many, and a
+  branch would need one answer for all of them, hence from all devices that hold some.
+
+Nothing depends on the guess but the time it takes.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -23,17 +28,17 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Inexact
 
+from jaxnorm.core.blocks import fold, spread
 from jaxnorm.core.moments import Moments, abs_squared, saturate
 from jaxnorm.core.replicas import ALONE, Alone
 
 # A guess within this many deviations of the mean costs at most log2(1 + 2**2) = 2.3 bits of the
-# variance. Looser is cheaper for tiny batches only: the samples of `_sample` lie within half a
-# deviation, a running mean closer still.
+# variance; a running mean lies closer.
 _NEAR = 2.0
 
 
 class LocalMoments(NamedTuple):
-    """What it takes to standardize `x`, kept with size 1 on the reduced axes.
+    """What it takes to standardize `x`, with size 1 (or the number of blocks) on reduced axes.
 
     The mean comes in two parts, `origin` + `mean`, since one float32 near 1e4 cannot hold it.
     """
@@ -48,7 +53,8 @@ class LocalMoments(NamedTuple):
     def standardize(self, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
         """``xhat = (x - origin - mean) / sqrt(var + epsilon)`` in the dtype of the moments."""
         dtype = self.mean.dtype
-        return ((x.astype(dtype) - self.origin) - self.mean) * self.rstd.astype(dtype)
+        origin, mean, rstd = (spread(part, x) for part in self)
+        return ((x.astype(dtype) - origin) - mean) * rstd.astype(dtype)
 
     @classmethod
     def known(cls, mean: Inexact[Array, "*slices"], var: Float[Array, "*slices"], epsilon: float):
@@ -86,12 +92,23 @@ class Reduction:
     """False for raw second moments (RMS normalization): origin and mean are zero."""
     two_pass: bool = False
     """The textbook's way, with a rounded mean; see `_measure_two_pass`."""
+    blocks: tuple[int, int] | None = None
+    """A further axis, and the number of blocks of consecutive entries in which it is reduced."""
     stored: jax.typing.DTypeLike | None = None
     """What `x` was widened from, if it was: the branch of a poor guess reads it in that form."""
 
-    def size(self, shape: tuple[int, ...]) -> int:
+    def size(self, shape: tuple[int, ...]) -> int | Array:
         """Elements in a slice of an array of this shape, over all replicas."""
-        return math.prod(shape[a] for a in self.axes) * self.replicas.size()
+        number = math.prod(shape[a] for a in self.axes)
+        if self.blocks is not None:
+            axis, blocks = self.blocks
+            number *= shape[axis] // blocks
+        return number * self.replicas.size()
+
+    def over(self, reducer: Callable, array: Array) -> Array:
+        """What jnp.sum, jnp.min or their like make of each slice, without the replicas."""
+        reduced = reducer(array, axis=self.axes, keepdims=True)
+        return reduced if self.blocks is None else fold(reducer, reduced, *self.blocks)
 
 
 def take(
@@ -102,31 +119,33 @@ def take(
 ) -> Measured:
     """The moments of the slices of `x`, from a guess of their means; None: from one of its own."""
     if not reduction.centered:
-        zero = jnp.zeros((1,) * x.ndim, x.dtype)
-        return _measure_at_two_scales(reduction, x, mask, zero)
+        return _measure_about_zero(reduction, x, mask)
     if reduction.two_pass:
         return _measure_two_pass(reduction, x, mask)
-    guess = _sample(x, reduction, mask) if guess is None else guess.astype(x.dtype)
+    if guess is None:
+        return _measure_twice(reduction, x, mask)
+    guess = guess.astype(x.dtype)
     count, mean, square = _means(reduction, x, mask, origin=guess)
     var = jnp.maximum(square - abs_squared(mean), 0)
     near = jnp.abs(mean) <= _NEAR * jnp.sqrt(var)
     finite = square < _big(square.dtype)
+    # A branch's operands are arrays in memory. Narrowed, this one is the array that is there
+    # already (narrowing undoes the widening exactly, and the compiler drops both).
+    narrow = x if reduction.stored is None else x.astype(reduction.stored)
 
     def kept() -> Measured:
         origin = guess + jnp.zeros_like(mean)
         return Measured(_local(reduction, origin, mean, count, var), count, var)
 
-    # A branch's operands are arrays in memory. Narrowed, this one is the array that is there
-    # already (narrowing undoes the widening exactly, and the compiler drops both).
-    narrow = x if reduction.stored is None else x.astype(reduction.stored)
-    return lax.cond(
-        _all(near & finite), kept, lambda: _measure_again(reduction, narrow, mask, guess, mean)
-    )
+    def again() -> Measured:
+        return _measure_twice(reduction, narrow.astype(x.dtype), mask)
+
+    return lax.cond(_all(reduction.replicas.agreed(near & finite)), kept, again)
 
 
 def _sums(reduction: Reduction, shape, mask, *terms):
     """Count of each slice and sums of terms that are zero outside the mask, in one collective."""
-    total = partial(jnp.sum, axis=reduction.axes, keepdims=True)
+    total = partial(reduction.over, jnp.sum)
     if mask is None:
         sums = reduction.replicas.sum(*map(total, terms))
         return jnp.full_like(sums[-1], reduction.size(shape)), *sums
@@ -136,71 +155,62 @@ def _sums(reduction: Reduction, shape, mask, *terms):
 
 def _means(reduction: Reduction, x, mask, *, origin):
     """Count, mean(z) and mean(|z|^2) for z = x - origin, in one read of x."""
-    z = x - origin
+    z = x - spread(origin, x)
     z = z if mask is None else jnp.where(mask, z, 0)
     count, first, square = _sums(reduction, x.shape, mask, z, abs_squared(z))
     n = jnp.maximum(count, 1)
     return count, first / n.astype(first.dtype), square / n
 
 
-def _measure_again(reduction: Reduction, x, mask, guess, offset) -> Measured:
-    """The same moments in a second read, from a first mean, guess + offset, of any quality.
+def _measure_twice(reduction: Reduction, x, mask) -> Measured:
+    """The moments about a first mean, for which a first read is taken about an element.
 
-    That mean is off by the rounding of numbers as large as the guess was wrong, `blur`. Where an
-    element of the slice lies that close to it, the element is as good an origin; and for a slice
-    of one repeated value it is that value, so that x - origin is exactly zero. Sums are taken at
-    two scales, since a poor guess may also be one that overflowed.
+    Squares that overflow the first time are summed scaled down. Source: Blue, "A portable Fortran
+    program to find the Euclidean norm of a vector", 1978.
     """
-    x = x.astype(guess.dtype)
     element = _element(x, reduction, mask)
-    mean = guess + offset
-    blur = 4 * jnp.finfo(mean.dtype).eps * (jnp.abs(guess) + jnp.abs(offset))
-    # Written so that a mean or a blur that is not a number chooses the element.
-    origin = jnp.where(jnp.abs(mean - element) > blur, mean, element)
-    return _measure_at_two_scales(reduction, x, mask, origin)
-
-
-def _measure_at_two_scales(reduction: Reduction, x, mask, origin) -> Measured:
-    """Moments about `origin` for any finite data: squares that overflow are summed scaled down.
-
-    Source: Blue, "A portable Fortran program to find the Euclidean norm of a vector", 1978.
-    """
-    real = jnp.finfo(origin.dtype).dtype
-    down = jnp.asarray(_rescale(real), real)
-    inside = (lambda z: z) if mask is None else (lambda z: jnp.where(mask, z, 0))
-    plain = inside(x - origin)
-    small = inside(x * down.astype(x.dtype) - origin * down.astype(x.dtype))
-    terms = (abs_squared(plain), abs_squared(small))
-    if reduction.centered:
-        terms = (plain, small, *terms)
-    count, *means = _sums(reduction, x.shape, mask, *terms)
+    _, offset, square = _means(reduction, x, mask, origin=element)
+    real = square.dtype
+    # The compiler computes the origin anew in each of its uses. They must round it alike: clipped,
+    # the product that `offset` is cannot melt into a fused multiply-add in one and not in another.
+    offset = _clipped(offset)
+    # Where the mean is the element but for rounding, the element is as good an origin; and for a
+    # slice of one repeated value it is that value, so that x - origin is exactly zero.
+    blur = 4 * jnp.finfo(real).eps * (jnp.abs(element) + jnp.abs(offset))
+    origin = jnp.where(jnp.abs(offset) > blur, element + offset, element)
+    rescale = jnp.where(square < _big(real), 1, jnp.asarray(_rescale(real), real))
+    scale = rescale.astype(x.dtype)
+    wide = spread(scale, x)
+    z = x * wide - spread(origin * scale, x)
+    z = z if mask is None else jnp.where(mask, z, 0)
+    count, mean, square = _sums(reduction, x.shape, mask, z, abs_squared(z))
     n = jnp.maximum(count, 1)
-    square, small_square = (total / n for total in means[-2:])
-    fits = square < _big(real)
-    rescale = jnp.where(fits, jnp.ones_like(square), down)
-    var = jnp.where(fits, square, small_square)
-    mean, count_within = jnp.zeros_like(origin), count
-    if reduction.centered:
-        scale = rescale.astype(x.dtype)
-        mean = jnp.where(fits, means[0], means[1]) / n.astype(x.dtype)
-        var = jnp.maximum(var - abs_squared(mean), 0)
-        # The origin moves to the mean: among the largest numbers the way between may overflow.
-        origin, mean = (part / scale for part in _two_sum(origin * scale, mean))
-        # An element lies at most sqrt(n) deviations from the mean. Where that could overflow, at
-        # the very end of the range, nothing is subtracted, and 1 / sqrt(var) is zero.
-        limit = float(jnp.finfo(real).max) * rescale / (2 * jnp.sqrt(n))
-        within = jnp.sqrt(var) < limit
-        origin, mean = (jnp.where(within, part, jnp.zeros_like(part)) for part in (origin, mean))
-        count_within = jnp.where(within, count, 0)
-    local = _local(reduction, origin, mean, count_within, var, rescale)
+    mean = mean / n.astype(mean.dtype)
+    var = jnp.maximum(square / n - abs_squared(mean), 0)
+    mean = mean / scale
+    # An element lies at most sqrt(n) deviations from the mean, any two 2 sqrt(n) from each other.
+    # Where that could overflow, at the very end of the range, nothing is subtracted, and
+    # 1 / sqrt(var) is zero.
+    within = jnp.sqrt(var) < float(jnp.finfo(real).max) * rescale / (2 * jnp.sqrt(n))
+    origin, mean = (jnp.where(within, part, jnp.zeros_like(part)) for part in (origin, mean))
+    local = _local(reduction, origin, mean, jnp.where(within, count, 0), var, rescale)
     return Measured(local, count, saturate(var / rescale / rescale))
 
 
-def _two_sum(a, b):
-    """a + b rounded, and what the rounding lost (Knuth, TAOCP volume 2, section 4.2.2)."""
-    total = a + b
-    part = total - a
-    return total, (a - (total - part)) + (b - part)
+def _measure_about_zero(reduction: Reduction, x, mask) -> Measured:
+    """Raw second moments of any finite data, in one read: squares summed at two scales."""
+    real = jnp.finfo(x.dtype).dtype
+    down = jnp.asarray(_rescale(real), real)
+    z = x if mask is None else jnp.where(mask, x, 0)
+    small = z * down.astype(x.dtype)
+    count, *sums = _sums(reduction, x.shape, mask, abs_squared(z), abs_squared(small))
+    square, small_square = (total / jnp.maximum(count, 1) for total in sums)
+    fits = square < _big(real)
+    rescale = jnp.where(fits, 1, down)
+    var = jnp.where(fits, square, small_square)
+    zero = jnp.zeros((1,) * x.ndim, x.dtype)
+    local = _local(reduction, zero, zero, count, var, rescale)
+    return Measured(local, count, saturate(var / rescale / rescale))
 
 
 def _measure_two_pass(reduction: Reduction, x, mask) -> Measured:
@@ -209,7 +219,7 @@ def _measure_two_pass(reduction: Reduction, x, mask) -> Measured:
     Kept for reproducing numbers, not for its digits: at an offset of 1e4 deviations the rounding
     of the mean alone moves every float32 result by 1e-3.
     """
-    if reduction.replicas == ALONE:
+    if reduction.replicas == ALONE and reduction.blocks is None:
         # jnp.mean, and not a sum divided here: its last bit is what is to be reproduced.
         mean = jnp.mean(x, axis=reduction.axes, keepdims=True, where=mask)
         mean = mean if mask is None else jnp.where(jnp.isnan(mean), 0, mean)
@@ -234,42 +244,23 @@ def _reciprocal_root(x):
     return jnp.where(zero, 0, lax.rsqrt(jnp.where(zero, 1, x)))
 
 
-def _sample(x, reduction: Reduction, mask):
-    """A guess of the mean of each slice, for next to nothing: the mean of a few elements."""
-    if not _at_hand(x, reduction):
-        # Fetching an element for all would be a collective of its own.
-        shape = [1 if a in reduction.axes else n for a, n in enumerate(x.shape)]
-        return jnp.zeros(shape, x.dtype)
-    if mask is None:
-        return _few(x, reduction)
-    # Which elements count is known to the device only: this guess takes a read of x.
-    low = _element(x, reduction, mask)
-    _, offset, _ = _means(reduction, x, mask, origin=low)
-    return low + offset
-
-
-def _few(x, reduction: Reduction):
-    """Mean of at most 16 elements, clipped to their range: exact for one repeated value."""
-    few = lax.slice(x, *_places(x.shape, reduction.axes))
-    over = {"axis": reduction.axes, "keepdims": True}
-    mean = jnp.mean(few, **over)
-    return _componentwise(
-        lambda mean, few: jnp.clip(mean, jnp.min(few, **over), jnp.max(few, **over)), mean, few
-    )
-
-
 def _element(x, reduction: Reduction, mask):
-    """A value inside the range of each slice, for one repeated value that value; 0 for none."""
-    if mask is None and _at_hand(x, reduction):
-        return _few(x, reduction)
+    """A value inside the range of each slice, for one repeated value that value; 0 for none.
+
+    The smallest: of a few elements where all count and they can be fetched for nothing.
+    """
+    if mask is None and _sliceable(x, reduction):
+        x = lax.slice(x, *_places(x.shape, reduction.axes))
 
     def smallest(part):
         infinity = jnp.asarray(jnp.inf, part.dtype)
         kept = part if mask is None else jnp.where(mask, part, infinity)
-        found = reduction.replicas.min(jnp.min(kept, axis=reduction.axes, keepdims=True))
-        return jnp.where(found == infinity, 0, found)
+        found = reduction.replicas.min(reduction.over(jnp.min, kept))
+        return found if mask is None else jnp.where(found == infinity, 0, found)
 
-    return _componentwise(smallest, x)
+    if jnp.iscomplexobj(x):
+        return lax.complex(smallest(jnp.real(x)), smallest(jnp.imag(x)))
+    return smallest(x)
 
 
 def _places(shape: tuple[int, ...], axes: tuple[int, ...]):
@@ -289,11 +280,10 @@ def _places(shape: tuple[int, ...], axes: tuple[int, ...]):
     return start, end, stride
 
 
-def _at_hand(x, reduction: Reduction) -> bool:
-    """Whether slices lie whole here: not over replicas, nor, by the type of `x`, over a mesh."""
-    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
-    spread = any(a < len(spec) and spec[a] is not None for a in reduction.axes)
-    return reduction.replicas == ALONE and not spread
+def _sliceable(x, reduction: Reduction) -> bool:
+    """Whether no reduced axis is, by the type of `x`, spread over an Explicit mesh."""
+    spec = jax.typeof(x).sharding.spec
+    return all(a >= len(spec) or spec[a] is None for a in reduction.axes)
 
 
 @custom_vmap
@@ -309,11 +299,10 @@ def _all_vmap(axis_size, in_batched, condition):
     return _all(condition), False
 
 
-def _componentwise(function, *parts):
-    if not jnp.iscomplexobj(parts[0]):
-        return function(*parts)
-    real, imag = map(jnp.real, parts), map(jnp.imag, parts)
-    return lax.complex(function(*real), function(*imag))
+def _clipped(x):
+    if jnp.iscomplexobj(x):
+        return lax.complex(saturate(jnp.real(x)), saturate(jnp.imag(x)))
+    return saturate(x)
 
 
 def _big(dtype) -> float:

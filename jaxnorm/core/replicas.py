@@ -13,7 +13,7 @@ from jaxtyping import Array
 class Alone:
     """Every slice lies whole in the array at hand: nothing to combine."""
 
-    def size(self) -> int:
+    def size(self) -> int | Array:
         """Number of replicas."""
         return 1
 
@@ -24,6 +24,10 @@ class Alone:
     def min(self, array: Array) -> Array:
         """Elementwise minimum over the replicas."""
         return array
+
+    def agreed(self, condition: Array) -> Array:
+        """The condition, made true only where it is for all who will meet in a collective."""
+        return condition
 
 
 ALONE = Alone()

@@ -64,7 +64,6 @@ def update(
     *,
     decay: Float[Array, ""] | float | None,
     debias: bool,
-    unbiased: bool,
 ) -> BatchStats:
     """``decay * old + (1 - decay) * batch``, with no gradient and in the dtype of the old.
 
@@ -72,8 +71,6 @@ def update(
     statistics; a batch with none at all is not counted.
     """
     keep = _share_kept(stats.count, decay, debias)
-    if unbiased:
-        var = var * (count / jnp.maximum(count - 1, 1))
 
     def blend(old, new):
         wide = promoted(old.dtype, jnp.float32)
@@ -85,6 +82,13 @@ def update(
 
     seen = 1 if isinstance(count, int) else jnp.any(count > 0).astype(stats.count.dtype)
     return BatchStats(blend(stats.mean, mean), blend(stats.var, var), stats.count + seen)
+
+
+def unbiased(
+    var: Float[Array, "*features"], count: Float[Array, "*features"] | int
+) -> Float[Array, "*features"]:
+    """The variance over n - 1, from that over n = `count`."""
+    return var * (count / jnp.maximum(count - 1, 1))
 
 
 def _share_kept(count, decay, debias: bool):

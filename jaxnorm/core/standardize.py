@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Inexact
 
 from jaxnorm.core import measure
+from jaxnorm.core.blocks import spread
 from jaxnorm.core.measure import LocalMoments, Measured, Reduction
 
 # Of a forward pass only what bears this name is kept for the backward pass; see `core.affine`.
@@ -56,8 +57,9 @@ def _standardize_jvp(reduction: Reduction, primals, tangents):
     x, mask, count, local = primals
     dx, *_ = tangents
     xhat = _standardize(reduction, x, mask, count, local)
-    dmean, inner = _means_of_tangent(reduction, xhat, mask, count, dx)
-    return xhat, (dx - dmean - xhat * inner.astype(x.dtype)) * local.rstd.astype(x.dtype)
+    moments = (*_means_of_tangent(reduction, xhat, mask, count, dx), local.rstd)
+    dmean, inner, rstd = (spread(m.astype(x.dtype), x) for m in moments)
+    return xhat, (dx - dmean - xhat * inner) * rstd
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -84,7 +86,7 @@ def _means_of_tangent(reduction: Reduction, xhat, mask, count, dx):
     if mask is not None:
         xhat, dx = jnp.where(mask, xhat, 0), jnp.where(mask, dx, 0)
     product = jnp.real(jnp.conj(xhat) * dx) if jnp.iscomplexobj(xhat) else xhat * dx
-    total = partial(jnp.sum, axis=reduction.axes, keepdims=True)
+    total = partial(reduction.over, jnp.sum)
     n = reduction.size(xhat.shape) if mask is None else jnp.maximum(count, 1)
     if not reduction.centered:
         (inner,) = reduction.replicas.sum(total(product))

@@ -1,8 +1,11 @@
 """Moments of slices that are spread over named axes (`vmap`, `pmap`, `shard_map`)."""
 
+import operator
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -16,16 +19,15 @@ class NamedAxis(Alone):
     """All members of a named axis, or of one's group of its indices, hold parts of a slice."""
 
     name: tuple[str, ...]
-    groups: tuple[tuple[int, ...], ...] | None = None
 
-    def size(self) -> int:
+    def size(self) -> int | Array:
         """Number of members that are combined."""
-        return len(self.groups[0]) if self.groups else lax.axis_size(self.name)
+        return lax.axis_size(self.name)
 
     def sum(self, *arrays: Array) -> tuple[Array, ...]:
-        """Sums over the members: arrays of one shape travel as one, in one all-reduce."""
+        """Sums over the members: arrays of one shape travel as one, in one collective."""
         parts = [p for a in arrays for p in _parts(a)]
-        total = iter(self._over(lax.psum, jnp.stack(parts)))
+        total = iter(self._sum(jnp.stack(parts)))
         return tuple(
             lax.complex(next(total), next(total)) if jnp.iscomplexobj(a) else next(total)
             for a in arrays
@@ -33,22 +35,96 @@ class NamedAxis(Alone):
 
     def min(self, array: Array) -> Array:
         """Elementwise minimum over the members."""
-        return self._over(lax.pmin, array)
+        return lax.pmin(array, self.name)
 
-    def _over(self, collective, array: Array) -> Array:
-        groups = None if self.groups is None else [list(g) for g in self.groups]
-        return collective(array, self.name, axis_index_groups=groups)
+    def _sum(self, array: Array) -> Array:
+        return lax.psum(array, self.name)
+
+
+@dataclass(frozen=True)
+class Groups(NamedAxis):
+    """Groups of equal size, over mesh axes: collectives of XLA's own, each within a group."""
+
+    groups: tuple[tuple[int, ...], ...]
+
+    def size(self) -> int:
+        """Members in a group."""
+        return len(self.groups[0])
+
+    def min(self, array: Array) -> Array:
+        """Elementwise minimum over the group."""
+        return lax.pmin(array, self.name, axis_index_groups=self._lists)
+
+    def _sum(self, array: Array) -> Array:
+        if not _varies(self.name):
+            return lax.psum(array, self.name, axis_index_groups=self._lists)
+        # With check_vma=True JAX has no such sum, whose result would vary over the axis.
+        return jnp.sum(lax.all_gather(array, self.name, axis_index_groups=self._lists), 0)
+
+    @property
+    def _lists(self) -> list[list[int]]:
+        return [list(group) for group in self.groups]
+
+
+@dataclass(frozen=True)
+class AnyGroups(Groups):
+    """Groups of any sizes, over any named axes: `vmap` has no collective within groups.
+
+    Every member sees all others' arrays and takes its own group's.
+    """
+
+    def size(self) -> Array:
+        """Members in the group of this one."""
+        return jnp.sum(self._mine())
+
+    def min(self, array: Array) -> Array:
+        """Elementwise minimum over the group."""
+        every = self._gathered(array)
+        return jnp.min(jnp.where(self._mine(every.ndim), every, jnp.inf), 0)
+
+    def agreed(self, condition: Array) -> Array:
+        """Whether it holds in all groups: what follows is a collective of all of them."""
+        return lax.pmin(condition.astype(jnp.int32), self.name) > 0
+
+    def _sum(self, array: Array) -> Array:
+        every = self._gathered(array)
+        return jnp.sum(jnp.where(self._mine(every.ndim), every, 0), 0)
+
+    def _gathered(self, array: Array) -> Array:
+        shape = array.shape
+        for name in reversed(self.name):
+            array = lax.all_gather(array, name)
+        return array.reshape(-1, *shape)
+
+    def _mine(self, ndim: int = 1) -> Array:
+        """Which members belong to the group of this one, along axis 0."""
+        of = np.empty(sum(map(len, self.groups)), np.int32)
+        for number, group in enumerate(self.groups):
+            of[list(group)] = number
+        mine = jnp.asarray(of) == jnp.asarray(of)[lax.axis_index(self.name)]
+        return mine.reshape(-1, *[1] * (ndim - 1))
 
 
 def _parts(array: Array) -> tuple[Array, ...]:
     return (jnp.real(array), jnp.imag(array)) if jnp.iscomplexobj(array) else (array,)
 
 
+def _varies(name: tuple[str, ...]) -> bool:
+    """Whether values that differ along the axis have a type that says so (check_vma=True)."""
+    return bool(varying(lax.axis_index(name)))
+
+
+def varying(array: Array) -> frozenset[str]:
+    """The mesh axes along which `array` varies, as far as its type tells."""
+    return jax.typeof(array).mat.varying
+
+
 def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=None) -> Alone:
     """The replicas behind `axis_name`, which must be bound where this is traced.
 
     Raises:
-        ValueError: the name is not bound, or groups are given without a name or of unequal size.
+        ValueError: the name is not bound, or groups are given without a name or do not split the
+            axis.
     """
     if axis_name is None:
         if axis_index_groups is None:
@@ -58,6 +134,38 @@ def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=Non
             f"axis_index_groups={axis_index_groups} with axis_name=None. Name the axis too, or "
             "leave both out."
         )
+    names = _bound(operation, axis_name)
+    if axis_index_groups is None:
+        return NamedAxis(names)
+    return grouped(names, _checked(operation, names, axis_index_groups))
+
+
+def check_synchronized(operation: str, x: Array, mean: Array, axis_name: AxisName | None) -> None:
+    """A batch over devices is normalized over them all, unless something names another choice.
+
+    Types tell of it with check_vma=True. Where the running mean is one for each device too, the
+    axis is taken to carry features, or runs of their own.
+    """
+    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    missing = sorted(varying(x) - varying(mean) - set(names))
+    if missing:
+        raise ValueError(
+            f"{operation}: a batch that is spread over devices is normalized over all of them, or "
+            f"says otherwise; got x that varies over {missing} of the mesh, running statistics "
+            f"that do not, and axis_name={axis_name!r}. Name those axes too, axis_name="
+            f"{(*(n for n in names if n), *missing)!r}. For statistics of each device's share "
+            "alone, also set virtual_batch_size to the examples that it holds."
+        )
+
+
+def grouped(names: tuple[str, ...], groups: tuple[tuple[int, ...], ...]) -> Groups:
+    """The replicas of one's group, by the collective that serves these axes and groups."""
+    on_mesh = set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+    equal = len(set(map(len, groups))) == 1
+    return (Groups if on_mesh and equal else AnyGroups)(names, groups)
+
+
+def _bound(operation: str, axis_name: AxisName) -> tuple[str, ...]:
     names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
     if not names or isinstance(axis_name, int):
         raise TypeError(
@@ -74,26 +182,35 @@ def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=Non
                 f"jax.shard_map over a mesh with an axis {name!r}. Under jax.jit over sharded "
                 "arrays leave axis_name=None: there the statistics are global already."
             ) from None
-    groups = None
-    if axis_index_groups is not None:
-        groups = tuple(tuple(int(i) for i in g) for g in axis_index_groups)
-        _check_groups(operation, names, groups)
-    return NamedAxis(names, groups)
-
-
-def _check_groups(operation: str, names: tuple[str, ...], groups: tuple[tuple[int, ...], ...]):
-    size = lax.axis_size(names)
-    if sorted(i for g in groups for i in g) != list(range(size)) or len(set(map(len, groups))) != 1:
+    on_mesh = jax.sharding.get_abstract_mesh().manual_axes
+    mapped = [name for name in names if name not in on_mesh]
+    if mapped and on_mesh and _varies(tuple(on_mesh)):
         raise ValueError(
-            f"{operation}: axis_index_groups must split the {size} indices of the axis into groups "
-            f"of one size; got {[list(g) for g in groups]}. For example "
-            f"{[list(range(size // 2)), list(range(size // 2, size))]}."
+            f"{operation}: inside jax.shard_map with check_vma=True JAX has no sum over an axis of "
+            f"jax.vmap; got axis_name={axis_name!r}, of which {mapped} is one. Use "
+            "check_vma=False, or fold that axis into the batch."
         )
-    try:  # one number, to learn here what JAX would say from three layers below
-        NamedAxis(names, groups).sum(lax.axis_index(names).astype(jnp.float32))
-    except NotImplementedError:
-        raise ValueError(
-            f"{operation}: JAX does not split an axis into groups under this transformation; got "
-            f"axis_index_groups={[list(g) for g in groups]} for axis_name={names}. pmap and "
-            "shard_map(..., check_vma=False) do; under vmap, use two axes and name one of them."
+    return names
+
+
+def _checked(operation: str, names: tuple[str, ...], groups) -> tuple[tuple[int, ...], ...]:
+    size = lax.axis_size(names)
+    try:
+        found = tuple(tuple(map(operator.index, group)) for group in groups)
+    except TypeError:
+        raise TypeError(
+            f"{operation}: axis_index_groups must be a list of lists of indices; got {groups!r}. "
+            f"For example {_halves(size)}."
         ) from None
+    if sorted(i for g in found for i in g) != list(range(size)) or not all(found):
+        raise ValueError(
+            f"{operation}: axis_index_groups must hold each of the {size} indices of "
+            f"axis_name={names[0] if len(names) == 1 else names} once; got "
+            f"{[list(g) for g in found]}. For example {_halves(size)}."
+        )
+    return found
+
+
+def _halves(size: int) -> list[list[int]]:
+    half = max(1, size // 2)
+    return [list(range(start, min(start + half, size))) for start in range(0, size, half)]

@@ -10,7 +10,8 @@ from jaxnorm.core import batch
 from jaxnorm.core.arguments import Axes
 from jaxnorm.core.measure import Reduction
 from jaxnorm.core.running import BatchStats
-from jaxnorm.distributed.axes import AxisName, named_axis
+from jaxnorm.distributed.axes import AxisName, check_synchronized, named_axis
+from jaxnorm.distributed.virtual import virtual_batches
 
 DType = jax.typing.DTypeLike
 
@@ -50,7 +51,7 @@ def batch_norm(
         bias: beta, likewise; None for 0.
         stats: running statistics, see `init_batch_stats`. In training the running mean is also
             where the search for the batch mean starts, so with `axis_name` it must be the same on
-            all members, as synchronized statistics are.
+            all members that share a batch, as synchronized statistics are.
         training: which of the two; a Python bool.
         feature_axis: the axes that carry parameters, an int or a tuple (then parameters and
             statistics have one dimension for each, in ascending order of axis).
@@ -63,8 +64,17 @@ def batch_norm(
         axis_name: a named axis (or several), bound by `vmap`, `pmap` or `shard_map`, over which
             the batch goes on. One all-reduce of count-weighted moments. Under `jit` over sharded
             arrays leave it out: the statistics are those of the global batch already.
-        axis_index_groups: normalize within groups of that axis's indices only.
-        virtual_batch_size: not available in this version.
+        axis_index_groups: normalize within groups of that axis's indices only; the running
+            statistics are those of one's group then. With check_vma=True the members' moments
+            are gathered within a group; groups of unequal sizes, and groups under `vmap`, gather
+            them from the whole axis.
+        virtual_batch_size: normalize over this many consecutive examples (entries of the first
+            axis that carries no features), whatever the number of replicas: a replica's share is
+            split where it is larger, replicas are grouped where it is smaller. `jit` over sharded
+            arrays splits the global batch alike. Running statistics are synchronized over all of
+            `axis_name`: means and variances of all virtual batches, averaged by their counts, as
+            one update. That variance is the one within a virtual batch, which the activations
+            were divided by; see Hoffer et al. 2017 ("ghost" batches).
         unbiased: keep the variance over n - 1 as running variance, as PyTorch does. The batch is
             normalized with the biased one in any case.
         debias: bias-corrected running statistics: the exponential average of the batches alone,
@@ -83,10 +93,13 @@ def batch_norm(
             complex data.
         ValueError: parameters or statistics not of the feature axes' shape, an empty batch in
             training, an axis out of range, a mask that does not broadcast, `epsilon` or `decay`
-            out of range, an `axis_name` that is not bound.
+            out of range, an `axis_name` that is not bound, groups that do not split the axis, a
+            `virtual_batch_size` that does not divide the batch, a batch that is spread over an
+            axis of a mesh (by its type, with check_vma=True) which `axis_name` leaves out.
 
     Source: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
-    Internal Covariate Shift", 2015, algorithms 1 and 2.
+    Internal Covariate Shift", 2015, algorithms 1 and 2. Hoffer, Hubara & Soudry, "Train longer,
+    generalize better", 2017, algorithm 1, for virtual batches.
 
     Example:
         >>> import jax.numpy as jnp, jaxnorm
@@ -109,11 +122,6 @@ def batch_norm(
     epsilon = check.number(op, "epsilon", epsilon, 0.0, float("inf"), "1e-5")
     mask = check.mask_of(op, mask, x)
     two_pass = check.implementation_of(op, implementation)
-    if virtual_batch_size is not None:
-        raise ValueError(
-            f"{op}: virtual_batch_size={virtual_batch_size} is not available in this version. "
-            "Leave it at None; to normalize over parts of a batch, reshape x and use jax.vmap."
-        )
     dtype = check.result_dtype(op, x, scale, bias, dtype=dtype)
     if not training:
         y = batch.evaluate(
@@ -128,17 +136,30 @@ def batch_norm(
         )
     check.not_empty(op, x, reduced)
     replicas = named_axis(op, axis_name, axis_index_groups)
+    check_synchronized(op, x, stats.mean, axis_name)
+    reduction = Reduction(reduced, epsilon, replicas, two_pass=two_pass)
+    everyone = None
+    if virtual_batch_size is not None:
+        if axis_index_groups is not None:
+            raise ValueError(
+                f"{op}: virtual_batch_size forms its own groups of replicas; got "
+                f"virtual_batch_size={virtual_batch_size} with axis_index_groups="
+                f"{axis_index_groups}. Leave out one of the two."
+            )
+        everyone = replicas
+        reduction = virtual_batches(op, virtual_batch_size, x.shape, reduction)
     return batch.train(
         x,
         scale,
         bias,
         stats,
         feature_axes=features,
-        reduction=Reduction(reduced, epsilon, replicas, two_pass=two_pass),
+        reduction=reduction,
         mask=mask,
         decay=decay,
         debias=debias,
         unbiased=unbiased,
+        everyone=everyone,
         dtype=dtype,
     )
 

@@ -5,7 +5,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
 from jaxnorm.core import arguments as check
-from jaxnorm.core import group
+from jaxnorm.core import layer
 from jaxnorm.core.arguments import Axes
 from jaxnorm.distributed.axes import AxisName
 from jaxnorm.functional.prepare import prepared
@@ -86,17 +86,11 @@ def group_norm(
     groups = check.groups_of(op, num_groups, x, features[0])
     scale = check.parameter(op, "scale", scale, x, features)
     bias = check.parameter(op, "bias", bias, x, features)
+    check.not_empty(op, x, reduced)
     reduction, mask, dtype = prepared(
-        op, x, scale, bias, reduced, epsilon, mask, axis_name, axis_index_groups, dtype,
-        implementation,
+        op, x, scale, bias, tuple(a for a in reduced if a not in features), epsilon, mask,
+        axis_name, axis_index_groups, dtype, implementation, blocks=(features[0], groups),
     )  # fmt: skip
-    return group.grouped(
-        x,
-        scale,
-        bias,
-        num_groups=groups,
-        feature_axis=features[0],
-        reduction=reduction,
-        mask=mask,
-        dtype=dtype,
+    return layer.per_slice(
+        x, scale, bias, reduction=reduction, feature_axes=features, mask=mask, dtype=dtype
     )

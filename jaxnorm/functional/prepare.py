@@ -7,7 +7,7 @@ from jaxnorm.distributed.axes import named_axis
 
 def prepared(
     op, x, scale, bias, reduced, epsilon, mask, axis_name, groups, dtype, implementation,
-    *, centered=True,
+    *, centered=True, blocks=None,
 ):  # fmt: skip
     """Reduction, mask as booleans and result dtype, from arguments that are checked here."""
     two_pass = check.implementation_of(op, implementation)
@@ -16,4 +16,4 @@ def prepared(
     mask = check.mask_of(op, mask, x)
     replicas = named_axis(op, axis_name, groups)
     dtype = check.result_dtype(op, x, scale, bias, dtype=dtype)
-    return Reduction(reduced, epsilon, replicas, centered, two_pass), mask, dtype
+    return Reduction(reduced, epsilon, replicas, centered, two_pass, blocks), mask, dtype

@@ -24,6 +24,8 @@ class BatchNorm(nn.BatchNorm):
         momentum: share of the old statistics that is kept; None: cumulative average.
         unbiased: keep the variance over n - 1 as running variance, as PyTorch does.
         debias: bias-corrected running statistics, see `jaxnorm.batch_norm`.
+        virtual_batch_size: normalize over this many examples, whatever the number of devices; see
+            `jaxnorm.batch_norm`. Like `axis_name` not asked for while initializing.
 
     With `momentum=None` or `debias=True` there is one more variable, `batch_stats/count`.
 
@@ -45,6 +47,7 @@ class BatchNorm(nn.BatchNorm):
 
     unbiased: bool = dataclasses.field(default=False, kw_only=True)
     debias: bool = dataclasses.field(default=False, kw_only=True)
+    virtual_batch_size: int | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
     def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
@@ -90,6 +93,7 @@ class BatchNorm(nn.BatchNorm):
             mask=mask,
             axis_name=None if initializing else self.axis_name,
             axis_index_groups=None if initializing else self.axis_index_groups,
+            virtual_batch_size=None if initializing else self.virtual_batch_size,
             unbiased=self.unbiased,
             debias=self.debias,
             implementation=check.from_flax(self.use_fast_variance),

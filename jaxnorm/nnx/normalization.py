@@ -23,6 +23,8 @@ class BatchNorm(nnx.BatchNorm):
         momentum: share of the old statistics that is kept; None: cumulative average.
         unbiased: keep the variance over n - 1 as running variance, as PyTorch does.
         debias: bias-corrected running statistics, see `jaxnorm.batch_norm`.
+        virtual_batch_size: normalize over this many examples, whatever the number of devices; see
+            `jaxnorm.batch_norm`.
 
     With `momentum=None` or `debias=True` there is one more variable, `count`, an
     `nnx.BatchStat`. For complex data give a complex `param_dtype`: then `mean` is complex too.
@@ -42,10 +44,18 @@ class BatchNorm(nnx.BatchNorm):
     """
 
     @extends(nnx.BatchNorm)
-    def __init__(self, *args, unbiased: bool = False, debias: bool = False, **kwargs):
+    def __init__(
+        self,
+        *args,
+        unbiased: bool = False,
+        debias: bool = False,
+        virtual_batch_size: int | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.unbiased = unbiased
         self.debias = debias
+        self.virtual_batch_size = virtual_batch_size
         if jnp.issubdtype(self.param_dtype, jnp.complexfloating):
             # Of complex data the mean is complex, from the start.
             self.mean = nnx.BatchStat(self.mean[...].astype(jnp.complex64))
@@ -85,6 +95,7 @@ class BatchNorm(nnx.BatchNorm):
             mask=mask,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
+            virtual_batch_size=self.virtual_batch_size,
             unbiased=self.unbiased,
             debias=self.debias,
             implementation=check.from_flax(self.use_fast_variance),

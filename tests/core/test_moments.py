@@ -89,7 +89,7 @@ def test_the_guess_changes_nothing_but_the_time(offset):
 def test_a_good_guess_costs_one_read():
     """The second measurement stands in a branch, also under vmap: `cond`, not `select`."""
     x = jnp.ones((3, 8, 4))
-    run = jax.vmap(lambda x: standardize(x, Reduction((0,))))
+    run = jax.vmap(lambda x: standardize(x, Reduction((0,)), None, jnp.zeros((1, 4))))
     text = str(jax.make_jaxpr(run)(x))
     assert "cond[" in text
     assert text.count("branches=") == 1

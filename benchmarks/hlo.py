@@ -1,0 +1,259 @@
+"""What a compiled program does, read in its text: collectives, and bytes to and from HBM.
+
+A TPU program is scheduled: its entry computation is the list of what runs, in order, and the layout
+of an array says whether it lies in on-chip memory (``S(n)``) or in HBM. Branches of a conditional
+are computations of their own, so what a step always does and what it does now and then are told
+apart.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+# Names for values that lie elsewhere, and the ends of what `-start` began.
+_MOVE_NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
+                 "conditional", "partition-id", "replica-id"}  # fmt: skip
+_PARTS = {"slice", "dynamic-slice", "slice-start"}
+
+
+@dataclass(frozen=True)
+class Array:
+    """A type in the text."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    on_chip: bool
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Without the padding of tiles."""
+        bits = re.search(r"\d+", self.dtype)
+        return math.ceil(self.elements * int(bits[0]) / 8) if bits else self.elements
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+
+    @property
+    def kind(self) -> str | None:
+        """Which collective it is, if any; the end of an asynchronous one is none of its own."""
+        kind = self.opcode.removesuffix("-start")
+        return kind if kind in KINDS else None
+
+    def called(self, *attributes: str) -> list[str]:
+        """Computations named by attributes, all of them by default."""
+        keys = "|".join(attributes) or r"calls|to_apply|body|condition|\w+_computations?"
+        found = re.findall(rf"\b(?:{keys})=(%[\w.\-]+|{{[^}}]*}})", self.attributes)
+        return [name for group in found for name in re.findall(r"%([\w.\-]+)", group)]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective and what it hands out."""
+
+    kind: str
+    arrays: tuple[Array, ...]
+    awaited: tuple[bool, ...]
+    """For each array whether a later collective of the step depends on it. Sums within a network
+    are awaited, by the gradients at the latest; the gradients' own sums are not."""
+    group_size: int | None
+    """Devices that take part together; None for all."""
+    in_branch: bool
+    backward: bool
+    name: str
+    """The operation's path through the Python program: the first one's, where XLA merged some."""
+
+    def bytes(self, *, awaited: bool | None = None) -> int:
+        """Of all arrays, or of those that are awaited, or are not."""
+        chosen = zip(self.arrays, self.awaited)
+        return sum(a.bytes for a, waits in chosen if awaited in (None, waits))
+
+
+class Program:
+    """A compiled module, from `compiled.as_text()`."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry: dict[str, Instruction] = {}
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if start := re.match(r"(ENTRY )?%?([\w.\-]+) .*{$", line):
+                current = self.computations.setdefault(start[2], {})
+                self.entry = current if start[1] else self.entry
+            elif found := _instruction(line):
+                current[found.name] = found
+
+    @cached_property
+    def collectives(self) -> list[Collective]:
+        """All of them, in the order of the text."""
+        found = []
+        for outer in self.entry.values():
+            for inner, in_branch in self._collectives_of(outer):
+                arrays = inner.results
+                if inner.opcode == "collective-permute-start":
+                    arrays = arrays[1:2]  # operand, result, contexts
+                name = re.search(r'op_name="([^"]*)"', inner.attributes)
+                name = name[1] if name else ""
+                found.append(
+                    Collective(
+                        inner.kind or "",
+                        arrays,
+                        (False,) * len(arrays) if in_branch else self._awaited(outer, len(arrays)),
+                        _group_size(inner.attributes),
+                        in_branch,
+                        "transpose(" in name,
+                        name,
+                    )
+                )
+        return found
+
+    def _collectives_of(
+        self, instruction: Instruction, in_branch: bool = False
+    ) -> Iterator[tuple[Instruction, bool]]:
+        """The instruction itself, or those in what it calls, which may be asynchronous calls."""
+        if instruction.kind:
+            yield instruction, in_branch
+            return
+        in_branch = in_branch or instruction.opcode == "conditional"
+        for name in dict.fromkeys(instruction.called()):
+            for inner in self.computations[name].values():
+                yield from self._collectives_of(inner, in_branch)
+
+    def _awaited(self, instruction: Instruction, results: int) -> tuple[bool, ...]:
+        """For each result of the entry's instruction whether a later collective depends on it."""
+        if instruction.opcode.endswith("-start"):
+            instruction = self._ends[instruction.name]
+        users = self._users[instruction.name]
+        if any(u.opcode != "get-tuple-element" for u in users) or not users:
+            return (self._leads[instruction.name],) * results
+        waiting = {u.attributes.partition("index=")[2] for u in users if self._leads[u.name]}
+        indices = {int(re.match(r"\d+", text)[0]) for text in waiting}  # pyright: ignore
+        return tuple(i in indices for i in range(results))
+
+    @cached_property
+    def _users(self) -> dict[str, list[Instruction]]:
+        users: dict[str, list[Instruction]] = {name: [] for name in self.entry}
+        for instruction in self.entry.values():
+            for operand in instruction.operands:
+                users[operand].append(instruction)
+        return users
+
+    @cached_property
+    def _leads(self) -> dict[str, bool]:
+        """For each value of the entry whether it leads to a collective that always runs."""
+        always = {
+            name
+            for name, instruction in self.entry.items()
+            if any(not in_branch for _, in_branch in self._collectives_of(instruction))
+        }
+        leads: dict[str, bool] = {}
+        for name in reversed(self.entry):  # users come after what they use
+            leads[name] = any(u.name in always or leads[u.name] for u in self._users[name])
+        return leads
+
+    @cached_property
+    def _ends(self) -> dict[str, Instruction]:
+        """By the name of an asynchronous beginning, its end."""
+        ends = (i for i in self.entry.values() if i.opcode.endswith("-done"))
+        return {end.operands[0]: end for end in ends}
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Moved to and from HBM by the entry computation; branches of conditionals are left out.
+
+        Distinct operands and results of every instruction that are not in on-chip memory. Of an
+        operand that is only sliced, the slices.
+        """
+        if any(i.opcode == "while" for i in self.entry.values()):
+            raise ValueError(
+                "hbm_bytes: how often a loop runs is not in the program's text; got an entry "
+                "computation with a while loop. Unroll it."
+            )
+        return sum(self._moved(instruction) for instruction in self.entry.values())
+
+    def _moved(self, instruction: Instruction) -> int:
+        if (
+            instruction.opcode in _MOVE_NOTHING
+            or instruction.opcode.endswith("-done")
+            or 'custom_call_target="ConcatBitcast"' in instruction.attributes
+        ):
+            return 0
+        # The type of a beginning names the operands again.
+        results = self._ends.get(instruction.name, instruction).results
+        written = sum(a.bytes for a in results if not a.on_chip)
+        operands = dict.fromkeys(instruction.operands)
+        return written + sum(self._read(instruction, operand, results) for operand in operands)
+
+    def _read(self, instruction: Instruction, operand: str, results: tuple[Array, ...]) -> int:
+        """Bytes of an operand that come from HBM."""
+        whole = sum(a.bytes for a in self.entry[operand].results if not a.on_chip)
+        if instruction.opcode in _PARTS:
+            return min(whole, sum(a.bytes for a in results))
+        if instruction.opcode != "fusion":
+            return whole
+        (name,) = instruction.called("calls")
+        inside = self.computations[name].values()
+        places = {str(i) for i, o in enumerate(instruction.operands) if o == operand}
+        parameters = {i.name for i in inside if i.opcode == "parameter" and i.attributes in places}
+        users = [i for i in inside if parameters & set(i.operands)]
+        if any(user.opcode not in _PARTS for user in users):
+            return whole
+        return min(whole, sum(a.bytes for user in users for a in user.results))
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+    if not head:
+        return None
+    rest = line[head.end() :]
+    end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
+    types, rest = rest[:end], rest[end:].lstrip()
+    opcode, _, rest = rest.partition("(")
+    end = _closing("(" + rest) - 1
+    operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
+    # What a parameter has between its parentheses is its number.
+    attributes = rest[:end] if opcode == "parameter" else rest[end + 1 :]
+    return Instruction(head[1], opcode, _arrays(types), operands, attributes)
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis that opens the text is closed."""
+    depth = 0
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    raise ValueError(f"hlo: every parenthesis must close; got {text[:80]!r}. Is this HLO text?")
+
+
+def _arrays(types: str) -> tuple[Array, ...]:
+    found = re.findall(r"(\w+)\[([\d,]*)\](?:{([^}]*)})?", types)
+    return tuple(
+        Array(dtype, tuple(int(n) for n in shape.split(",") if n), "S(" in layout)
+        for dtype, shape, layout in found
+    )
+
+
+def _group_size(attributes: str) -> int | None:
+    if listed := re.search(r"replica_groups={{([\d,]*)}", attributes):
+        return listed[1].count(",") + 1
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(iota[1])
+    if mesh := re.search(r"replica_groups=\w*mesh\[([^\]]*)\] *{([^}]*)}", attributes):
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']*)'", mesh[2]))
+    return None

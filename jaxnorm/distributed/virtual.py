@@ -1,0 +1,50 @@
+"""Virtual batches: how many examples share their statistics, whatever the number of devices."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from jaxnorm.core.measure import Reduction
+from jaxnorm.core.replicas import ALONE
+from jaxnorm.distributed.axes import NamedAxis, grouped
+
+
+def virtual_batches(
+    operation: str, size: int, shape: tuple[int, ...], reduction: Reduction
+) -> Reduction:
+    """`reduction`, over all axes of a batch but the features', for each `size` examples.
+
+    Examples lie along the first of those axes, and go on over the replicas, in order of index.
+
+    Raises:
+        TypeError: `size` is no int.
+        ValueError: a share of the batch is not a multiple of `size`, nor `size` one of a share; or
+            the replicas cannot be grouped into that many shares.
+    """
+    if isinstance(size, bool) or not isinstance(size, int | np.integer):
+        raise TypeError(
+            f"{operation}: virtual_batch_size must be an int, a number of examples; got "
+            f"{type(size).__name__} {size!r}. For example virtual_batch_size=32."
+        )
+    replicas = reduction.replicas
+    members = replicas.size()
+    # Without an axis of its own an example is what each member of a named axis holds.
+    axis = reduction.axes[0] if reduction.axes else None
+    share = 1 if axis is None else shape[axis]
+    if size > 0 and axis is not None and share % size == 0:
+        others = tuple(a for a in reduction.axes if a != axis)
+        return replace(reduction, axes=others, blocks=(axis, share // size), replicas=ALONE)
+    if size > 0 and size % share == 0 and members % (size // share) == 0:
+        if not isinstance(replicas, NamedAxis) or size == share * members:
+            return reduction
+        indices = np.arange(members).reshape(-1, size // share)
+        groups = tuple(tuple(map(int, group)) for group in indices)
+        return replace(reduction, replicas=grouped(replicas.name, groups))
+    total = share * members
+    fits = [n for n in range(1, total + 1) if total % n == 0 and (share % n == 0 or n % share == 0)]
+    shown = ", ".join(map(str, fits[:20])) + (", ..." if len(fits) > 20 else "")
+    raise ValueError(
+        f"{operation}: virtual_batch_size must divide the {total} examples of the batch into equal "
+        f"parts, each of whole shares or part of one; got virtual_batch_size={size} for "
+        f"x.shape={shape} on each of {members} replicas. Choose one of {shown}."
+    )

@@ -1,0 +1,307 @@
+"""Statistics over named axes agree with one device that holds the whole batch."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import cotangent
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxnorm
+from jaxnorm.testing import assert_close
+
+N, R, C = 8, 4, 5  # replicas, rows of each, channels
+RNG = np.random.default_rng(0)
+STATS = jaxnorm.init_batch_stats(C)
+# Replicas keep four rows, one, two and none.
+MASK = jnp.asarray(
+    [[True] * 4, [True, False, False, False], [False, True, True, False], [False] * 4] * 2
+)[..., None]
+SPLIT = [[0, 2, 4, 6], [1, 3, 5, 7]]
+UNEQUAL = [[0, 1, 2, 3, 6], [4, 5, 7]]
+
+
+def mesh(*shape, names=("d",)):
+    return jax.make_mesh(shape or (N,), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def batch_norm(x, scale, bias, mask, **options):
+    return jaxnorm.batch_norm(x, scale, bias, STATS, training=True, mask=mask, **options)
+
+
+def vmapped(function, *arrays):
+    return jax.vmap(partial(function, name="d"), axis_name="d")(*arrays)
+
+
+def twice_vmapped(function, *arrays):
+    inner = jax.vmap(partial(function, name=("a", "b")), axis_name="b")
+    split = (a.reshape(2, N // 2, *a.shape[1:]) for a in arrays)
+    out = jax.vmap(inner, axis_name="a")(*split)
+    return jax.tree.map(lambda a: a.reshape(N, *a.shape[2:]), out)
+
+
+def sharded(function, *arrays, check_vma, names=("d",), shape=(N,)):
+    """Each device holds one replica, which sees its arrays as `vmap` would show them."""
+
+    def local(*arrays):
+        out = function(*(a[0] for a in arrays), name=names)
+        return jax.tree.map(lambda a: jnp.asarray(a)[None], out)
+
+    return jax.shard_map(
+        local, mesh=mesh(*shape, names=names), in_specs=P(names), out_specs=P(names),
+        check_vma=check_vma,
+    )(*arrays)  # fmt: skip
+
+
+def pmapped(function, *arrays):
+    return jax.pmap(partial(function, name="d"), axis_name="d")(*arrays)
+
+
+CONTEXTS = {
+    "vmap": vmapped,
+    "vmap of vmap": twice_vmapped,
+    "pmap": pmapped,
+    "shard_map": partial(sharded, check_vma=True),
+    "shard_map unchecked": partial(sharded, check_vma=False),
+    "shard_map of two axes": partial(sharded, check_vma=True, names=("a", "b"), shape=(4, 2)),
+    "shard_map of two axes unchecked": partial(
+        sharded, check_vma=False, names=("a", "b"), shape=(4, 2)
+    ),
+}
+A_FEW = ["vmap", "pmap", "shard_map", "shard_map of two axes unchecked"]
+each_context = pytest.mark.parametrize("context", CONTEXTS)
+pytestmark = pytest.mark.filterwarnings("ignore:jax.pmap is deprecated")
+
+
+def replicas(context, options, x, scale, bias, mask):
+    """y of all replicas, and what each of them takes for the running statistics."""
+
+    def one(x, mask, name):
+        y, stats = batch_norm(x, scale, bias, mask, axis_name=name, **options)
+        return y, stats.mean, stats.var
+
+    return CONTEXTS[context](one, x, mask)
+
+
+def one_device(parts, x, scale, bias, mask):
+    """The same of each part of the replicas in turn, on one device."""
+    every = [None] * N
+    for part in parts:
+        rows = jnp.array(part)
+        y, stats = batch_norm(x[rows].reshape(-1, C), scale, bias, mask[rows].reshape(-1, 1))
+        for i, share in zip(part, y.reshape(len(part), R, C), strict=True):
+            every[i] = (share, stats.mean, stats.var)
+    return tuple(map(jnp.stack, zip(*every, strict=True)))
+
+
+@cache
+def inputs(offset):
+    # Each replica's share at a place of its own, so that a mean of variances would be wrong.
+    x = RNG.normal(size=(N, R, C)) + np.arange(N)[:, None, None] + offset
+    scale, bias = RNG.normal(size=(2, C)) + 1
+    return *(jnp.asarray(a, jnp.float32) for a in (x, scale, bias)), MASK
+
+
+def derivatives(run, x, scale, bias, mask, second=True):
+    """Values, gradients by random cotangents, and a second derivative."""
+    ct = cotangent(x.shape)
+
+    def loss(x, scale, bias):
+        out = run(x, scale, bias, mask)
+        return jnp.vdot(out[0], ct), out
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    first, out = gradient(x, scale, bias)
+    if not second:
+        return out, first
+    again = jax.jvp(lambda x: gradient(x, scale, bias)[0], (x,), (cotangent(x.shape, 9),))[1]
+    return out, first, again
+
+
+@cache
+def on_one_device(parts):
+    return jax.jit(partial(derivatives, partial(one_device, parts)))
+
+
+@cache
+def on_replicas(context, groups):
+    run = partial(replicas, context, {"axis_index_groups": groups})
+    return jax.jit(partial(derivatives, run))
+
+
+def agree(got, wanted):
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert_close(g, np.asarray(w, np.float64), what="derivative")
+
+
+def as_tuples(groups):
+    return tuple(map(tuple, groups))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@each_context
+@pytest.mark.parametrize("groups", [None, SPLIT, UNEQUAL], ids=["all", "split", "unequal"])
+def test_as_on_one_device(context, groups, offset):
+    """Uneven masks, two replicas without a sample; value, statistics, two derivatives."""
+    parts = as_tuples(groups or [range(N)])
+    got = on_replicas(context, groups and as_tuples(groups))(*inputs(offset))
+    agree(got, on_one_device(parts)(*inputs(offset)))
+
+
+@cache
+def virtual_by_hand(size):
+    """Each virtual batch by itself; the new statistics averaged."""
+
+    def parts(x, scale, bias, mask):
+        y, stats = zip(
+            *(
+                batch_norm(rows, scale, bias, None, unbiased=True)
+                for rows in x.reshape(-1, size, C)
+            ),
+            strict=True,
+        )
+        mean, var = (sum(s[i] for s in stats) / len(stats) for i in range(2))
+        shared = (jnp.broadcast_to(a, (N, C)) for a in (mean, var))
+        return jnp.stack(y).reshape(x.shape), *shared
+
+    return jax.jit(partial(derivatives, parts, second=False))(*inputs(1e4))
+
+
+@pytest.mark.parametrize("size", [2, 4, 16, 32])
+@pytest.mark.parametrize("context", ["one device", *A_FEW])
+def test_a_virtual_batch_is_the_same_on_any_number_of_replicas(context, size):
+    options = {"virtual_batch_size": size, "unbiased": True}
+
+    def alone(x, scale, bias, mask):
+        y, stats = batch_norm(x.reshape(-1, C), scale, bias, None, **options)
+        shared = (jnp.broadcast_to(a, (N, C)) for a in (stats.mean, stats.var))
+        return y.reshape(x.shape), *shared
+
+    def over(x, scale, bias, mask):
+        return replicas(context, options, x, scale, bias, jnp.ones_like(mask))
+
+    run = alone if context == "one device" else over
+    agree(jax.jit(partial(derivatives, run, second=False))(*inputs(1e4)), virtual_by_hand(size))
+
+
+def test_masked_virtual_batches_count_what_they_hold():
+    x, scale, bias, mask = inputs(0.0)
+    y, stats = batch_norm(
+        x.reshape(-1, C), scale, bias, mask.reshape(-1, 1), virtual_batch_size=R, decay=0.0
+    )
+    for i in range(N):
+        alone = batch_norm(x[i], scale, bias, mask[i])[0]
+        assert_close(y.reshape(x.shape)[i], np.asarray(alone, np.float64))
+    kept = np.asarray(mask[..., 0])
+    rows = np.asarray(x, np.float64)
+    within = [rows[i][kept[i]].var(0) * kept[i].sum() for i in range(N) if kept[i].any()]
+    assert_close(stats.mean, rows[kept].mean(0))
+    assert_close(stats.var, sum(within) / kept.sum())
+
+
+@pytest.mark.parametrize("context", ["vmap", "shard_map", "shard_map of two axes unchecked"])
+@pytest.mark.parametrize("norm", ["layer", "rms", "group", "instance"])
+def test_examples_that_go_on_over_replicas(context, norm):
+    """Norms without a state, the rows of an example spread over the axis."""
+    x, _, _, mask = inputs(1e4)
+    x = jnp.concatenate([x, x[..., :1] * 2], -1)  # six channels make two groups
+
+    def apply(x, mask, name=None):
+        options = {"mask": mask[None], "axis_name": name}
+        call = {
+            "layer": partial(jaxnorm.layer_norm, axis=1),
+            "rms": partial(jaxnorm.rms_norm, axis=1),
+            "group": partial(jaxnorm.group_norm, num_groups=2),
+            "instance": jaxnorm.instance_norm,
+        }[norm]
+        return call(x[None], **options)[0]
+
+    def run(x, scale, bias, mask):
+        return (CONTEXTS[context](apply, x, mask),)
+
+    def alone(x, scale, bias, mask):
+        return (apply(x.reshape(N * R, -1), mask.reshape(-1, 1)).reshape(x.shape),)
+
+    arrays = (x, jnp.zeros(()), jnp.zeros(()), mask)
+    got, whole = (jax.jit(partial(derivatives, f, second=False))(*arrays) for f in (run, alone))
+    agree(got, whole)
+
+
+@pytest.mark.parametrize("context", A_FEW)
+def test_moments_merge_over_an_axis(context):
+    x, *_, mask = inputs(1e4)
+
+    def one(x, mask, name):
+        return tuple(jaxnorm.moments(x, 0, mask=mask, axis_name=name))
+
+    got = jax.jit(partial(CONTEXTS[context], one))(x, mask)
+    whole = jaxnorm.moments(x.reshape(-1, C), 0, mask=mask.reshape(-1, 1))
+    agree([a[3] for a in got], list(whole))
+
+
+class TestRefused:
+    x = jnp.ones((N, R, C))
+
+    @pytest.mark.parametrize(
+        "groups", [[[0, 1], [2, 3]], [[0, 1, 2, 3], [3, 4, 5, 6, 7]], [[*range(8)], []]]
+    )
+    @each_context
+    def test_groups_that_do_not_split_the_axis(self, context, groups):
+        with pytest.raises(ValueError, match=r"^batch_norm: axis_index_groups must hold each of"):
+            replicas(context, {"axis_index_groups": groups}, self.x, None, None, MASK)
+
+    def test_groups_of_something_else(self):
+        with pytest.raises(TypeError, match=r"^batch_norm: axis_index_groups must be a list of"):
+            replicas("vmap", {"axis_index_groups": [0, 1]}, self.x, None, None, MASK)
+
+    @pytest.mark.parametrize("size", [3, 5, 12, 0, -4, 64])
+    @each_context
+    def test_a_virtual_batch_that_divides_nothing(self, context, size):
+        with pytest.raises(ValueError, match=r"must divide the 32 examples.*Choose one of 1, 2, 4"):
+            replicas(context, {"virtual_batch_size": size}, self.x, None, None, MASK)
+
+    @pytest.mark.parametrize("size", [2.0, True, "4"])
+    def test_a_virtual_batch_that_is_no_number(self, size):
+        with pytest.raises(TypeError, match=r"^batch_norm: virtual_batch_size must be an int"):
+            batch_norm(self.x[0], None, None, None, virtual_batch_size=size)
+
+    def test_a_virtual_batch_and_groups(self):
+        options = {"virtual_batch_size": 4, "axis_index_groups": SPLIT}
+        with pytest.raises(ValueError, match=r"virtual_batch_size forms its own groups"):
+            replicas("vmap", options, self.x, None, None, MASK)
+
+    @pytest.mark.parametrize("name", ["e", ("d", "e")])
+    def test_a_name_that_is_bound_elsewhere_but_not_here(self, name):
+        def local(x):
+            return batch_norm(x, None, None, None, axis_name=name)[0]
+
+        inside = jax.shard_map(local, mesh=mesh(), in_specs=P("d"), out_specs=P("d"))
+        with pytest.raises(ValueError, match=r"axis_name='e' is not bound where this is traced"):
+            inside(self.x.reshape(-1, C))
+
+    def test_a_batch_over_devices_that_nobody_synchronizes(self):
+        def local(x, **options):
+            return batch_norm(x, None, None, None, **options)[0]
+
+        def inside(**options):
+            return jax.shard_map(
+                partial(local, **options), mesh=mesh(), in_specs=P("d"), out_specs=P("d")
+            )(self.x.reshape(-1, C))
+
+        with pytest.raises(ValueError, match=r"varies over \['d'\].*virtual_batch_size"):
+            inside()
+        inside(axis_name="d")
+        inside(axis_name="d", virtual_batch_size=R)
+
+    def test_a_vmapped_axis_where_jax_has_no_sum_over_it(self):
+        def local(x):
+            return jax.vmap(
+                lambda x: batch_norm(x, None, None, None, axis_name=("d", "v"))[0], axis_name="v"
+            )(x)
+
+        inside = jax.shard_map(local, mesh=mesh(), in_specs=P("d"), out_specs=P("d"))
+        with pytest.raises(ValueError, match=r"check_vma=True JAX has no sum over an axis of jax"):
+            inside(self.x)

@@ -1,0 +1,132 @@
+"""`jit` over arrays that are sharded over a mesh: one result on any layout, and little traffic."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import cotangent
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from programs import Program
+
+import jaxnorm
+from jaxnorm.testing import assert_close
+
+SHAPE = (16, 6, 64)
+STATS = jaxnorm.init_batch_stats(SHAPE[-1])
+RNG = np.random.default_rng(0)
+SCALE, BIAS = (jnp.asarray(RNG.normal(size=SHAPE[-1]) + 1, jnp.float32) for _ in range(2))
+
+
+def batch(x, scale, bias, **options):
+    y, stats = jaxnorm.batch_norm(x, scale, bias, STATS, training=True, **options)
+    return y, stats.mean, stats.var
+
+
+NORMS = {
+    "batch": batch,
+    "virtual batch of 8": partial(batch, virtual_batch_size=8),
+    "virtual batch of 1": partial(batch, virtual_batch_size=1),
+    "layer": lambda *a: (jaxnorm.layer_norm(*a),),
+    "rms": lambda x, scale, bias: (jaxnorm.rms_norm(x, scale),),
+    "groups within a device": lambda *a: (jaxnorm.group_norm(*a, num_groups=16),),
+    "groups over devices": lambda *a: (jaxnorm.group_norm(*a, num_groups=2),),
+    "instance": lambda *a: (jaxnorm.instance_norm(*a),),
+}
+AXES = {"rows": P("d"), "features": P(None, None, "d"), "both": P("d", None, "m")}
+each_norm = pytest.mark.parametrize("name", NORMS)
+each_layout = pytest.mark.parametrize("layout", AXES)
+each_kind = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+
+
+def mesh(layout, kind):
+    shape, names = ((4, 2), ("d", "m")) if layout == "both" else ((8,), ("d",))
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+
+
+def both(name, x, ct, scale, bias):
+    """Values, and gradients by a random cotangent."""
+
+    def loss(x, scale, bias):
+        out = NORMS[name](x, scale, bias)
+        return (out[0] * ct).sum(), out
+
+    first, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, scale, bias)
+    return out, first
+
+
+@cache
+def data(offset):
+    x = RNG.normal(size=SHAPE) * 2 + np.arange(SHAPE[0])[:, None, None] + offset
+    return jnp.asarray(x, jnp.float32), cotangent(SHAPE)
+
+
+@cache
+def one_device(name, offset):
+    return jax.jit(partial(both, name))(*data(offset), SCALE, BIAS)
+
+
+@cache
+def compiled(name, layout, kind):
+    sharding = NamedSharding(mesh(layout, kind), AXES[layout])
+    with jax.set_mesh(sharding.mesh):
+        x = jax.device_put(jnp.zeros(SHAPE), sharding)
+        return sharding, jax.jit(partial(both, name)).lower(x, x, SCALE, BIAS).compile()
+
+
+def agree(got, wanted):
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert_close(g, np.asarray(w, np.float64), what="derivative")
+
+
+@each_norm
+@each_layout
+@each_kind
+def test_as_on_one_device(name, layout, kind):
+    sharding, run = compiled(name, layout, kind)
+    with jax.set_mesh(sharding.mesh):
+        placed = run.input_shardings[0]
+        for offset in (0.0, 1e4):
+            arrays = map(jax.device_put, (*data(offset), SCALE, BIAS), placed)
+            agree(run(*arrays), one_device(name, offset))
+
+
+@each_norm
+@each_layout
+@each_kind
+def test_traffic(name, layout, kind):
+    """No gather of the activation; one all-reduce each way for the statistics of a batch."""
+    _, run = compiled(name, layout, kind)
+    found = [c for c in Program(run.as_text()).collectives if not c.in_branch]
+    gathered = [c for c in found if c.kind != "all-reduce"]
+    channels = SHAPE[0] * SHAPE[-1]  # moments of every channel; the activation is larger
+    assert all(a.elements < channels for c in gathered for a in c.arrays), gathered
+    reduced = [c for c in found if c.kind == "all-reduce"]
+    if name == "batch" and layout != "features":
+        sums = [c for c in reduced if all(a.dtype == "f32" for a in c.arrays)]
+        assert [c.backward for c in sums] == [False, True], sums
+        share = SHAPE[-1] // (1 if layout == "rows" else 2)
+        # Backward with them go the gradients of scale and bias, which are sums over the batch too.
+        assert [sum(a.elements for a in c.arrays) for c in sums] == [2 * share, 4 * share]
+    if "batch" not in name and layout == "rows":
+        # Statistics of an example are its own; what is summed is the parameters' gradient.
+        assert all(c.backward for c in found), found
+    predicates = [c for c in reduced if any(a.dtype == "pred" for a in c.arrays)]
+    # Whether the running mean was a poor guess is one answer for all channels and virtual batches.
+    assert not predicates or ("batch" in name and (name, layout) != ("batch", "rows"))
+    assert sum(a.elements for c in predicates for a in c.arrays) <= 2
+
+
+@each_kind
+def test_a_second_derivative_over_a_mesh(kind):
+    sharding = NamedSharding(mesh("both", kind), AXES["both"])
+    x, ct = data(1e4)
+
+    def curved(x, ct):
+        return jax.jvp(lambda x: both("batch", x, ct, SCALE, BIAS)[1], (x,), (ct,))[1]
+
+    alone = jax.jit(curved)(x, ct)
+    with jax.set_mesh(sharding.mesh):
+        agree(jax.jit(curved)(*(jax.device_put(a, sharding) for a in (x, ct))), alone)
