@@ -135,8 +135,7 @@ class Program:
 
     def _awaited(self, instruction: Instruction, results: int) -> tuple[bool, ...]:
         """For each result of the entry's instruction whether a later collective depends on it."""
-        if instruction.opcode.endswith("-start"):
-            instruction = self._ends[instruction.name]
+        instruction = self._chain(instruction)[-1]
         users = self._users[instruction.name]
         if any(u.opcode != "get-tuple-element" for u in users) or not users:
             return (self._leads[instruction.name],) * results
@@ -156,20 +155,22 @@ class Program:
     def _leads(self) -> dict[str, bool]:
         """For each value of the entry whether it leads to a collective that always runs."""
         always = {
-            name
-            for name, instruction in self.entry.items()
+            part.name
+            for instruction in self.entry.values()
             if any(not in_branch for _, in_branch in self._collectives_of(instruction))
+            for part in self._chain(instruction)
         }
         leads: dict[str, bool] = {}
         for name in reversed(self.entry):  # users come after what they use
             leads[name] = any(u.name in always or leads[u.name] for u in self._users[name])
         return leads
 
-    @cached_property
-    def _ends(self) -> dict[str, Instruction]:
-        """By the name of an asynchronous beginning, its end."""
-        ends = (i for i in self.entry.values() if i.opcode.endswith("-done"))
-        return {end.operands[0]: end for end in ends}
+    def _chain(self, instruction: Instruction) -> list[Instruction]:
+        """The instruction; of an asynchronous one the beginning, the updates, the end."""
+        chain = [instruction]
+        while chain[-1].opcode.endswith(("-start", "-update")):
+            chain.append(next(u for u in self._users[chain[-1].name] if _continues(u)))
+        return chain
 
     @property
     def hbm_bytes(self) -> int:
@@ -188,14 +189,15 @@ class Program:
     def _moved(self, instruction: Instruction) -> int:
         if (
             instruction.opcode in _MOVE_NOTHING
-            or instruction.opcode.endswith("-done")
+            or _continues(instruction)
             or 'custom_call_target="ConcatBitcast"' in instruction.attributes
         ):
             return 0
-        # The type of a beginning names the operands again.
-        results = self._ends.get(instruction.name, instruction).results
+        # The type of a beginning names the operands again; an update may bring more of them.
+        chain = self._chain(instruction)
+        results = chain[-1].results
         written = sum(a.bytes for a in results if not a.on_chip)
-        operands = dict.fromkeys(instruction.operands)
+        operands = {o for part in chain for o in part.operands} - {part.name for part in chain}
         return written + sum(self._read(instruction, operand, results) for operand in operands)
 
     def _read(self, instruction: Instruction, operand: str, results: tuple[Array, ...]) -> int:
@@ -213,6 +215,11 @@ class Program:
         if any(user.opcode not in _PARTS for user in users):
             return whole
         return min(whole, sum(a.bytes for user in users for a in user.results))
+
+
+def _continues(instruction: Instruction) -> bool:
+    """Whether it goes on with what another one began."""
+    return instruction.opcode.endswith(("-update", "-done"))
 
 
 def _instruction(line: str) -> Instruction | None:

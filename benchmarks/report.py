@@ -90,6 +90,11 @@ def time_table(results: dict) -> str:
     return timing(results).markdown()
 
 
+def scaling_table(results: dict) -> str:
+    """What a training step does on each device of a board and of a pod."""
+    return scaling(results).markdown()
+
+
 def origin(results: dict) -> str:
     """One line: the command, the machine, the versions and the date."""
     machine, versions = results["machine"], results["versions"]
@@ -117,9 +122,10 @@ def render(folder: Path = records.RESULTS) -> str:
 def readme(folder: Path = records.RESULTS) -> str:
     """The README's section of measured figures, between its two markers."""
     read = {name: records.read(name, folder) for name in TABLES}
-    accuracy, kept, compiled, timed = (
-        read[name] for name in ("accuracy", "memory", "compile", "time")
+    accuracy, kept, compiled, timed, scaled = (
+        read[name] for name in ("accuracy", "memory", "compile", "time", "scaling")
     )
+    compiler = scaled["settings"]["compiler"]
     return f"""
 Worst error of `y` over batch, layer, RMS, group and instance normalization in float32, by offset of
 the data, against a float64 oracle, in units of the dtype's rounding of max(1, |y|). "Two-pass" is
@@ -152,7 +158,22 @@ Seconds to trace and compile the gradient of eight layers:
 {compile_table(compiled)}
 {origin(compiled)}
 
-`python benchmarks/run.py accuracy` (memory, time, compile) in `.venv-test` measures them again.
+A training step on TPUs, from a board to a pod, as the TPU compiler schedules it, {compiler};
+no TPU was needed. Each device has {_shares(scaled)},
+in bfloat16 with float32 parameters, however many there are (weak scaling), and nothing that it does
+grows with their number. "Statistics" are the all-reduces that the network waits for, forward +
+backward: for batch normalization one each way per layer, of two float32 numbers per channel, where
+XLA has not merged those of two layers (the last of a block and its shortcut's). Nothing waits for
+the gradients', and there are no other collectives, except in branches of `lax.cond`: a layer whose
+batch turns out to be far from the running mean reads it a second time, by design with collectives
+of its own. They are counted apart, and bytes are those of a step that takes no such branch. Passes
+are bytes moved to and from HBM, in units of the inputs of all norm layers.
+
+{scaling_table(scaled)}
+{origin(scaled)}
+
+`python benchmarks/run.py accuracy` (memory, time, compile, scaling) in `.venv-test` measures them
+again.
 """
 
 
@@ -296,6 +317,43 @@ def timing(results: dict) -> Table:
     return Table("Milliseconds, float32, median (quartiles)", columns, rows, 3)
 
 
+def scaling(results: dict) -> Table:
+    """As `scaling_table`: a row for each generation, where a figure that changes is shown twice."""
+    rows: dict[tuple, list[dict]] = {}
+    for sample in results["samples"]:
+        network = f"{sample['network']}, {WORD[sample['norm']]} ({sample['layers']})"
+        generation = sample["topology"].partition(":")[0]
+        rows.setdefault((network, sample["program"], generation), []).append(sample)
+
+    def cell(samples: list[dict], show: Callable[[dict], str]) -> str:
+        return ", ".join(dict.fromkeys(map(show, samples)))
+
+    shown: dict[str, Callable[[dict], str]] = {
+        "devices": lambda s: str(s["devices"]),
+        "statistics": lambda s: f"{s['forward'][0]} + {s['backward'][0]}",
+        "their bytes": lambda s: f"{s['forward'][2]} + {s['backward'][2]}",
+        "gradients": lambda s: f"{s['gradients'][0]}",
+        "their MB": lambda s: f"{s['gradients'][1] / 1e6:.1f}",
+        "others": lambda s: " ".join(s["other"]) or "none",
+        "in branches": lambda s: f"{s['in branches'][0]}",
+        "HBM GB": lambda s: f"{s['hbm bytes'] / 1e9:.2f}",
+        "passes": lambda s: f"{s['passes']:.1f}",
+        "temporary GB": lambda s: f"{s['temp bytes'] / 1e9:.2f}",
+    }
+    table = [
+        (*names, *(cell(samples, show) for show in shown.values()))
+        for names, samples in rows.items()
+    ]
+    title = "A training step on each device of a board and of a pod"
+    return Table(title, ("network, norm (layers)", "program", "TPU", *shown), table, 3)
+
+
+def _shares(results: dict) -> str:
+    """One device's inputs, in words."""
+    shapes = results["settings"]["a device's inputs"].items()
+    return " or ".join(f"{_shape(shape)} ({network})" for network, shape in shapes)
+
+
 def _grouped(samples: list, keys: int) -> dict[tuple, list]:
     grouped: dict[tuple, list] = {}
     for row in samples:
@@ -322,6 +380,7 @@ TABLES: dict[str, Callable[[dict], list[Table]]] = {
     "memory": lambda results: [memory(results)],
     "compile": lambda results: [compiling(results)],
     "time": lambda results: [timing(results)],
+    "scaling": lambda results: [scaling(results)],
 }
 
 

@@ -1,6 +1,6 @@
 """Run a benchmark, or render the committed results.
 
-    python benchmarks/run.py accuracy|memory|compile|time [--quick] [--out DIR]
+    python benchmarks/run.py accuracy|memory|compile|time|scaling [--quick] [--out DIR]
     python benchmarks/run.py report [--readme] [--out DIR]
 
 A run prints its tables and writes every sample to `<DIR>/<name>.json`; DIR is
@@ -15,9 +15,15 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks import accuracy, compiling, memory, records, report, timing
+from benchmarks import accuracy, compiling, memory, records, report, scaling, timing
 
-BENCHMARKS = {"accuracy": accuracy, "memory": memory, "compile": compiling, "time": timing}
+BENCHMARKS = {
+    "accuracy": accuracy,
+    "memory": memory,
+    "compile": compiling,
+    "time": timing,
+    "scaling": scaling,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

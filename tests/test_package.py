@@ -22,7 +22,7 @@ ROOT = Path(jaxnorm.__file__).parent
 # Each room may use those before it.
 ROOMS = (
     "core", "distributed", "kernels", "functional", "linen", "nnx", "training", "tools", "monitor",
-    "lab", "report", "testing", "cli",
+    "lab", "report", "testing", "examples", "cli",
 )  # fmt: skip
 APART = {("linen", "nnx"), ("nnx", "linen")}
 

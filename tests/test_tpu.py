@@ -1,8 +1,7 @@
-"""The TPU compiler, which needs no TPU: every norm compiles, sharded too, with no gather."""
+"""The TPU compiler, which needs no TPU: what every norm costs when it is spread over chips."""
 
-import math
-import re
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from programs import Program
 
 import jaxnorm
 
@@ -27,13 +27,19 @@ NORMS = {
 }
 
 
+# Of each generation a board and, where the compiler knows it, a pod.
+TOPOLOGIES = ["v5e:2x2x1", "v5e:16x16", "v6e:2x2x1", "v6e:16x16", "v5p:2x2x1", "v5p:8x8x8",
+              "tpu7x:2x2x1"]  # fmt: skip
+GATHERS = {"all-gather", "all-to-all", "reduce-scatter"}
+
+
 @cache
 def mesh(topology: str) -> Mesh:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     return Mesh(np.array(devices), ("data",))
 
 
-def compiled(function, topology: str, spec: P) -> str:
+def compiled(function, topology: str, spec: P) -> Any:
     x = jax.ShapeDtypeStruct(
         (64, 8, 8, C), jnp.bfloat16, sharding=NamedSharding(mesh(topology), spec)
     )
@@ -44,24 +50,79 @@ def compiled(function, topology: str, spec: P) -> str:
     return jax.jit(both).trace(x, x).lower(lowering_platforms=("tpu",)).compile().as_text()
 
 
-def reduced_elements(entry: str) -> list[int]:
-    """Elements of each array that an all-reduce of the entry computation hands out."""
-    results = re.findall(r"= (.*?) all-reduce(?:-start)?\(", entry)
-    shapes = [dims for result in results for dims in re.findall(r"\w+\[([\d,]*)\]", result)]
-    return [math.prod(int(n) for n in dims.split(",") if n) for dims in shapes]
-
-
 @pytest.mark.parametrize("topology", ["v5e:2x2x1", "v6e:2x2x1"])
 @pytest.mark.parametrize("name", NORMS)
 def test_compiles_over_a_sharded_batch_without_a_gather(name, topology):
-    text = compiled(NORMS[name], topology, P("data"))
-    assert "all-gather" not in text
-    assert "all-to-all" not in text
-    sizes = reduced_elements(text[text.index("ENTRY ") :])
+    collectives = Program(compiled(NORMS[name], topology, P("data"))).collectives
+    assert not GATHERS & {c.kind for c in collectives}
+    always = [c for c in collectives if not c.in_branch]
     if name == "batch":
         # Sums over the batch, forward and backward: O(channels), never the activation.
-        assert sizes
-        assert max(sizes) <= 2 * C
+        assert [sum(a.elements for a in c.arrays) for c in always] == [2 * C, 2 * C]
     else:
-        # A predicate at most crosses the chips: statistics of an example are its own.
-        assert max(sizes, default=0) <= 1
+        # Statistics of an example are its own: not even a predicate crosses the chips.
+        assert collectives == []
+
+
+@cache
+def step(topology: str, mapped: bool):
+    """Gradients of a dense layer, normalized; the batch is spread over all chips."""
+    devices = mesh(topology)
+
+    def loss(parameters, stats, x):
+        kernel, scale, bias = parameters
+        y, new = jaxnorm.batch_norm(
+            x @ kernel, scale, bias, stats, training=True, axis_name="data" if mapped else None,
+            dtype=x.dtype,
+        )  # fmt: skip
+        mean = jnp.mean(jnp.square(y.astype(jnp.float32)))
+        return (jax.lax.pmean(mean, "data") if mapped else mean), new
+
+    def gradient(parameters, stats, x):
+        return jax.grad(loss, has_aux=True)(parameters, stats, x)
+
+    def placed(shape, dtype=jnp.float32, spec=P()):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(devices, spec))
+
+    if mapped:
+        gradient = jax.shard_map(
+            gradient, mesh=devices, in_specs=(P(), P(), P("data")), out_specs=(P(), P())
+        )
+    parameters = placed((128, C), jnp.bfloat16), placed((C,)), placed((C,))
+    stats = jax.tree.map(lambda a: placed(a.shape, a.dtype), STATS)
+    x = placed((4096 * devices.size, 128), jnp.bfloat16, P("data"))
+    traced = jax.jit(gradient).trace(parameters, stats, x)
+    found: Any = traced.lower(lowering_platforms=("tpu",)).compile()
+    return Program(found.as_text()), found.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_one_all_reduce_each_way_for_every_batch_norm(topology, mapped):
+    found, _ = step(topology, mapped)
+    assert not GATHERS & {c.kind for c in found.collectives}
+    always = [c for c in found.collectives if not c.in_branch]
+    assert {c.kind for c in always} == {"all-reduce"}
+    assert {c.group_size for c in always} == {mesh(topology).size}
+    # What the network waits for; the gradients' own sums, which nothing waits for, are the rest.
+    statistics = [c for c in always if any(c.awaited)]
+    assert [c.backward for c in statistics] == [False, True]
+    # Two float32 numbers a channel.
+    assert [c.bytes(awaited=True) for c in statistics] == [2 * 4 * C] * 2
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
+@pytest.mark.parametrize("board, pod", [(0, 1), (2, 3), (4, 5)], ids=["v5e", "v6e", "v5p"])
+def test_nothing_grows_with_the_number_of_chips(board, pod, mapped):
+    (small, small_memory), (large, large_memory) = (
+        step(TOPOLOGIES[i], mapped) for i in (board, pod)
+    )
+
+    def traffic(found):
+        return [(c.kind, c.bytes(), c.awaited) for c in found.collectives if not c.in_branch]
+
+    assert traffic(small) == traffic(large)
+    # The compiler decides anew what stays on chip, and knows more neighbours: next to the batch's
+    # share, which is a MiB, that is not growth.
+    assert large.hbm_bytes <= 1.03 * small.hbm_bytes
+    assert large_memory <= small_memory + 2**16

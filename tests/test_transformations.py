@@ -126,10 +126,10 @@ def jit(f, a):
     return jax.jit(f)(*a), jax.jit(lambda *b: grad(f, b))(*a)
 
 
-def shard_map(f, a):
+def shard_map(f, a, check_vma=True):
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     mapped = jax.shard_map(
-        f, mesh=mesh, in_specs=(P("d"), P(), P()), out_specs=P("d"), check_vma=True
+        f, mesh=mesh, in_specs=(P("d"), P(), P()), out_specs=P("d"), check_vma=check_vma
     )
     return grad(mapped, a)
 
@@ -151,6 +151,9 @@ TRANSFORMATIONS = [
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_agrees_with_the_plain_formula(case: Case, transformation):
     a = case.arguments()
+    if case.name == "batch_norm" and transformation is shard_map:
+        # Where types tell that a batch is spread, each device's own statistics are refused.
+        transformation = partial(shard_map, check_vma=False)
     mapped = transformation in (pmap, jit)  # these compile by themselves
     run = transformation if mapped else lambda f, b: jax.jit(partial(transformation, f))(b)
     got, wanted = run(case.function, a), run(case.plain, a)

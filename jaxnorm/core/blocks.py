@@ -33,7 +33,7 @@ def spread(blocks: Array, like: Array) -> Array:
     for axis, (number, size) in enumerate(zip(blocks.shape, like.shape, strict=True)):
         if number not in (1, size):
             over = _layout(like, axis)
-            spec = [s if n > 1 else None for s, n in zip(over[0], blocks.shape, strict=True)]
+            spec = [None if n == 1 else s for s, n in zip(over[0], blocks.shape, strict=True)]
             blocks = _partitioned(_repeat(axis, size), blocks, over[1], spec)
     return blocks
 

@@ -249,8 +249,10 @@ def _element(x, reduction: Reduction, mask):
 
     The smallest: of a few elements where all count and they can be fetched for nothing.
     """
-    if mask is None and _sliceable(x, reduction):
-        x = lax.slice(x, *_places(x.shape, reduction.axes))
+    # Of axis 0 all are read: a batch is spread over devices, and a few would have to travel.
+    axes = tuple(a for a in reduction.axes if a > 0)
+    if mask is None and _sliceable(x, axes):
+        x = lax.slice(x, *_places(x.shape, axes))
 
     def smallest(part):
         infinity = jnp.asarray(jnp.inf, part.dtype)
@@ -280,10 +282,10 @@ def _places(shape: tuple[int, ...], axes: tuple[int, ...]):
     return start, end, stride
 
 
-def _sliceable(x, reduction: Reduction) -> bool:
-    """Whether no reduced axis is, by the type of `x`, spread over an Explicit mesh."""
+def _sliceable(x, axes: tuple[int, ...]) -> bool:
+    """Whether none of the axes is, by the type of `x`, spread over an Explicit mesh."""
     spec = jax.typeof(x).sharding.spec
-    return all(a >= len(spec) or spec[a] is None for a in reduction.axes)
+    return all(a >= len(spec) or spec[a] is None for a in axes)
 
 
 @custom_vmap

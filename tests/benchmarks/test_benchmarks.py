@@ -33,7 +33,7 @@ def quick(from_the_repository):
 def committed(from_the_repository):
     from benchmarks import records
 
-    return {n: records.read(n) for n in ("accuracy", "memory", "compile", "time")}
+    return {n: records.read(n) for n in ("accuracy", "memory", "compile", "time", "scaling")}
 
 
 def numbers_are_right(results):

@@ -1,0 +1,204 @@
+"""One training step on TPU pods, compiled ahead of time by the real compiler: no TPU is needed.
+
+Weak scaling: every device has the same share of the batch, so what a device does must not grow with
+their number. The step is forward, backward, statistics and SGD with momentum, its state donated;
+batches are spread over all devices, the state is on each.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import math
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxnorm.linen as jnn
+from benchmarks import models
+from benchmarks.hlo import Collective, Program
+from benchmarks.records import load_average, new_record
+from jaxnorm.training import create_train_state, make_train_step
+
+# Of each generation a board and, where the compiler knows it, a pod.
+TOPOLOGIES = ("v5e:2x2x1", "v5e:16x16", "v6e:2x2x1", "v6e:16x16", "v5p:2x2x1", "v5p:8x8x8",
+              "tpu7x:2x2x1")  # fmt: skip
+AXIS = "data"
+LAYERS = {"batch": jnn.BatchNorm, "layer": jnn.LayerNorm, "rms": jnn.RMSNorm}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, one device's share of its batch, and how it is spread."""
+
+    network: str
+    norm: str
+    model: type[nn.Module]
+    shape: tuple[int, ...]
+    """Of one device's inputs: images with channels, or tokens."""
+    program: str = "jit"
+    """"jit", where the compiler places the collectives, or "shard_map", where the layer does."""
+    sizes: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
+    topologies: tuple[str, ...] = TOPOLOGIES
+
+    def network_of(self, norm) -> nn.Module:
+        """The network around that normalization."""
+        return self.model(norm, **dict(self.sizes))
+
+    def inputs(self, devices: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The batch of all devices: inputs `x` and labels `y`."""
+        shape = (self.shape[0] * devices, *self.shape[1:])
+        if len(shape) == 2:
+            tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+            return {"x": tokens, "y": tokens}
+        labels = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+        return {"x": jax.ShapeDtypeStruct(shape, models.DTYPE), "y": labels}
+
+
+IMAGES, TOKENS = (64, 224, 224, 3), (16, 512)
+CASES = (
+    Case("ResNet-50", "batch", models.ResNet, IMAGES),
+    Case("ResNet-50", "batch", models.ResNet, IMAGES, "shard_map", topologies=TOPOLOGIES[:2]),
+    Case("transformer", "layer", models.Transformer, TOKENS),
+    Case("transformer", "rms", models.Transformer, TOKENS),
+)
+QUICK = tuple(
+    Case("small ResNet", "batch", models.ResNet, (4, 32, 32, 3), program,
+         (("stages", stages), ("width", 8), ("classes", 8)), TOPOLOGIES[1:2])
+    for program, stages in (("jit", (1,)), ("shard_map", ()))
+)  # fmt: skip
+
+
+def measure(command: str, *, quick: bool = False) -> dict:
+    """The record of a run: half an hour of compiling; the quick form, a small network, seconds."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError(
+            "benchmarks: scaling compiles for TPUs with the compiler in libtpu; got an environment "
+            'without it. Install it: pip install "jax[tpu]".'
+        )
+    settings = {
+        "compiler": f"libtpu {importlib.metadata.version('libtpu')}",
+        "activations": "bfloat16",
+        "parameters": "float32",
+        "step": "forward, backward, statistics, SGD with momentum; the state donated",
+        "a device's inputs": {case.network: list(case.shape) for case in CASES},
+        "columns": {
+            "forward, backward": "all-reduces that a later collective waits for (sums within the "
+            "network) outside of branches: their number, their arrays, bytes of these",
+            "gradients": "all-reduces of what no collective waits for: number and bytes; where "
+            "XLA merged both kinds into one, it counts in both",
+            "other": "collectives of other kinds outside of branches",
+            "in branches": "number and bytes of collectives in branches of conditionals",
+            "hbm bytes": "moved by one device outside of branches",
+            "passes": "hbm bytes / bytes of one device's inputs of all norm layers",
+            "temp bytes": "temporary memory of one device",
+        },
+    }
+    record = new_record("scaling", command, settings)
+    record["load_average"] = [load_average()]
+    record["samples"] = []
+    for case in QUICK if quick else CASES:
+        for topology in case.topologies:
+            print(f"{case.network}, {case.norm}, {case.program}, {topology}", file=sys.stderr)
+            record["samples"].append(sample(case, topology))
+    record["load_average"].append(load_average())
+    return record
+
+
+def sample(case: Case, topology: str) -> dict:
+    """What the step of that case does on one device of that topology."""
+    mesh = mesh_of(topology)
+    compiled = compile_step(case, mesh)
+    program = Program(compiled.as_text())
+    always = [c for c in program.collectives if not c.in_branch]
+    branches = [c for c in program.collectives if c.in_branch]
+    reduces = [c for c in always if c.kind == "all-reduce"]
+    rest = [c for c in reduces if not all(c.awaited)]
+    layers, normed = _normed(case)
+    return {
+        "network": case.network,
+        "norm": case.norm,
+        "layers": layers,
+        "program": case.program,
+        "topology": topology,
+        "devices": mesh.size,
+        "forward": _sums([c for c in reduces if not c.backward]),
+        "backward": _sums([c for c in reduces if c.backward]),
+        "gradients": [len(rest), sum(c.bytes(awaited=False) for c in rest)],
+        "other": sorted({c.kind for c in always} - {"all-reduce"}),
+        "in branches": [len(branches), sum(c.bytes() for c in branches)],
+        "hbm bytes": program.hbm_bytes,
+        "passes": round(program.hbm_bytes / normed, 2),
+        "temp bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+@functools.cache
+def mesh_of(topology: str) -> Mesh:
+    """All devices of a TPU topology on one axis; the chips need not be there."""
+    # No chip is held: do not look for the machine that has it, nor keep other processes away.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return Mesh(np.array(devices), (AXIS,))
+
+
+def compile_step(case: Case, mesh: Mesh) -> Any:
+    """The training step of `jaxnorm.training`, compiled for the mesh."""
+    mapped = case.program == "shard_map"
+
+    def loss(outputs, batch):
+        mean = models.cross_entropy(outputs, batch["y"])
+        return jax.lax.pmean(mean, AXIS) if mapped else mean
+
+    options = {"use_running_average": False, "momentum": 0.9} if case.norm == "batch" else {}
+    options |= {"axis_name": AXIS} if mapped else {}
+    norm = functools.partial(LAYERS[case.norm], dtype=models.DTYPE, **options)
+    model, optimizer = case.network_of(norm), optax.sgd(0.1, momentum=0.9)
+    step: Any = make_train_step(model, optimizer, loss, train_kwargs={})
+    if mapped:
+        step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=(P(), P()))
+        step = jax.jit(step, donate_argnums=0)
+    batch = case.inputs(mesh.size)
+    state = jax.eval_shape(
+        functools.partial(create_train_state, model, optimizer), jax.random.key(0), batch["x"]
+    )
+    arguments = _placed(state, mesh, P()), _placed(batch, mesh, P(AXIS))
+    return step.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+
+
+def _placed(tree, mesh: Mesh, spec: P):
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+
+def _sums(reduces: list[Collective]) -> list[int]:
+    """Number, arrays and bytes of the all-reduces that something waits for."""
+    awaited = [c for c in reduces if any(c.awaited)]
+    return [len(awaited), sum(sum(c.awaited) for c in awaited),
+            sum(c.bytes(awaited=True) for c in awaited)]  # fmt: skip
+
+
+def _normed(case: Case) -> tuple[int, int]:
+    """Number of norm layers, and bytes of all their inputs on one device."""
+    seen = []
+
+    class Spy(nn.Module):
+        """Stands where the layers stand."""
+
+        @nn.compact
+        def __call__(self, x):
+            seen.append(math.prod(x.shape) * x.dtype.itemsize)
+            return x
+
+    jax.eval_shape(case.network_of(Spy).init, jax.random.key(0), case.inputs(1)["x"])
+    return len(seen), sum(seen)

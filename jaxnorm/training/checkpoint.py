@@ -1,0 +1,388 @@
+"""Checkpoints of a run: saved from one mesh while training goes on, restored onto any other.
+
+Orbax writes and reads the arrays (https://orbax.readthedocs.io). What is added here is what makes
+a resumed run the same run: the random key with its kind, the position in the data, checksums that
+do not depend on the mesh, and errors that say what to do. The recipe:
+
+    with Checkpoints(folder) as checkpoints:
+        data = {}
+        if checkpoints.latest() is not None:
+            state, data = checkpoints.restore(state)  # the fresh state is the template
+        for number in range(int(state.step), steps):
+            state, metrics = step(state, batch_of(seed, number))  # data order from (seed, step)
+            if (number + 1) % every == 0:
+                checkpoints.save(state, data={...})  # training goes on meanwhile
+
+A step draws from `fold_in(state.rng, state.step)`, so with batches that depend on (seed, step)
+alone a run that was killed and resumed computes, bit for bit, what an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
+
+from jaxnorm.training.checksum import checksums
+from jaxnorm.training.record import (
+    brief,
+    check_places,
+    check_values,
+    differences,
+    from_plain,
+    has_values,
+    listed,
+    make_record,
+    named_leaves,
+    place,
+    plain_type,
+    read_record,
+    to_plain,
+)
+from jaxnorm.training.state import TrainState
+
+_STATE, _RECORD = "state", "record"  # the two items of an Orbax checkpoint
+_SIZES = "_SIZES"  # a file of the state's item
+_MOVED = "damaged"  # folder/damaged/<time>/<step>
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint cannot be read whole: truncated, with files missing, or with other bits.
+
+    Attributes:
+      step: the step of the checkpoint.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder: `folder/<step>`.
+
+    A folder is the history of one run and only grows at its end: no checkpoint is ever
+    overwritten, and the oldest are deleted when more than `keep` exist. One program at a time
+    (of one or many processes, which all call the same methods) may save to it; any may restore.
+
+    A checkpoint is written under another name and renamed when it is complete, so a crash leaves
+    none that is half written. It holds a checksum of every array, taken on the devices before
+    saving and again after restoring, so damage to the files is found too.
+
+    Args:
+      folder: where. Made by the first `save`; nothing is written before that. A path, or a URL
+        that Orbax can write to, such as `gs://bucket/run`.
+      keep: how many checkpoints to keep, the newest; None keeps all.
+
+    Raises:
+      NotADirectoryError: `folder` is a file.
+      ValueError: `keep` is not a positive integer or None.
+
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp, optax, tempfile
+      >>> from jaxnorm.training import create_train_state
+      >>> state = create_train_state(nn.BatchNorm(), optax.sgd(0.1), 0, jnp.ones((4, 3)))
+      >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
+      ...     checkpoints.save(state, data={"epoch": 2})
+      ...     restored, data = checkpoints.restore(state)
+      >>> restored.batch_stats["var"], data
+      (Array([1., 1., 1.], dtype=float32), {'epoch': 2})
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int | None = 3) -> None:
+        folder = os.fspath(folder)
+        self._folder = folder if "://" in folder else os.path.abspath(folder)
+        if os.path.isfile(self._folder):
+            raise NotADirectoryError(
+                f"Checkpoints: folder must be a folder, or not exist yet; {self._folder} is a "
+                "file. Name another."
+            )
+        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+            raise ValueError(
+                f"Checkpoints: keep must be a positive integer, or None to keep all; got "
+                f"keep={keep!r}. For example keep=3."
+            )
+        self._keep = keep
+        self._manager: ocp.CheckpointManager | None = None
+        self._damaged: set[int] = set()
+
+    def save(self, state: TrainState, *, data: Mapping[str, Any] | None = None) -> None:
+        """Saves a state, under the number `state.step`, while training goes on.
+
+        Returns when the values have left the devices: the next step may reuse (donate) the
+        buffers. The files are written meanwhile; a failure to write them is raised by the next
+        `save`, `restore` or `wait`, and by leaving the context. If the previous `save` has not
+        finished yet, waits for it first.
+
+        What it costs before it returns: the copy to the host, and one more read of the state on
+        the devices for the checksums.
+
+        Args:
+          state: of a run, or of a sweep. Over several processes: every leaf over a mesh of all
+            devices.
+          data: what else the run must remember, such as the position in the data. A dict that
+            JSON gives back unchanged.
+
+        Raises:
+          TypeError: `state` is not a TrainState of arrays with values, or `data` not such a dict.
+          ValueError: the folder has this step or a later one already; copies of a replicated
+            array differ between devices; the state's buffers were donated.
+          OSError: the previous checkpoint could not be written.
+        """
+        operation = "Checkpoints.save"
+        leaves = named_leaves(operation, "state", state)
+        check_values(operation, leaves)
+        # The leaves say where they lie, whichever mesh is set around the call.
+        with jax.set_mesh(None):
+            plain = {name: to_plain(leaf) for name, leaf in leaves.items()}
+            record = make_record(operation, leaves, checksums(operation, plain), data)
+            self.wait()
+            newest = max(self._steps().keys() - self._damaged, default=-1)
+            step = int(np.max(state.step))
+            if step <= newest:
+                raise ValueError(
+                    f"{operation}: the steps of a folder must grow, since nothing is overwritten; "
+                    f"got state.step={step}, and {self._folder} has step {newest} already. Go on "
+                    "from there with restore(template), or save to a new folder."
+                )
+            tree = unflatten_dict({name: x for name, x in plain.items() if x.size}, sep="/")
+            args = ocp.args.Composite(
+                **{_STATE: ocp.args.PyTreeSave(tree), _RECORD: ocp.args.JsonSave(record)}
+            )
+            with _writing(operation, self._folder):
+                self._writer().save(step, args=args, force=True)
+
+    def restore(
+        self, template: TrainState, step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """A saved state with the layout of `template`, and the `data` saved with it.
+
+        Every value comes back bit for bit, placed on the devices as the template's leaf is,
+        whichever mesh it was saved from. A leaf without a place (a fresh array that is bound to no
+        device, a ShapeDtypeStruct without a sharding) gives an array bound to no device.
+
+        Without a `step`, the newest checkpoint that is whole. A newer one that is damaged is
+        skipped with a warning that names it; the next `save` moves it to `folder/damaged`.
+        Nothing else changes on disk, and nothing at all by restoring.
+
+        Args:
+          template: a TrainState of arrays, such as a fresh one, whose values are not used; or of
+            `jax.ShapeDtypeStruct`s with shardings.
+          step: which checkpoint. Default: the newest whole one.
+
+        Returns:
+          `(state, data)`; `data` is `{}` where none was saved.
+
+        Raises:
+          TypeError: `template` is not a TrainState of arrays or ShapeDtypeStructs.
+          FileNotFoundError: there is no folder, no checkpoint, or none of that step.
+          ValueError: the checkpoint is of another model (other leaves, shapes or dtypes); copies
+            of a replicated array of the template differ between devices.
+          DamagedCheckpointError: the checkpoint of `step`, or every checkpoint, is damaged.
+        """
+        operation = "Checkpoints.restore"
+        leaves = named_leaves(operation, "template", template)
+        check_places(operation, leaves)
+        with jax.set_mesh(None):
+            values = {n: to_plain(leaf) for n, leaf in leaves.items() if has_values(leaf)}
+            checksums(operation, values)
+            number, (state, data), skipped = self._newest_whole(operation, leaves, step)
+        for error in skipped:
+            warnings.warn(f"{error} Restored step {number} instead.", stacklevel=2)
+        return jax.tree.unflatten(jax.tree.structure(template), state), data
+
+    def _newest_whole(
+        self, operation: str, leaves: Mapping[str, Any], step: int | None
+    ) -> tuple[int, Any, list[DamagedCheckpointError]]:
+        """The step that was read, what was read, and why later ones were not."""
+        self.wait()
+        found = self._steps()
+        if not found or (step is not None and step not in found):
+            raise FileNotFoundError(
+                f"{operation}: no checkpoint {'' if step is None else f'of step {step} '}in "
+                f"{self._folder}, which has {sorted(found) or 'none'}. Look at the path, name one "
+                "of these steps, or start anew: latest() is None where there is nothing to restore."
+            )
+        skipped = []
+        for number in sorted(found, reverse=True) if step is None else [step]:
+            try:
+                return number, _read(operation, found[number], number, leaves), skipped
+            except DamagedCheckpointError as error:
+                self._damaged.add(number)
+                skipped.append(error)
+        if len(skipped) == 1:
+            raise skipped[0]
+        raise DamagedCheckpointError(
+            f"{operation}: none of the checkpoints {sorted(found)} in {self._folder} can be read "
+            f"whole. Restore a copy of the folder, or start anew in another. The newest: "
+            f"{skipped[0]}",
+            skipped[0].step,
+        ) from skipped[0]
+
+    def latest(self) -> int | None:
+        """The newest step that was saved to the end, or None. Its files are not read."""
+        return max(self._steps(), default=None)
+
+    def wait(self) -> None:
+        """Waits until the last `save` is on disk.
+
+        Raises:
+          OSError: it could not be written. Earlier checkpoints are untouched.
+        """
+        if self._manager is not None:
+            with _writing("Checkpoints.wait", self._folder):
+                self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the threads that write. Leaving the context does it too."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with _writing("Checkpoints.close", self._folder):
+                manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _steps(self) -> dict[int, Any]:
+        """Finished checkpoints: step -> path. Orbax knows an unfinished one by its name."""
+        found = ocp.path.step.standard_name_format().find_all(self._folder)
+        return {step.step: step.path for step in found}
+
+    def _writer(self) -> ocp.CheckpointManager:
+        if self._damaged:
+            # Out of the way: a damaged one would count among those to keep, and hold its number.
+            away = f"{_MOVED}/{time.time_ns()}"
+            options = ocp.CheckpointManagerOptions(create=False, todelete_subdir=away)
+            with ocp.CheckpointManager(self._folder, options=options) as mover:
+                for step in sorted(self._damaged):
+                    mover.delete(step)
+            self._damaged.clear()
+            if self._manager is not None:
+                self._manager.reload()
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(self._keep),
+                cleanup_tmp_directories=True,  # what a crash left unfinished
+            )
+            handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+            handlers.add(_STATE, ocp.args.PyTreeSave, _StateHandler())
+            self._manager = ocp.CheckpointManager(
+                self._folder, options=options, handler_registry=handlers
+            )
+        return self._manager
+
+
+class _StateHandler(ocp.PyTreeCheckpointHandler):
+    """Writes the sizes of its files beside them, before the checkpoint gets its final name.
+
+    A file that lost its end is then found before any array is read, by every process; TensorStore
+    finds it on those processes alone that need the lost part.
+    """
+
+    def finalize(self, directory: Any) -> None:
+        super().finalize(directory)
+        (directory / _SIZES).write_text(json.dumps(_sizes(directory)))
+
+
+def _sizes(directory: Any) -> dict[str, int]:
+    """Bytes of every file below a directory."""
+    files = (root / name for root, _, names in directory.walk() for name in names)
+    return {str(file.relative_to(directory)): file.stat().length for file in files}
+
+
+@contextlib.contextmanager
+def _writing(operation: str, folder: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the file system's, TensorStore's or the runtime's
+        raise OSError(
+            f"{operation}: a checkpoint could not be written to {folder}: {brief(error)}. Earlier "
+            "ones are untouched. Look at the free space and the permissions, and save again."
+        ) from error
+
+
+def _read(
+    operation: str, path: Any, step: int, leaves: Mapping[str, Any]
+) -> tuple[list[jax.Array], dict[str, Any]]:
+    """The leaves of a checkpoint in the order of `leaves`, and its data."""
+
+    def damaged(why: str) -> DamagedCheckpointError:
+        return DamagedCheckpointError(
+            f"{operation}: the checkpoint of step {step}, {path}, is damaged: {why}. Take "
+            "another: restore(template) takes the newest that is whole.",
+            step,
+        )
+
+    record, values, different, error = {}, {}, "", None
+    try:
+        record = read_record(ocp.JsonCheckpointHandler().restore(path / _RECORD))
+        different = differences(record, leaves)
+        values = {} if different else _read_values(path / _STATE, leaves)
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # says nothing about the files
+    except Exception as caught:  # of any kind: a truncated file makes TensorStore's a bare one
+        error = caught
+    if _on_any_process(error is not None):
+        raise damaged(brief(error) if error else "another process could not read it") from error
+    if different:
+        raise ValueError(
+            f"{operation}: the template must have the leaves of the checkpoint, {path}; "
+            f"{different}. Build it with the model and the optimizer that the checkpoint was saved "
+            "with, or name that model's folder."
+        )
+    found = checksums(operation, values)
+    wrong = [name for name in leaves if found[name] != record["leaves"][name]["checksum"]]
+    if wrong:
+        raise damaged(f"{listed(wrong)} came back with other bits than were saved")
+    state = [from_plain(values[name], record["leaves"][name]) for name in leaves]
+    return state, record["data"]
+
+
+def _read_values(path: Any, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Plain arrays by name, each in the place of its leaf."""
+
+    def restore_args(leaf: Any) -> ocp.RestoreArgs:
+        sharding = place(leaf)
+        if sharding is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        shape, dtype = plain_type(leaf)
+        return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=dtype)
+
+    found = _sizes(path)
+    sizes = json.loads((path / _SIZES).read_text())
+    lost = [name for name, size in sizes.items() if found.get(name) != size]
+    if lost:
+        raise ValueError(f"{listed(lost)} missing or of another size")
+    # The handler rather than a manager: it waits for no other process, so that one which cannot
+    # read its part does not leave the others waiting for it.
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        stored = {name: restore_args(leaf) for name, leaf in leaves.items() if leaf.size}
+        wanted = unflatten_dict(stored, sep="/")
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=wanted)
+        read = flatten_dict(handler.restore(path, args=args), sep="/")
+    finally:
+        handler.close()
+    # Orbax stores nothing for an array without elements.
+    empty = {n: jnp.zeros(*plain_type(x), device=place(x)) for n, x in leaves.items() if not x.size}
+    return empty | {name: jnp.asarray(value) for name, value in read.items()}
+
+
+def _on_any_process(failed: bool) -> bool:
+    if jax.process_count() == 1:
+        return failed
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))

@@ -1,0 +1,177 @@
+"""What a checkpoint knows of its leaves: their names, shapes, dtypes, checksums.
+
+Orbax stores plain arrays under names that do not depend on the classes of a state; a random key is
+stored as its data, and what kind of key it was stands in the record. The record is a JSON object:
+
+    {"data": {...}, "leaves": {name: {"shape", "dtype", "checksum", "key"?}}, "crc32": of all else}
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, NamedSharding, Sharding
+
+from jaxnorm.training.state import TrainState
+
+Leaves = Mapping[str, Any]  # name, such as params/Dense_0/kernel -> array or ShapeDtypeStruct
+
+
+def named_leaves(operation: str, argument: str, state: Any) -> dict[str, Any]:
+    """The leaves of a TrainState by name."""
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            f"{operation}: {argument} must be a TrainState; got {type(state).__name__}. Make one "
+            "with create_train_state."
+        )
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{operation}: every leaf of {argument} must be a JAX array; {name} is "
+                f"{type(leaf).__name__}. Convert it: jnp.asarray(...)."
+            )
+    return leaves
+
+
+def check_values(operation: str, leaves: Leaves) -> None:
+    """Every leaf must have values, and in a run of many processes lie where all of them see it."""
+    for name, leaf in leaves.items():
+        if isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{operation}: state must be made of arrays with values; {name} is "
+                f"{type(leaf).__name__}. Call it outside of jax.jit, with the state that a step "
+                "returned."
+            )
+        if not has_values(leaf):
+            raise ValueError(
+                f"{operation}: the state's buffers must still be there; those of {name} were "
+                "donated to a later step. Save the state which that step returned, or build the "
+                "step with donate=False."
+            )
+        if jax.process_count() > 1 and leaf.sharding.is_fully_addressable:
+            raise ValueError(
+                f"{operation}: with {jax.process_count()} processes every leaf must lie on a mesh "
+                f"over the devices of all; {name} lies on this process alone. Place the state: "
+                "jax.device_put(state, jax.NamedSharding(mesh, jax.P()))."
+            )
+
+
+def check_places(operation: str, leaves: Leaves) -> None:
+    """A leaf with a sharding must name real devices."""
+    for name, leaf in leaves.items():
+        sharding = place(leaf)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
+            raise TypeError(
+                f"{operation}: the template must say which devices to restore to; {name} has "
+                f"{sharding}, whose mesh names none. Give its ShapeDtypeStruct a sharding over a "
+                "jax.sharding.Mesh, or pass a state of arrays."
+            )
+
+
+def has_values(leaf: Any) -> bool:
+    """Whether there are values to read: not a type alone, nor given away to a later step."""
+    return isinstance(leaf, jax.Array) and not leaf.is_deleted()
+
+
+def place(leaf: Any) -> Sharding | None:
+    """The devices to put a restored leaf on; None for the default one, without binding it there."""
+    bound = getattr(leaf, "committed", True)
+    return getattr(leaf, "sharding", None) if bound else None
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf holds random keys."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def to_plain(leaf: Any) -> jax.Array:
+    """A leaf as it is stored: the data of random keys, everything else as it is."""
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
+
+
+def from_plain(value: jax.Array, stored: Mapping[str, Any]) -> jax.Array:
+    """The inverse of `to_plain`; `stored` is what the record says of the leaf."""
+    return jax.random.wrap_key_data(value, impl=stored["key"]) if "key" in stored else value
+
+
+def plain_type(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    """Shape and dtype of a leaf as it is stored."""
+    plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    plain = jax.eval_shape(jax.random.key_data, plain) if is_key(leaf) else plain
+    return plain.shape, plain.dtype
+
+
+def make_record(
+    operation: str, leaves: Leaves, checksums: Mapping[str, int], data: Any
+) -> dict[str, Any]:
+    """The record of a state about to be saved."""
+    data = {} if data is None else data
+    try:
+        same = isinstance(data, Mapping) and json.loads(json.dumps(data)) == data
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise TypeError(
+            f"{operation}: data must be a dict that JSON gives back unchanged (strings as keys, "
+            f"lists rather than tuples, Python numbers rather than arrays); got "
+            f"{brief(data)}. For example data={{'epoch': 3}}."
+        )
+    described = {name: {**_type(x), "checksum": checksums[name]} for name, x in leaves.items()}
+    for name, leaf in leaves.items():
+        if is_key(leaf):
+            described[name]["key"] = jax.random.key_impl(leaf)
+    record = {"data": dict(data), "leaves": described}
+    return {**record, "crc32": _crc32(record)}
+
+
+def read_record(stored: Any) -> dict[str, Any]:
+    """The record of a checkpoint; ValueError if it is not what was written."""
+    record = {name: value for name, value in stored.items() if name != "crc32"}
+    if stored.get("crc32") != _crc32(record):
+        raise ValueError("its record is not the one that was written")
+    return record
+
+
+def differences(record: Mapping[str, Any], leaves: Leaves) -> str:
+    """In words, how the leaves of a template differ from those stored; empty if they do not."""
+    stored, found = record["leaves"], []
+    for name in [*stored, *(name for name in leaves if name not in stored)]:
+        has = {k: stored[name][k] for k in ("shape", "dtype")} if name in stored else None
+        wants = _type(leaves[name]) if name in leaves else None
+        if has != wants:
+            found.append(f"{name} is stored as {_shown(has)} and wanted as {_shown(wants)}")
+    return listed(found)
+
+
+def listed(items: list[str], limit: int = 4) -> str:
+    """The first of many, and how many more."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return "; ".join(items[:limit]) + more
+
+
+def brief(thing: Any) -> str:
+    """One line of an error of another library, or of a value."""
+    text = " ".join(str(thing).split()) or type(thing).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _type(leaf: Any) -> dict[str, Any]:
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _shown(kind: Mapping[str, Any] | None) -> str:
+    return f"{kind['dtype']}{kind['shape']}" if kind else "nothing"
+
+
+def _crc32(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())

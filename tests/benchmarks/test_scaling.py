@@ -1,0 +1,82 @@
+"""A training step on TPU pods: what the benchmark finds, and what it found and the README shows."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def from_the_repository():
+    """`benchmarks` is no part of the installed package, and this folder must not pass for it."""
+    root = str(Path(__file__).resolve().parents[2])
+    sys.path.insert(0, root)
+    yield
+    sys.path.remove(root)
+
+
+# Of ResNet-50: the stem, then in each stage three layers a block, and a shortcut's.
+STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))
+CHANNELS = 64 + sum(blocks * 6 * width + 4 * width for width, blocks in STAGES)
+LAYERS = 1 + sum(blocks * 3 + 1 for _, blocks in STAGES)
+
+
+def one_collective_each_way(row, layers, channels):
+    assert row["layers"] == layers and row["other"] == []
+    for way in ("forward", "backward"):
+        reduces, arrays, size = row[way]
+        # XLA may merge two layers' into one, never split one. Two float32 numbers a channel.
+        assert 0 < reduces <= layers and arrays in (layers, 2 * layers), (row, way)
+        assert size == 2 * 4 * channels, (row, way)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs: not installed"
+)
+def test_the_quick_form_finds_one_collective_each_way():
+    from benchmarks import report, scaling
+
+    found = scaling.measure("quick", quick=True)
+    block, stem = found["samples"]
+    assert (block["program"], stem["program"]) == ("jit", "shard_map")
+    assert block["devices"] == stem["devices"] == 256
+    one_collective_each_way(block, layers=5, channels=8 + 6 * 8 + 4 * 8)
+    one_collective_each_way(stem, layers=1, channels=8)
+    table = report.scaling(found)
+    assert [line[2:4] for line in table.rows] == [("v5e", "256")] * 2
+
+
+@pytest.fixture(scope="module")
+def committed(from_the_repository):
+    from benchmarks import records
+
+    return records.read("scaling")
+
+
+def test_the_committed_steps_have_one_collective_each_way(committed):
+    topologies = {row["topology"] for row in committed["samples"]}
+    assert topologies >= {"v5e:16x16", "v6e:16x16", "v5p:8x8x8", "tpu7x:2x2x1"}
+    for row in committed["samples"]:
+        if row["norm"] == "batch":
+            one_collective_each_way(row, LAYERS, CHANNELS)
+        else:
+            # Statistics of an example are its own: nothing to sum but the gradients.
+            assert row["forward"] == row["backward"] == [0, 0, 0], row
+            assert row["other"] == [] and row["in branches"] == [0, 0], row
+
+
+def test_nothing_that_a_device_does_grows_with_their_number(committed):
+    rows = {}
+    for row in committed["samples"]:
+        key = row["network"], row["norm"], row["program"], row["topology"].partition(":")[0]
+        rows.setdefault(key, []).append(row)
+    pairs = [pair for pair in rows.values() if len(pair) == 2]
+    assert {pair[0]["network"] for pair in pairs} == {"ResNet-50", "transformer"}
+    for small, large in pairs:
+        assert large["devices"] >= 64 * small["devices"]
+        for same in ("forward", "backward", "gradients", "other"):
+            assert small[same] == large[same], (small, large)
+        for cost in ("hbm bytes", "temp bytes"):
+            # The compiler decides anew what stays on chip: a few percent are not growth.
+            assert large[cost] <= 1.03 * small[cost], (small, large)

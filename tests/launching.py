@@ -1,0 +1,39 @@
+"""Runs Python programs as several processes; a hang fails, and leaves nothing behind."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def launcher(*arguments, processes=2, devices=1) -> dict[str, Any]:
+    """The arguments of `subprocess` for a program that launches another; see `run`."""
+    program = (
+        "import sys; from jaxnorm.distributed import launch; "
+        f"sys.exit(launch(sys.argv[1:], {processes}, devices_per_process={devices}))"
+    )
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return {"args": command, "env": ENVIRONMENT, "text": True}
+
+
+def run(*arguments, timeout=100, **options) -> subprocess.CompletedProcess:
+    """Launches; when time is over the launcher is killed, and with it what it launched."""
+    return subprocess.run(**launcher(*arguments, **options), capture_output=True, timeout=timeout)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def gone(pids, within=20.0) -> bool:
+    end = time.monotonic() + within
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not any(map(alive, pids))
