@@ -4,7 +4,10 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import jaxnorm
+from jaxnorm.testing import assert_close
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -14,13 +17,19 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def test_the_example_runs_and_learns():
-    (example,) = blocks("python")
+def test_the_examples_run_and_learn():
+    example, over_devices = blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 21
     names: dict = {"__name__": "readme"}
     exec(compile(example, "README.md", "exec"), names)
     assert names["metrics"]["loss"] < 0.1
     assert names["evaluate"](names["state"], names["batch"])["loss"] < 0.5
+    exec(compile(over_devices, "README.md", "exec"), names)
+    first = names["create_train_state"](names["Net"](), names["optax"].adam(1e-2), 0, names["x"])
+    alone = names["make_train_step"](names["Net"](), names["optax"].adam(1e-2), names["loss"])
+    loss = alone(first, names["batch"])[1]["loss"]
+    assert_close(names["metrics"]["loss"], np.asarray(loss, np.float64), what="derivative")
+    assert len(names["state"].params["Dense_0"]["kernel"].sharding.device_set) == 8
 
 
 def test_exactly_two_commands_and_ci_runs_them():

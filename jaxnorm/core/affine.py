@@ -36,26 +36,36 @@ def normalize(
     Computed in float32 at least and rounded once to `dtype`.
     """
 
-    return _normalize(reduction, jnp.dtype(dtype), x, scale, bias, mask, guess)
+    run = _normalized if reduction.replicas.mapped else _normalize
+    return run(reduction, jnp.dtype(dtype), x, scale, bias, mask, guess)
+
+
+def _normalized(reduction: Reduction, dtype, x, scale, bias, mask, guess):
+    xhat, measured = _standardized(reduction, x, mask, guess)
+    return _affine(xhat, scale, bias, dtype), measured
 
 
 # Compiled once for each shape where it is called outside of `jit`; inside, it dissolves.
 @partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _normalize(reduction: Reduction, dtype, x, scale, bias, mask, guess):
-    @_kept
-    def run(x, scale, bias, mask, guess):
-        xhat, measured = _standardized(reduction, x, mask, guess)
-        return _affine(xhat, scale, bias, dtype), measured
-
-    return run(x, scale, bias, mask, guess)
+def _normalize(reduction: Reduction, dtype, *arrays):
+    return _kept(partial(_normalized, reduction, dtype))(*arrays)
 
 
-@partial(jax.jit, static_argnames="reduction", inline=True)
 def measure(
     x: Inexact[Array, "*shape"], reduction: Reduction, mask: Bool[Array, "*#shape"] | None
 ) -> Measured:
     """The moments alone."""
-    return _kept(lambda x, mask: _standardized(reduction, x, mask, None)[1])(x, mask)
+    run = _measured if reduction.replicas.mapped else _measure
+    return run(reduction, x, mask)
+
+
+def _measured(reduction: Reduction, x, mask) -> Measured:
+    return _standardized(reduction, x, mask, None)[1]
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _measure(reduction: Reduction, x, mask) -> Measured:
+    return _kept(partial(_measured, reduction))(x, mask)
 
 
 def _standardized(reduction: Reduction, x, mask, guess):

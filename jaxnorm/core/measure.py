@@ -122,7 +122,7 @@ def take(
         return _measure_about_zero(reduction, x, mask)
     if reduction.two_pass:
         return _measure_two_pass(reduction, x, mask)
-    if guess is None:
+    if guess is None or reduction.replicas.mapped:
         return _measure_twice(reduction, x, mask)
     guess = guess.astype(x.dtype)
     count, mean, square = _means(reduction, x, mask, origin=guess)

@@ -13,6 +13,13 @@ from jaxtyping import Array
 class Alone:
     """Every slice lies whole in the array at hand: nothing to combine."""
 
+    mapped = False
+    """Whether they are examples of a `vmap`.
+
+    JAX traces a rule of differentiation late, when such an axis may have lost its name. What has
+    such a rule must then stand in no `jit`, `checkpoint` or `cond` of its own, nor hold one.
+    """
+
     def size(self) -> int | Array:
         """Number of replicas."""
         return 1

@@ -19,10 +19,14 @@ class NamedAxis(Alone):
     """All members of a named axis, or of one's group of its indices, hold parts of a slice."""
 
     name: tuple[str, ...]
+    members: int
+    """Indices of the axis. Known from the start, as rules of differentiation run where the axis has
+    lost its name."""
+    mapped: bool = False
 
     def size(self) -> int | Array:
         """Number of members that are combined."""
-        return lax.axis_size(self.name)
+        return self.members
 
     def sum(self, *arrays: Array) -> tuple[Array, ...]:
         """Sums over the members: arrays of one shape travel as one, in one collective."""
@@ -45,7 +49,7 @@ class NamedAxis(Alone):
 class Groups(NamedAxis):
     """Groups of equal size, over mesh axes: collectives of XLA's own, each within a group."""
 
-    groups: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...] = ()
 
     def size(self) -> int:
         """Members in a group."""
@@ -135,9 +139,10 @@ def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=Non
             "leave both out."
         )
     names = _bound(operation, axis_name)
+    every = NamedAxis(names, lax.axis_size(names), mapped=not _on_mesh(names))
     if axis_index_groups is None:
-        return NamedAxis(names)
-    return grouped(names, _checked(operation, names, axis_index_groups))
+        return every
+    return grouped(every, _checked(operation, every, axis_index_groups))
 
 
 def check_synchronized(operation: str, x: Array, mean: Array, axis_name: AxisName | None) -> None:
@@ -158,11 +163,16 @@ def check_synchronized(operation: str, x: Array, mean: Array, axis_name: AxisNam
         )
 
 
-def grouped(names: tuple[str, ...], groups: tuple[tuple[int, ...], ...]) -> Groups:
+def grouped(every: NamedAxis, groups: tuple[tuple[int, ...], ...]) -> Groups:
     """The replicas of one's group, by the collective that serves these axes and groups."""
-    on_mesh = set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
     equal = len(set(map(len, groups))) == 1
-    return (Groups if on_mesh and equal else AnyGroups)(names, groups)
+    kind = Groups if equal and not every.mapped else AnyGroups
+    return kind(every.name, every.members, every.mapped, groups)
+
+
+def _on_mesh(names: tuple[str, ...]) -> bool:
+    """Whether all are axes of a mesh, in a `shard_map` or `pmap`."""
+    return set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _bound(operation: str, axis_name: AxisName) -> tuple[str, ...]:
@@ -193,8 +203,8 @@ def _bound(operation: str, axis_name: AxisName) -> tuple[str, ...]:
     return names
 
 
-def _checked(operation: str, names: tuple[str, ...], groups) -> tuple[tuple[int, ...], ...]:
-    size = lax.axis_size(names)
+def _checked(operation: str, every: NamedAxis, groups) -> tuple[tuple[int, ...], ...]:
+    names, size = every.name, every.members
     try:
         found = tuple(tuple(map(operator.index, group)) for group in groups)
     except TypeError:

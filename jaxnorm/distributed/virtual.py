@@ -39,7 +39,7 @@ def virtual_batches(
             return reduction
         indices = np.arange(members).reshape(-1, size // share)
         groups = tuple(tuple(map(int, group)) for group in indices)
-        return replace(reduction, replicas=grouped(replicas.name, groups))
+        return replace(reduction, replicas=grouped(replicas, groups))
     total = share * members
     fits = [n for n in range(1, total + 1) if total % n == 0 and (share % n == 0 or n % share == 0)]
     shown = ", ".join(map(str, fits[:20])) + (", ..." if len(fits) > 20 else "")

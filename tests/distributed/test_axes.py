@@ -242,6 +242,25 @@ def test_moments_merge_over_an_axis(context):
     agree([a[3] for a in got], list(whole))
 
 
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_a_derivative_of_a_compiled_vmap(norm):
+    """Taken outside of `jit`, where the axis has no name any more."""
+    x, scale, bias, _ = inputs(0.0)
+
+    def one(x):
+        if norm == "instance":
+            return jaxnorm.instance_norm(x[None], mask=None, axis_name="d")[0]
+        return batch_norm(x, scale, bias, None, axis_name="d")[0]
+
+    ct = cotangent(x.shape)
+    mapped = jax.jit(jax.vmap(one, axis_name="d"))
+    inside = jax.jit(lambda x, ct: jax.vjp(jax.vmap(one, axis_name="d"), x)[1](ct))
+    jax.clear_caches()  # a rule that was traced in time before would be found there
+    outside = jax.vjp(mapped, x)[1](ct)
+    agree(outside, inside(x, ct))
+    agree(jax.jvp(mapped, (x,), (ct,))[1], jax.jit(lambda x: jax.jvp(mapped, (x,), (ct,))[1])(x))
+
+
 class TestRefused:
     x = jnp.ones((N, R, C))
 
