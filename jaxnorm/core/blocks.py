@@ -6,6 +6,7 @@ other axes, which are small, so that an axis spread over devices stays where it 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,4 +65,6 @@ def _partitioned(function: Callable, array: Array, shards: int, spec: list) -> A
     """
     if shards == 1:
         return function(array)
-    return jax.sharding.auto_axes(function, out_sharding=jax.sharding.PartitionSpec(*spec))(array)
+    out_sharding: Any = jax.sharding.PartitionSpec(*spec)
+    partitioned: Any = jax.sharding.auto_axes(function, out_sharding=out_sharding)
+    return partitioned(array)

@@ -51,7 +51,7 @@ class Groups(NamedAxis):
 
     groups: tuple[tuple[int, ...], ...] = ()
 
-    def size(self) -> int:
+    def size(self) -> int | Array:
         """Members in a group."""
         return len(self.groups[0])
 

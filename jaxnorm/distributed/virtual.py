@@ -27,7 +27,7 @@ def virtual_batches(
             f"{type(size).__name__} {size!r}. For example virtual_batch_size=32."
         )
     replicas = reduction.replicas
-    members = replicas.size()
+    members = replicas.members if isinstance(replicas, NamedAxis) else 1
     # Without an axis of its own an example is what each member of a named axis holds.
     axis = reduction.axes[0] if reduction.axes else None
     share = 1 if axis is None else shape[axis]

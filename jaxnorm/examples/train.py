@@ -26,8 +26,13 @@ from flax import linen as nn
 from jaxnorm.distributed import initialize, launch, launched
 from jaxnorm.lab.data import Dataset, Part, load_digits
 from jaxnorm.linen import BatchNorm
-from jaxnorm.training import Layout, create_train_state, make_eval_step, make_train_step
-from jaxnorm.training.checkpoint import Checkpoints
+from jaxnorm.training import (
+    Checkpoints,
+    Layout,
+    create_train_state,
+    make_eval_step,
+    make_train_step,
+)
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9, nesterov=True)
 LAYOUTS = {"data": Layout.data_parallel, "fsdp": Layout.fully_sharded}
