@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
+from jaxnorm.core.blocks import placed_like
 from jaxnorm.core.measure import LocalMoments, Measured, Reduction
 from jaxnorm.core.moments import promoted, wide_dtype
 from jaxnorm.core.standardize import MOMENTS, standardize
@@ -70,6 +71,9 @@ def _measure(reduction: Reduction, x, mask) -> Measured:
 
 def _standardized(reduction: Reduction, x, mask, guess):
     wide = x.astype(wide_dtype(x.dtype))
+    if mask is not None and any(jax.typeof(x).sharding.spec):
+        # On an Explicit mesh what is chosen and what chooses must have one layout.
+        mask = placed_like(jnp.broadcast_to(mask, x.shape), x)
     return standardize(wide, replace(reduction, stored=x.dtype), mask, guess)
 
 

@@ -48,7 +48,8 @@ def train(
     if unbiased:
         var = running.unbiased(var, count)
     if everyone is not None:
-        count, mean, var = _average(everyone, feature_axes, measured.count, mean, var, guess)
+        share = measured.count / (jnp.asarray(size, var.dtype) * everyone.size())
+        count, mean, var = _average(everyone, feature_axes, share, mean, var, guess)
     shape = stats.mean.shape
     new = running.update(
         stats,
@@ -61,19 +62,19 @@ def train(
     return y, new
 
 
-def _average(everyone: Alone, feature_axes: tuple[int, ...], count, mean, var, near):
-    """Count, and the averages of means and variances over all virtual batches, by their counts.
+def _average(everyone: Alone, feature_axes: tuple[int, ...], share, mean, var, near):
+    """Means and variances of all virtual batches, averaged by the share that a mask left of each.
 
     The mean is that of the whole batch. The variance is the mean variance within a virtual batch,
-    which is what the activations were divided by.
+    which is what the activations were divided by. With them comes the sum of the shares.
     """
     others = tuple(a for a in range(mean.ndim) if a not in feature_axes)
-    sums = (count, (mean - near) * count.astype(mean.dtype), var * count)
-    # Weights, not counts: a sum of large variances stays within the range.
-    sums = (jnp.sum(part / count.size, axis=others, keepdims=True) for part in sums)
-    count, mean, var = everyone.sum(*sums)
-    n = jnp.where(count > 0, count, 1)
-    return count, near + mean / n.astype(mean.dtype), var / n
+    # Shares, not counts, and at most 1 in sum: a mean of large numbers stays within the range.
+    sums = (share, (mean - near) * share.astype(mean.dtype), var * share)
+    sums = (jnp.mean(part, axis=others, keepdims=True) for part in sums)
+    share, mean, var = everyone.sum(*sums)
+    n = jnp.where(share > 0, share, 1)
+    return share, near + mean / n.astype(mean.dtype), var / n
 
 
 def evaluate(

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 
@@ -23,20 +24,29 @@ def fold(reducer: Callable, array: Array, axis: int, blocks: int) -> Array:
     def folded(array):
         return reducer(array.reshape(split), axis=axis + 1)
 
-    spec, shards = _layout(array, axis)
+    spec, names, shards = _layout(array, axis)
     if shards > 1 and blocks % shards:
         spec[axis] = None
-    return _partitioned(folded, array, shards, spec)
+    return _partitioned(folded, array, names, spec)
 
 
 def spread(blocks: Array, like: Array) -> Array:
     """Repeat each entry that stands for a block of an axis; what is 1 there broadcasts anyway."""
     for axis, (number, size) in enumerate(zip(blocks.shape, like.shape, strict=True)):
         if number not in (1, size):
-            over = _layout(like, axis)
-            spec = [None if n == 1 else s for s, n in zip(over[0], blocks.shape, strict=True)]
-            blocks = _partitioned(_repeat(axis, size), blocks, over[1], spec)
+            spec, names, _ = _layout(like, axis)
+            spec = [None if n == 1 else s for s, n in zip(spec, blocks.shape, strict=True)]
+            blocks = _partitioned(_repeat(axis, size), blocks, names, spec)
     return blocks
+
+
+def placed_like(array: Array, like: Array) -> Array:
+    """An array of the same shape spread over an Explicit mesh as another is, by their types."""
+    here, there = jax.typeof(array).sharding, jax.typeof(like).sharding
+    if here.mesh.empty or here.spec == there.spec:
+        return array
+    spec: Any = there.spec
+    return jax.sharding.reshard(array, NamedSharding(here.mesh, spec))
 
 
 def _repeat(axis: int, size: int) -> Callable:
@@ -50,21 +60,22 @@ def _repeat(axis: int, size: int) -> Callable:
     return repeated
 
 
-def _layout(array: Array, axis: int) -> tuple[list, int]:
-    """The axes of an Explicit mesh an array is spread over, by its type; and the shards of one."""
+def _layout(array: Array, axis: int) -> tuple[list, list[str], int]:
+    """How an array is spread over an Explicit mesh, by its type; one axis: over which, how many."""
     sharding = jax.typeof(array).sharding
     spec = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
-    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
-    return spec, math.prod(sharding.mesh.shape[name] for name in names if name is not None)
+    over = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+    names = [name for name in over if name is not None]
+    return spec, names, math.prod(sharding.mesh.shape[name] for name in names)
 
 
-def _partitioned(function: Callable, array: Array, shards: int, spec: list) -> Array:
+def _partitioned(function: Callable, array: Array, names: list[str], spec: list) -> Array:
     """Apply a reshape that splits or merges an axis, and leave its layout to the partitioner.
 
     Blocks that straddle the devices of an Explicit mesh have no type for it.
     """
-    if shards == 1:
+    if not names:
         return function(array)
-    out_sharding: Any = jax.sharding.PartitionSpec(*spec)
-    partitioned: Any = jax.sharding.auto_axes(function, out_sharding=out_sharding)
+    out: Any = PartitionSpec(*spec)
+    partitioned: Any = jax.sharding.auto_axes(function, axes=tuple(names), out_sharding=out)
     return partitioned(array)

@@ -133,12 +133,17 @@ def take(
     # already (narrowing undoes the widening exactly, and the compiler drops both).
     narrow = x if reduction.stored is None else x.astype(reduction.stored)
 
+    # Both branches must have one type, also where the guess is spread over more devices than x.
+    zero = (mean == 0) & (guess == 0) & False
+
+    def typed(measured: Measured) -> Measured:
+        return jax.tree.map(lambda part: part + zero.astype(part.dtype), measured)
+
     def kept() -> Measured:
-        origin = guess + jnp.zeros_like(mean)
-        return Measured(_local(reduction, origin, mean, count, var), count, var)
+        return typed(Measured(_local(reduction, guess, mean, count, var), count, var))
 
     def again() -> Measured:
-        return _measure_twice(reduction, narrow.astype(x.dtype), mask)
+        return typed(_measure_twice(reduction, narrow.astype(x.dtype), mask))
 
     return lax.cond(_all(reduction.replicas.agreed(near & finite)), kept, again)
 

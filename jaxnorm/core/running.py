@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int
 
+from jaxnorm.core.blocks import placed_like
 from jaxnorm.core.moments import promoted, saturate
 
 
@@ -65,22 +66,24 @@ def update(
     decay: Float[Array, ""] | float | None,
     debias: bool,
 ) -> BatchStats:
-    """``decay * old + (1 - decay) * batch``, with no gradient and in the dtype of the old.
+    """``decay * old + (1 - decay) * batch``, with no gradient, in dtype and layout of the old.
 
     `count` is the number of elements for each feature. One with no element in the batch keeps its
     statistics; a batch with none at all is not counted.
     """
+    known = isinstance(count, int)
     keep = _share_kept(stats.count, decay, debias)
 
     def blend(old, new):
+        new = placed_like(new, old)
         wide = promoted(old.dtype, jnp.float32)
         share = jnp.asarray(keep, jnp.finfo(wide).dtype).astype(wide)
         old_wide, new = lax.stop_gradient((old.astype(wide), saturate(new, wide)))
         blended = saturate(share * old_wide + (1 - share) * new, old.dtype)
         # An int is known to be positive: a batch is not empty.
-        return blended if isinstance(count, int) else jnp.where(count > 0, blended, old)
+        return blended if known else jnp.where(placed_like(count > 0, old), blended, old)
 
-    seen = 1 if isinstance(count, int) else jnp.any(count > 0).astype(stats.count.dtype)
+    seen = 1 if known else jnp.any(count > 0).astype(stats.count.dtype)
     return BatchStats(blend(stats.mean, mean), blend(stats.var, var), stats.count + seen)
 
 
@@ -88,7 +91,8 @@ def unbiased(
     var: Float[Array, "*features"], count: Float[Array, "*features"] | int
 ) -> Float[Array, "*features"]:
     """The variance over n - 1, from that over n = `count`."""
-    return var * (count / jnp.maximum(count - 1, 1))
+    others = max(count - 1, 1) if isinstance(count, int) else jnp.maximum(count - 1, 1)
+    return var * (count / others)
 
 
 def _share_kept(count, decay, debias: bool):

@@ -88,11 +88,12 @@ def _means_of_tangent(reduction: Reduction, xhat, mask, count, dx):
     product = jnp.real(jnp.conj(xhat) * dx) if jnp.iscomplexobj(xhat) else xhat * dx
     total = partial(reduction.over, jnp.sum)
     n = reduction.size(xhat.shape) if mask is None else jnp.maximum(count, 1)
+    n = jnp.asarray(n, product.dtype)  # an int may be larger than an int32
     if not reduction.centered:
         (inner,) = reduction.replicas.sum(total(product))
         return jnp.zeros((1,) * dx.ndim, dx.dtype), inner / n
     first, inner = reduction.replicas.sum(total(dx), total(product))
-    return first / jnp.asarray(n, first.dtype), inner / n
+    return first / n.astype(first.dtype), inner / n
 
 
 def _named(array: Array) -> Array:

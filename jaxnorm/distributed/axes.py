@@ -145,6 +145,15 @@ def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=Non
     return grouped(every, _checked(operation, every, axis_index_groups))
 
 
+def is_bound(axis_name: AxisName | None) -> bool:
+    """Whether all names are bound where this is traced; False for none."""
+    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    try:
+        return axis_name is not None and lax.axis_size(tuple(names)) > 0
+    except NameError:
+        return False
+
+
 def check_synchronized(operation: str, x: Array, mean: Array, axis_name: AxisName | None) -> None:
     """A batch over devices is normalized over them all, unless something names another choice.
 
@@ -158,8 +167,9 @@ def check_synchronized(operation: str, x: Array, mean: Array, axis_name: AxisNam
             f"{operation}: a batch that is spread over devices is normalized over all of them, or "
             f"says otherwise; got x that varies over {missing} of the mesh, running statistics "
             f"that do not, and axis_name={axis_name!r}. Name those axes too, axis_name="
-            f"{(*(n for n in names if n), *missing)!r}. For statistics of each device's share "
-            "alone, also set virtual_batch_size to the examples that it holds."
+            f"{(*(n for n in names if n), *missing)!r}; for statistics of each device's share "
+            "alone, also set virtual_batch_size to the examples that it holds. If the axis carries "
+            "features, or runs of their own, give running statistics that are spread over it too."
         )
 
 
@@ -177,10 +187,15 @@ def _on_mesh(names: tuple[str, ...]) -> bool:
 
 def _bound(operation: str, axis_name: AxisName) -> tuple[str, ...]:
     names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
-    if not names or isinstance(axis_name, int):
+    if not names or any(isinstance(n, int | tuple | list | None) for n in names):
         raise TypeError(
             f"{operation}: axis_name must be the name of an axis, or a tuple of names; got "
             f"axis_name={axis_name!r}. Give the name that vmap, pmap or the mesh has for it."
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"{operation}: axis_name names an axis twice; got axis_name={axis_name!r}. Name each "
+            "axis once."
         )
     for name in names:
         try:

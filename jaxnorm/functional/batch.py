@@ -146,8 +146,8 @@ def batch_norm(
                 f"virtual_batch_size={virtual_batch_size} with axis_index_groups="
                 f"{axis_index_groups}. Leave out one of the two."
             )
-        everyone = replicas
-        reduction = virtual_batches(op, virtual_batch_size, x.shape, reduction)
+        whole, reduction = reduction, virtual_batches(op, virtual_batch_size, x.shape, reduction)
+        everyone = None if reduction == whole else replicas
     return batch.train(
         x,
         scale,

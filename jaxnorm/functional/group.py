@@ -86,7 +86,6 @@ def group_norm(
     groups = check.groups_of(op, num_groups, x, features[0])
     scale = check.parameter(op, "scale", scale, x, features)
     bias = check.parameter(op, "bias", bias, x, features)
-    check.not_empty(op, x, reduced)
     reduction, mask, dtype = prepared(
         op, x, scale, bias, tuple(a for a in reduced if a not in features), epsilon, mask,
         axis_name, axis_index_groups, dtype, implementation, blocks=(features[0], groups),

@@ -23,7 +23,7 @@ def moments(
 
     .. math:: n, \quad \bar x = \frac1n \sum_i x_i, \quad M_2 = \sum_i |x_i - \bar x|^2
 
-    Exact at any offset of the data: squares are taken of shifted data, in one read of `x`.
+    Exact at any offset of the data: squares are taken of shifted data.
 
     Args:
         x: floating or complex numbers, any shape.

@@ -9,6 +9,7 @@ from jaxnorm import functional
 from jaxnorm.core import arguments as check
 from jaxnorm.core.moments import promoted
 from jaxnorm.core.running import BatchStats, init_batch_stats
+from jaxnorm.distributed.axes import is_bound
 
 
 class BatchNorm(nn.BatchNorm):
@@ -81,6 +82,8 @@ class BatchNorm(nn.BatchNorm):
         initializing = self.is_initializing()
         # A model of one example, whose batch is a named axis, has no batch while initializing.
         one_example = initializing and self.axis_name is not None and x.ndim == len(shape)
+        # A named axis need not exist while initializing; inside `shard_map` it may.
+        bound = not initializing or is_bound(self.axis_name)
         training = not use_running_average
         y, new = functional.batch_norm(
             x,
@@ -91,8 +94,8 @@ class BatchNorm(nn.BatchNorm):
             decay=self.momentum,
             epsilon=self.epsilon,
             mask=mask,
-            axis_name=None if initializing else self.axis_name,
-            axis_index_groups=None if initializing else self.axis_index_groups,
+            axis_name=self.axis_name if bound else None,
+            axis_index_groups=self.axis_index_groups if bound else None,
             virtual_batch_size=None if initializing else self.virtual_batch_size,
             unbiased=self.unbiased,
             debias=self.debias,

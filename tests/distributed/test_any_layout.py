@@ -14,7 +14,8 @@ import jaxnorm
 from jaxnorm.testing import assert_close, condition_number, oracle
 
 DEVICES, C = 8, 4
-STATS = jaxnorm.init_batch_stats(C)
+RUNNING = np.linspace(-2, 5, C), np.linspace(0.5, 3, C)
+STATS = jaxnorm.BatchStats(*map(np.float32, RUNNING), np.int32(7))
 MESHES = [(8,), (4, 2), (2, 4), (2, 2, 2), (1, 8), (2,), (4,), (1, 2, 1)]
 NAMES = ("a", "b", "c")
 
@@ -38,13 +39,10 @@ def arrays(seed, rows, offset, kept):
     return (np.float32(a) for a in (x + offset, rng.normal(size=x.shape), scale, bias)), mask
 
 
-FRESH = np.zeros(C), np.ones(C)
-
-
 def statistics(x, mask, part, **options):
     """The oracle's running mean and variance after one part of the batch."""
     return oracle.batch_norm(
-        x[part].astype(float), None, None, *FRESH, training=True, mask=mask[part], **options
+        x[part].astype(float), None, None, *RUNNING, training=True, mask=mask[part], **options
     )[1][:2]
 
 
@@ -53,7 +51,7 @@ def judge(y, gradients, parts, x, ct, scale, bias, mask):
     dx, *summed = map(np.asarray, gradients)
     total, worst = [np.zeros(C), np.zeros(C)], 1.0
     for part in parts:
-        here = x[part].astype(float), scale, bias, *FRESH
+        here = x[part].astype(float), scale, bias, *RUNNING
         wanted, _ = oracle.batch_norm(*here, training=True, mask=mask[part])
         back = oracle.batch_norm_vjp(ct[part], *here, training=True, mask=mask[part])
         at = condition_number(here[0], (0, 1), 1e-5, mask=mask[part])
@@ -173,6 +171,6 @@ def test_layouts_of_a_mesh(shape, placed, kind, parts, kept, offset, seed):
     counts = np.array([mask[chunk].sum() for chunk in chunks])
     if counts.any():  # one update, with the averages over the virtual batches
         means, variances = zip(*(statistics(x, mask, c, decay=0.0) for c in chunks), strict=True)
-        for new, old, batch in ((mean, 0, means), (var, 1, variances)):
+        for new, old, batch in zip((mean, var), RUNNING, (means, variances), strict=True):
             average = np.average(batch, axis=0, weights=counts)
             assert_close(new, 0.99 * old + 0.01 * average, name="running")
