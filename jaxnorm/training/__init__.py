@@ -8,9 +8,17 @@ Statistics go in with the state and come out with it, once for each step; evalua
 write them. `create_sweep_state`, `make_sweep_step` and `make_sweep_eval_step` train many seeds and
 hyperparameters at once in one compiled program, with the same model, loss and batches.
 
+A `Layout` runs the same training over a mesh of devices, one process or many:
+
+    layout = Layout.fully_sharded()
+    state = create_train_state(model, optimizer, seed, example_input, layout=layout)
+    step = make_train_step(model, optimizer, loss_fn, layout=layout)
+
 This package imports Flax and Optax; `import jaxnorm` does not import it.
 """
 
+from jaxnorm.training.checkpoint import Checkpoints, DamagedCheckpointError
+from jaxnorm.training.layout import Layout
 from jaxnorm.training.state import (
     NonFiniteLossError,
     TrainState,
@@ -27,6 +35,9 @@ from jaxnorm.training.sweep import (
 )
 
 __all__ = [
+    "Checkpoints",
+    "DamagedCheckpointError",
+    "Layout",
     "NonFiniteLossError",
     "TrainState",
     "check_finite",

@@ -60,7 +60,12 @@ class Model(Protocol):
         ...
 
 
-def adapt(operation: str, model: Any, mode_kwargs: Mapping[str, Any] | None = None) -> Model:
+def adapt(
+    operation: str,
+    model: Any,
+    mode_kwargs: Mapping[str, Any] | None = None,
+    compute_dtype: Any = None,
+) -> Model:
     """The adapter of a Linen module, an NNX module or a factory of NNX modules.
 
     Args:
@@ -69,13 +74,14 @@ def adapt(operation: str, model: Any, mode_kwargs: Mapping[str, Any] | None = No
         `nnx.Rngs` and returns an `nnx.Module`.
       mode_kwargs: keyword arguments of the model's call that the caller fixes; they win over the
         detected mode flags, and giving them (even empty) says that the mode is taken care of.
+      compute_dtype: what parameters and inputs will be cast to, if anything.
 
     Raises:
       TypeError: the model is none of the three, or `mode_kwargs` names an unknown argument.
     """
     if isinstance(model, nn.Module):
         return _LinenModel(operation, model, mode_kwargs)
-    return _NNXModel(operation, model, mode_kwargs)
+    return _NNXModel(operation, model, mode_kwargs, compute_dtype)
 
 
 def initialize(
@@ -262,9 +268,16 @@ _DROPOUT_STREAM = 0x6E6F726D  # "norm"
 class _NNXModel:
     """A `flax.nnx.Module`, or a factory of one: only its graph is kept, no values."""
 
-    def __init__(self, operation: str, model: Any, mode_kwargs: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        operation: str,
+        model: Any,
+        mode_kwargs: Mapping[str, Any] | None,
+        compute_dtype: Any,
+    ) -> None:
         self._operation = operation
         self._mode_kwargs = mode_kwargs
+        self._compute_dtype = compute_dtype
         classes: list[type] = []
 
         def describe() -> Any:
@@ -326,7 +339,16 @@ class _NNXModel:
         # `merge` puts the Variables it is given into the model, where a call would write to them
         # behind the state's back; rebuilding the tree makes new ones, of the present trace.
         variables = jax.tree.map(lambda x: x, variables)
-        return nnx.merge(self._graphdef, jax.tree.unflatten(treedef, streams), *variables)
+        model = nnx.merge(self._graphdef, jax.tree.unflatten(treedef, streams), *variables)
+        if self._compute_dtype is not None:
+            # An NNX norm with dtype=None returns what x and its float32 statistics promote to,
+            # and all layers after it would compute in float32.
+            for _, module in nnx.iter_modules(model):
+                fields = vars(module)
+                stats = any(isinstance(v, nnx.BatchStat) for v in fields.values())
+                if stats and fields.get("dtype", ...) is None:
+                    module.dtype = self._compute_dtype  # type: ignore[attr-defined]
+        return model
 
 
 def _stream(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

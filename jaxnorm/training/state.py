@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.experimental import multihost_utils
 
+from jaxnorm.training.layout import Layout, check_layout, put
 from jaxnorm.training.models import Variables, initialize
+
+Tree = TypeVar("Tree")
 
 # Folded into the seed for the key that training draws from, so that the seed itself can be the key
 # of `model.init`: the parameters are those of plain Flax with the same seed.
@@ -85,6 +89,7 @@ def create_train_state(
     optimizer: optax.GradientTransformation,
     rng: int | jax.Array,
     *inputs: Any,
+    layout: Layout | None = None,
     **call_kwargs: Any,
 ) -> TrainState:
     """The state before the first step.
@@ -101,6 +106,8 @@ def create_train_state(
       rng: a seed, or a random key, typed of shape () or old-style uint32 of shape (2,).
       *inputs: example inputs of a Linen module, arrays or `jax.ShapeDtypeStruct`s; only shapes
         and dtypes matter to most models. NNX models need none.
+      layout: where the state is to lie on a mesh. The values are the same as without one; every
+        device computes its part of them, and none holds a whole copy on the way.
       **call_kwargs: further keyword arguments of a Linen module's call. The mode is set to
         training without being asked (see `make_train_step`).
 
@@ -119,13 +126,20 @@ def create_train_state(
     """
     operation = "create_train_state"
     check_optimizer(operation, optimizer)
+    check_layout(operation, layout)
     key = as_key(operation, rng)
     inputs = concrete(inputs)
 
     def init(key: jax.Array, inputs: Any) -> TrainState:
         return initial_state(operation, model, optimizer, key, inputs, call_kwargs)
 
-    return own(jax.jit(init)(key, inputs))
+    if layout is None:
+        return own(jax.jit(init)(key, inputs))
+    with layout.context():
+        _check_same_seed(operation, layout, key)
+        key, inputs = jax.tree.map(lambda x: put(x, layout.rows(0)), (key, inputs))
+        shardings = layout.shardings(jax.eval_shape(init, key, inputs))
+        return own(jax.jit(init, out_shardings=shardings)(key, inputs))
 
 
 def check_finite(state: TrainState) -> None:
@@ -211,6 +225,21 @@ def as_key(operation: str, rng: Any) -> jax.Array:
     )
 
 
+def _check_same_seed(operation: str, layout: Layout, key: jax.Array) -> None:
+    """Three-part ValueError if processes were given different seeds."""
+    if layout.rows(0).is_fully_addressable:
+        return
+    mine = np.asarray(jax.random.key_data(key))
+    seeds = multihost_utils.process_allgather(mine)
+    if (seeds != seeds[0]).any():
+        raise ValueError(
+            f"{operation}: every process must start from the same rng, or their parts of the state "
+            f"do not fit together; got {len(np.unique(seeds, axis=0))} different ones over "
+            f"{len(seeds)} processes. Give all of them the same seed: only their shares of the "
+            "data differ."
+        )
+
+
 def check_optimizer(operation: str, optimizer: Any) -> None:
     """Three-part TypeError for anything that is not an Optax optimizer."""
     if isinstance(optimizer, optax.GradientTransformation):
@@ -247,3 +276,38 @@ def strong(x: Any) -> jax.Array:
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return x
     return jax.lax.convert_element_type(x, x.dtype)
+
+
+def same_kind(operation: str, old: Tree, new: Tree) -> Tree:
+    """`new`, a state or a part of one, which must have the structure, shapes and dtypes of `old`.
+
+    Otherwise the next call would trace and compile again, and no buffer could be reused.
+    """
+    advice = (
+        "A state keeps its structure, shapes and dtypes: cast where the leaf is written (Flax's "
+        "BatchNorm stores float64 statistics for float64 inputs, jaxnorm's does not), and keep "
+        "what grows from call to call, such as sown values, out of the carried variables."
+    )
+    new = jax.tree.map(strong, new)
+    before, after = _leaves(old), _leaves(new)
+    for path in sorted(before.keys() | after.keys()):
+        was, now = before.get(path, "absent"), after.get(path, "absent")
+        if was != now:
+            raise TypeError(
+                f"{operation}: a step must return the state it was given; state{path} was {was} "
+                f"and became {now}. {advice}"
+            )
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        raise TypeError(
+            f"{operation}: a step must return the state it was given; all leaves agree, their "
+            f"containers do not: {jax.tree.structure(old)} became {jax.tree.structure(new)}. "
+            + advice
+        )
+    return new
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path): jax.typeof(leaf).str_short()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

@@ -12,15 +12,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
-from jaxnorm.training.models import Model, Variables, adapt
-from jaxnorm.training.state import TrainState, check_optimizer, strong
+from jaxnorm.training.layout import (
+    Layout,
+    check_layout,
+    check_placed,
+    keep_batch,
+    keep_parameters,
+    keep_state,
+    place_batch,
+)
+from jaxnorm.training.models import Model, adapt
+from jaxnorm.training.objective import (
+    Batch,
+    InputsFn,
+    LossFn,
+    Metrics,
+    Objective,
+    Policy,
+    take_inputs,
+)
+from jaxnorm.training.precision import compute_dtype_of, narrowed, widened
+from jaxnorm.training.state import TrainState, check_optimizer, same_kind
 
-Batch = Any
-Metrics = dict[str, jax.Array]
-LossFn = Callable[[Any, Batch], Any]
 MetricsFn = Callable[[Any, Batch], Mapping[str, Any]]
-InputsFn = Callable[[Batch], Any]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[TrainState, Batch], Metrics]
 
@@ -35,6 +51,11 @@ def make_train_step(
     skip_nonfinite: bool = False,
     scan: bool = False,
     donate: bool = True,
+    layout: Layout | None = None,
+    accumulate: int = 1,
+    statistics: str = "micro_batch",
+    remat: bool | Policy = False,
+    compute_dtype: Any = None,
 ) -> Step:
     """A compiled training step: `step(state, batch) -> (state, metrics)`.
 
@@ -48,7 +69,8 @@ def make_train_step(
     key depends on the state alone, so the same state and batch give the same result.
 
     The state is donated: its buffers are reused for the new state and must not be read again.
-    The step is a `jax.jit` function, with `lower` and the rest.
+    The step is a `jax.jit` function, with `lower` and the rest; with a layout it has `lower`,
+    which takes `jax.ShapeDtypeStruct`s too.
 
     Args:
       model: a Linen module, an NNX module, or a function `rngs -> nnx.Module`, as in
@@ -73,6 +95,32 @@ def make_train_step(
       scan: run many steps in one compiled loop: every leaf of the batch has a leading axis of
         steps, and so have the metrics. Worth it where a step is so small that dispatch dominates.
       donate: False keeps the old state readable, at the price of its memory.
+      layout: run over the layout's mesh. The numbers are those of one device with the whole
+        batch, up to rounding. The state must be placed (`create_train_state(..., layout=layout)`)
+        and every leaf of the new one lies where the old one did. A batch that is not yet on the
+        mesh is placed by `layout.batch`.
+      accumulate: k > 1 makes one update from k micro-batches, taken one after another: rows
+        j, j + k, j + 2k, ... of every leaf of the batch are micro-batch j, on any number of
+        devices. The loss is the mean over the micro-batches, and so are gradient (summed in
+        float32 at least) and metrics. Leaves of shape () go to each micro-batch.
+      statistics: with `accumulate`. "micro_batch": every micro-batch is normalized with its own
+        statistics, running statistics are updated k times, and the activations of one micro-batch
+        are in memory at a time. "exact": statistics, gradient and the one running update are
+        those of the whole batch. A layer's statistics need the layers before it on all rows, so
+        this is one forward pass over the whole batch and takes its memory; `remat` lowers that.
+      remat: keep less for the backward pass, and compute the rest again there. True: of a forward
+        pass with n products and convolutions, only what is alive at about sqrt(n) places is kept,
+        those where it is least, and sums, so that statistics are neither computed again nor
+        summed over devices again. The price is most of a second forward pass. A policy of
+        `jax.checkpoint_policies`: the whole pass is one `jax.checkpoint` with it, which lowers
+        what is kept but, as the backward pass begins by computing all of it again, seldom the
+        peak. Random numbers are the same, and statistics are counted once, in any case.
+      compute_dtype: bfloat16 casts parameters and floating inputs for the forward pass, those of
+        normalization layers too: a float32 scale would turn the layer's output into float32
+        (Flax's rule) and with it the rest of the network. Statistics are computed in float32 from
+        any input. Parameters in the state, optimizer state, running statistics and gradient keep
+        their dtypes, and the outputs are float32 when `loss_fn` sees them. float16 is refused, as
+        it would need loss scaling.
 
     Returns:
       The step. `metrics` holds "loss", shape (), or (steps,) with `scan`, and what `loss_fn` adds.
@@ -81,8 +129,11 @@ def make_train_step(
       TypeError: `model` or `optimizer` is of another kind, or `train_kwargs` unknown to the model.
         When the step is traced: `state` is not a TrainState; the loss is not floating, or
         `loss_fn` returned something else; a leaf of the state changed its shape or dtype.
-      ValueError: when the step is traced: the loss is not a scalar; the batch shows no inputs; a
-        model with batch statistics has no argument for the mode; the state is another model's.
+      ValueError: `accumulate`, `statistics` or `compute_dtype` is none of those above. When the
+        step is called: the state does not lie where the layout has it; the rows of the batch are
+        no multiple of micro-batches times devices. When the step is traced: the loss is not a
+        scalar; the batch shows no inputs; a model with batch statistics has no argument for the
+        mode; the state is another model's.
 
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp, optax
@@ -104,10 +155,22 @@ def make_train_step(
     """
     operation = "make_train_step"
     check_optimizer(operation, optimizer)
-    adapted = adapt(operation, model, train_kwargs)
-    step = build_train_step(operation, adapted, optimizer, loss_fn, inputs, skip_nonfinite)
+    compute_dtype = compute_dtype_of(operation, compute_dtype)
+    objective = Objective(
+        operation,
+        adapt(operation, model, train_kwargs, compute_dtype),
+        loss_fn,
+        inputs,
+        layout=check_layout(operation, layout),
+        accumulate=accumulate,
+        statistics=statistics,
+        remat=remat,
+        compute_dtype=compute_dtype,
+    )
+    step = build_train_step(objective, optimizer, skip_nonfinite)
     step = build_loop(operation, step) if scan else step
-    return jax.jit(step, donate_argnums=(0,) if donate else ())
+    compiled = jax.jit(step, donate_argnums=(0,) if donate else ())
+    return compiled if layout is None else _PlacedStep(operation, layout, compiled, scan)
 
 
 def make_eval_step(
@@ -116,6 +179,8 @@ def make_eval_step(
     *,
     inputs: InputsFn | None = None,
     eval_kwargs: Mapping[str, Any] | None = None,
+    layout: Layout | None = None,
+    compute_dtype: Any = None,
 ) -> EvalStep:
     """A compiled evaluation: `evaluate(state, batch) -> metrics`.
 
@@ -128,9 +193,12 @@ def make_eval_step(
       metrics_fn: `(outputs, batch) -> dict of arrays`.
       inputs: as for `make_train_step`.
       eval_kwargs: as `train_kwargs` of `make_train_step`, for evaluation.
+      layout: as for `make_train_step`.
+      compute_dtype: as for `make_train_step`.
 
     Returns:
-      The evaluation, a `jax.jit` function. Metrics as `metrics_fn` returns them.
+      The evaluation, a `jax.jit` function, or with a layout one with `lower`. Metrics as
+      `metrics_fn` returns them.
 
     Raises:
       TypeError: `model` is of another kind, or `eval_kwargs` unknown to it. When traced: `state`
@@ -148,40 +216,66 @@ def make_eval_step(
       Array(2.5, dtype=float32)
     """
     operation = "make_eval_step"
-    adapted = adapt(operation, model, eval_kwargs)
-    return jax.jit(build_eval_step(operation, adapted, metrics_fn, inputs))
+    dtype = compute_dtype_of(operation, compute_dtype)
+    adapted = adapt(operation, model, eval_kwargs, dtype)
+    layout = check_layout(operation, layout)
+    compiled = jax.jit(build_eval_step(operation, adapted, metrics_fn, inputs, layout, dtype))
+    return compiled if layout is None else _PlacedStep(operation, layout, compiled)
+
+
+class _PlacedStep:
+    """A compiled step that first sees to it that its arguments lie where the layout has them."""
+
+    def __init__(self, operation: str, layout: Layout, compiled: Any, scan: bool = False) -> None:
+        self._operation = operation
+        self._layout = layout
+        self._compiled = compiled
+        self._scan = scan
+
+    def __call__(self, state: TrainState, batch: Batch) -> Any:
+        return self._on_mesh(self._compiled, state, batch)
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """The step before compilation; arguments may be `jax.ShapeDtypeStruct`s."""
+        return self._on_mesh(self._compiled.lower, state, batch)
+
+    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
+        """The step before lowering; arguments may be `jax.ShapeDtypeStruct`s."""
+        return self._on_mesh(self._compiled.trace, state, batch)
+
+    def _on_mesh(self, function: Callable[..., Any], state: Any, batch: Any) -> Any:
+        check_single(self._operation, state)
+        leaves = jax.tree.leaves((state, batch))
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+            state = self._layout.place(state)
+        if not any(isinstance(leaf, Tracer) for leaf in leaves):
+            check_placed(self._operation, self._layout, state)
+            batch = place_batch(self._operation, self._layout, batch, self._scan)
+        with self._layout.context():
+            return function(state, batch)
 
 
 def build_train_step(
-    operation: str,
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    loss_fn: LossFn,
-    inputs: InputsFn | None,
-    skip_nonfinite: bool,
+    objective: Objective, optimizer: optax.GradientTransformation, skip_nonfinite: bool
 ) -> Step:
     """The pure function that `make_train_step` and `make_sweep_step` compile."""
+    operation, layout = objective.operation, objective.layout
     update = optax.with_extra_args_support(optimizer).update
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        _check_state(operation, state)
-        args, kwargs = _take_inputs(operation, inputs, batch)
+        check_single(operation, state)
+        batch = keep_batch(operation, layout, batch, objective.accumulate)
         key = jax.random.fold_in(state.rng, state.step)
-
-        def forward(params: Any) -> tuple[jax.Array, tuple[Metrics, Variables]]:
-            variables = state.variables._replace(params=params)
-            outputs, written = model.train(variables, key, args, kwargs)
-            loss, metrics = _take_loss(operation, loss_fn(outputs, batch))
-            return loss, (metrics, written)
-
-        (loss, (metrics, written)), grads = jax.value_and_grad(forward, has_aux=True)(state.params)
+        result, grads = objective.value_and_grad(state.variables, key, batch)
+        loss, (metrics, written) = result
+        grads = keep_parameters(layout, grads)
         updates, opt_state = update(
             grads,
             state.opt_state,
             state.params,
             value=loss,
             grad=grads,
-            value_fn=lambda params: forward(params)[0],
+            value_fn=lambda params: objective.value(params, state.variables, key, batch),
         )
         finite = jnp.isfinite(loss)
         new = state.replace(
@@ -194,25 +288,34 @@ def build_train_step(
                 finite | (state.nonfinite_step >= 0), state.nonfinite_step, state.step
             ),
         )
-        new = _same_kind(operation, state, new)
+        new = same_kind(operation, state, new)
         if skip_nonfinite:
             kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
             new = kept.replace(step=new.step, nonfinite_step=new.nonfinite_step)
-        return new, {"loss": loss, **metrics}
+        return keep_state(layout, new), {"loss": loss, **metrics}
 
     return step
 
 
 def build_eval_step(
-    operation: str, model: Model, metrics_fn: MetricsFn, inputs: InputsFn | None
+    operation: str,
+    model: Model,
+    metrics_fn: MetricsFn,
+    inputs: InputsFn | None,
+    layout: Layout | None = None,
+    compute_dtype: Any = None,
 ) -> EvalStep:
     """The pure function that `make_eval_step` and `make_sweep_eval_step` compile."""
 
     def evaluate(state: TrainState, batch: Batch) -> Metrics:
-        _check_state(operation, state)
-        args, kwargs = _take_inputs(operation, inputs, batch)
+        check_single(operation, state)
+        batch = keep_batch(operation, layout, batch)
+        args, kwargs = narrowed(take_inputs(operation, inputs, batch), compute_dtype)
+        params = keep_parameters(layout, narrowed(state.params, compute_dtype), gathered=True)
         key = jax.random.fold_in(state.rng, state.step)
-        metrics = metrics_fn(model.evaluate(state.variables, key, args, kwargs), batch)
+        variables = state.variables._replace(params=params)
+        outputs = model.evaluate(variables, key, args, kwargs)
+        metrics = metrics_fn(widened(outputs) if compute_dtype else outputs, batch)
         if not isinstance(metrics, Mapping):
             raise TypeError(
                 f"{operation}: metrics_fn must return a dict of arrays; got "
@@ -247,7 +350,8 @@ def leading_size(operation: str, batch: Batch, what: str) -> int:
     )
 
 
-def _check_state(operation: str, state: Any) -> None:
+def check_single(operation: str, state: Any) -> None:
+    """Three-part TypeError for anything but the state of one run."""
     if not isinstance(state, TrainState):
         raise TypeError(
             f"{operation}: the first argument of the step must be a TrainState; got "
@@ -260,109 +364,3 @@ def _check_state(operation: str, state: Any) -> None:
             f"{state.step.shape[0]} members. Use make_sweep_step and make_sweep_eval_step, or take "
             "one run out with sweep_member."
         )
-
-
-def _take_inputs(
-    operation: str, inputs: InputsFn | None, batch: Batch
-) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Positional and keyword inputs of the model."""
-    if inputs is None:
-        return (_default_input(operation, batch),), {}
-    taken = inputs(batch)
-    if isinstance(taken, tuple):
-        return taken, {}
-    if isinstance(taken, Mapping):
-        return (), taken
-    if hasattr(taken, "shape"):
-        return (taken,), {}
-    raise ValueError(
-        f"{operation}: inputs(batch) must return the model's inputs; got {type(taken).__name__}. "
-        'Return a tuple, as in inputs=lambda batch: (batch["x"], batch["mask"]), or a dict of '
-        "keyword inputs."
-    )
-
-
-def _default_input(operation: str, batch: Batch) -> Any:
-    if isinstance(batch, Mapping):
-        if "x" in batch:
-            return batch["x"]
-        got = "a dict with the keys " + (", ".join(map(repr, batch)) or "(none)")
-    elif isinstance(batch, tuple | list):
-        if batch:
-            return batch[0]
-        got = f"an empty {type(batch).__name__}"
-    elif hasattr(batch, "shape"):
-        return batch
-    else:
-        got = type(batch).__name__
-    raise ValueError(
-        f'{operation}: the model\'s input is batch["x"] of a dict, batch[0] of a tuple or a batch '
-        f"that is one array; got {got}. Say where it is: inputs=lambda batch: (...,)."
-    )
-
-
-def _take_loss(operation: str, result: Any) -> tuple[jax.Array, Metrics]:
-    """Loss and metrics from what `loss_fn` returned."""
-    pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
-    loss, metrics = result if pair else (result, {})
-    if not hasattr(loss, "dtype") and not isinstance(loss, float):
-        shown = type(loss).__name__
-        if isinstance(loss, tuple):
-            kinds = ("array" if hasattr(x, "dtype") else type(x).__name__ for x in loss)
-            shown = f"a tuple of {', '.join(kinds)}"
-        raise TypeError(
-            f"{operation}: loss_fn must return loss or (loss, metrics); got {shown}. "
-            'Return a scalar array, or such an array and a dict: loss, {"accuracy": accuracy}.'
-        )
-    loss = strong(loss)
-    if loss.shape != ():
-        raise ValueError(
-            f"{operation}: the loss must be a scalar; loss_fn returned shape {loss.shape}. Reduce "
-            "it: loss.mean()."
-        )
-    if not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise TypeError(
-            f"{operation}: the loss must be floating; loss_fn returned {loss.dtype}. Compute it "
-            "from the model's outputs in floating point."
-        )
-    if "loss" in metrics:
-        raise ValueError(
-            f'{operation}: metrics["loss"] is the loss itself; the metrics of loss_fn have the key '
-            '"loss" too. Rename that metric.'
-        )
-    return loss, dict(metrics)
-
-
-def _same_kind(operation: str, old: TrainState, new: TrainState) -> TrainState:
-    """`new`, which must have the structure, shapes and dtypes of `old`.
-
-    Otherwise the next call would trace and compile again, and no buffer could be reused.
-    """
-    advice = (
-        "A state keeps its structure, shapes and dtypes: cast where the leaf is written (Flax's "
-        "BatchNorm stores float64 statistics for float64 inputs, jaxnorm's does not), and keep "
-        "what grows from call to call, such as sown values, out of the carried variables."
-    )
-    new = jax.tree.map(strong, new)
-    before, after = _leaves(old), _leaves(new)
-    for path in sorted(before.keys() | after.keys()):
-        was, now = before.get(path, "absent"), after.get(path, "absent")
-        if was != now:
-            raise TypeError(
-                f"{operation}: a step must return the state it was given; state{path} was {was} "
-                f"and became {now}. {advice}"
-            )
-    if jax.tree.structure(old) != jax.tree.structure(new):
-        raise TypeError(
-            f"{operation}: a step must return the state it was given; all leaves agree, their "
-            f"containers do not: {jax.tree.structure(old)} became {jax.tree.structure(new)}. "
-            + advice
-        )
-    return new
-
-
-def _leaves(tree: Any) -> dict[str, str]:
-    return {
-        jax.tree_util.keystr(path): jax.typeof(leaf).str_short()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }

@@ -19,6 +19,7 @@ import optax
 from flax import nnx
 
 from jaxnorm.training.models import adapt
+from jaxnorm.training.objective import Batch, InputsFn, LossFn, Metrics, Objective
 from jaxnorm.training.state import (
     TrainState,
     as_key,
@@ -29,11 +30,7 @@ from jaxnorm.training.state import (
     strong,
 )
 from jaxnorm.training.steps import (
-    Batch,
     EvalStep,
-    InputsFn,
-    LossFn,
-    Metrics,
     MetricsFn,
     Step,
     build_eval_step,
@@ -185,12 +182,12 @@ def make_sweep_step(
     """
     operation = "make_sweep_step"
     _check_factory(operation, make_optimizer)
-    adapted = adapt(operation, model, train_kwargs)
+    objective = Objective(operation, adapt(operation, model, train_kwargs), loss_fn, inputs)
 
     def member(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         swept = dict.fromkeys(state.opt_state.hyperparams, 0.0)  # type: ignore[union-attr]
         optimizer = _injected(operation, make_optimizer, swept)
-        step = build_train_step(operation, adapted, optimizer, loss_fn, inputs, skip_nonfinite)
+        step = build_train_step(objective, optimizer, skip_nonfinite)
         return (build_loop(operation, step) if scan else step)(state, batch)
 
     mapped = _over_members(operation, member, batch_per_member)

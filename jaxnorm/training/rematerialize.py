@@ -1,0 +1,120 @@
+"""Less memory for the backward pass of any function: keep a few values, compute the rest again.
+
+`jax.checkpoint` around a whole forward pass lowers nothing: the backward pass begins by computing
+all of it again, and then holds what it would have kept. It has to be applied to stretches of the
+function, one after another, and most models do not say where theirs begin and end. So this module
+looks for itself: the function is traced, and cut where least is alive.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
+
+from jaxnorm.core.standardize import MOMENTS
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Within a stretch too, statistics are kept: they are small, and over a mesh each is a collective.
+_REDUCTIONS = {
+    *("reduce_sum", "reduce_max", "reduce_min", "argmax", "argmin"),
+    *("psum", "psum_invariant", "pmin", "pmax"),
+}
+_statistics = jax.checkpoint_policies.save_from_both_policies(
+    lambda primitive, *_, **__: primitive.name in _REDUCTIONS,
+    jax.checkpoint_policies.save_only_these_names(MOMENTS),
+)
+
+
+def in_stretches(function: Function) -> Function:
+    """`function`, its backward pass keeping the values between stretches of it, and statistics.
+
+    With n layers there are about sqrt(n) stretches, so that the values between them and those
+    within one take about as much (Chen et al. 2016, arXiv:1604.06174, section 4).
+    """
+
+    def run(*args: Any) -> Any:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        jaxpr = closed.jaxpr
+        values = dict(zip(jaxpr.invars, jax.tree.leaves(args)))
+        values |= dict(zip(jaxpr.constvars, closed.consts))
+        for stretch in _stretches(jaxpr):
+            compute = jax.checkpoint(stretch.compute, policy=_statistics)
+            results = compute(*(values[v] for v in stretch.inputs))
+            values |= dict(zip(stretch.outputs, results))
+        outputs = [values[v] if isinstance(v, Var) else v.val for v in jaxpr.outvars]
+        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+    return run  # type: ignore[return-value]
+
+
+class _Stretch(NamedTuple):
+    """Consecutive equations, as a function of what earlier ones left."""
+
+    equations: list[JaxprEqn]
+    inputs: list[Var]
+    outputs: list[Var]
+
+    def compute(self, *args: Any) -> list[Any]:
+        values = dict(zip(self.inputs, args))
+        for eqn in self.equations:
+            primitive = eqn.primitive
+            given = [values[v] if isinstance(v, Var) else v.val for v in eqn.invars]
+            with eqn.ctx.manager:  # the mesh and the options that the equation was traced under
+                made = primitive.bind(*given, **primitive.get_bind_params(eqn.params))
+            values |= dict(zip(eqn.outvars, made if primitive.multiple_results else [made]))
+        return [values[v] for v in self.outputs]
+
+
+def _stretches(jaxpr: Jaxpr) -> list[_Stretch]:
+    """All equations of `jaxpr`, in stretches."""
+    cuts = [0, *_cuts(jaxpr), len(jaxpr.eqns)]
+    needed = _variables(jaxpr.outvars)
+    stretches: list[_Stretch] = []
+    for start, end in reversed(list(itertools.pairwise(cuts))):
+        eqns = jaxpr.eqns[start:end]
+        made = _variables(v for eqn in eqns for v in eqn.outvars)
+        used = _variables(v for eqn in eqns for v in eqn.invars)
+        inputs = [v for v in used if v not in made]
+        outputs = [v for v in made if v in needed]
+        stretches.insert(0, _Stretch(eqns, inputs, outputs))
+        needed = dict.fromkeys([*(v for v in needed if v not in made), *inputs])
+    return stretches
+
+
+def _cuts(jaxpr: Jaxpr) -> list[int]:
+    """Where to cut: at equal shares of the bytes computed, moved to where least is alive."""
+    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
+    last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
+    made, alive = np.zeros(len(jaxpr.eqns)), np.zeros(len(jaxpr.eqns) + 1)
+    for i, eqn in enumerate(jaxpr.eqns):
+        for v in _variables(eqn.outvars):
+            size = getattr(v.aval, "size", 0) * getattr(getattr(v.aval, "dtype", 0), "itemsize", 1)
+            made[i] += size
+            alive[i + 1 : last.get(v, i) + 1] += size
+    layers = sum(map(_products, jaxpr.eqns))
+    count = max(1, math.ceil(math.sqrt(layers)))
+    share = np.cumsum(made) / max(made.sum(), 1) * count  # of the stretches, after each equation
+    cuts = []
+    for middle in range(1, count):
+        near = np.flatnonzero(abs(share - middle) < 0.5) + 1
+        if near.size:
+            cuts.append(int(near[alive[near].argmin()]))
+    return cuts
+
+
+def _products(eqn: JaxprEqn) -> int:
+    """How many matrix products and convolutions an equation holds."""
+    inner = sum(_products(e) for sub in jaxprs_in_params(eqn.params) for e in sub.eqns)
+    return inner + (eqn.primitive.name in ("dot_general", "conv_general_dilated"))
+
+
+def _variables(atoms: Any) -> dict[Var, None]:
+    """The variables among literals and variables, each once, in order."""
+    return dict.fromkeys(v for v in atoms if isinstance(v, Var))
