@@ -147,8 +147,8 @@ Kept between the forward and the backward pass for bfloat16 `x`, in bytes of `x`
 {origin(kept)}
 
 Time on a CPU, milliseconds, median and quartiles of interleaved rounds. What is exact and small is
-not yet fast everywhere: the backward passes are behind Flax on this CPU, and a batch far from the
-running mean (the first steps of training, a constant channel) is read twice.
+not yet fast everywhere: the norms without a state read their input twice for their statistics, and
+so it is with a batch far from the running mean (the first steps of training, a constant channel).
 
 {time_table(timed)}
 {origin(timed)}
