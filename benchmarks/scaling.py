@@ -65,8 +65,11 @@ class Case:
 
 
 IMAGES, TOKENS = (64, 224, 224, 3), (16, 512)
+# libtpu 0.0.42 overflows its own stack on this network for v6e and tpu7x; for v6e also with Flax's
+# batch norm.
+COMPILING = tuple(t for t in TOPOLOGIES if not t.startswith(("v6e", "tpu7x")))
 CASES = (
-    Case("ResNet-50", "batch", models.ResNet, IMAGES),
+    Case("ResNet-50", "batch", models.ResNet, IMAGES, topologies=COMPILING),
     Case("ResNet-50", "batch", models.ResNet, IMAGES, "shard_map", topologies=TOPOLOGIES[:2]),
     Case("transformer", "layer", models.Transformer, TOKENS),
     Case("transformer", "rms", models.Transformer, TOKENS),
