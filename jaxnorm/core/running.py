@@ -71,7 +71,6 @@ def update(
     `count` is the number of elements for each feature. One with no element in the batch keeps its
     statistics; a batch with none at all is not counted.
     """
-    known = isinstance(count, int)
     keep = _share_kept(stats.count, decay, debias)
 
     def blend(old, new):
@@ -80,10 +79,11 @@ def update(
         share = jnp.asarray(keep, jnp.finfo(wide).dtype).astype(wide)
         old_wide, new = lax.stop_gradient((old.astype(wide), saturate(new, wide)))
         blended = saturate(share * old_wide + (1 - share) * new, old.dtype)
-        # An int is known to be positive: a batch is not empty.
-        return blended if known else jnp.where(placed_like(count > 0, old), blended, old)
+        if isinstance(count, int):  # which is known to be positive: a batch is not empty
+            return blended
+        return jnp.where(placed_like(count > 0, old), blended, old)
 
-    seen = 1 if known else jnp.any(count > 0).astype(stats.count.dtype)
+    seen = 1 if isinstance(count, int) else jnp.any(count > 0).astype(stats.count.dtype)
     return BatchStats(blend(stats.mean, mean), blend(stats.var, var), stats.count + seen)
 
 
