@@ -9,7 +9,7 @@ subtraction in that formula costs about ``log2(1 + |mean(z)|^2 / var)`` bits, so
 whenever the guess lies within a few deviations of the mean.
 
 * Batch normalization has such a guess at hand, its running mean. Where it turns out to be a poor
-  one (the first steps of training, a jump), a branch reads ``x`` again, from the mean just found.
+  one (the first steps of training, a jump), a branch does what the others do.
 * The others have none, and always read twice: slices are short there, or come in many, and a
   branch would need one answer for all of them, hence from all devices that hold some.
 

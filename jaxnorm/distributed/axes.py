@@ -147,9 +147,9 @@ def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=Non
 
 def is_bound(axis_name: AxisName | None) -> bool:
     """Whether all names are bound where this is traced; False for none."""
-    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    names = _names(axis_name)
     try:
-        return axis_name is not None and lax.axis_size(tuple(names)) > 0
+        return axis_name is not None and lax.axis_size(names) > 0
     except NameError:
         return False
 
@@ -160,7 +160,7 @@ def check_synchronized(operation: str, x: Array, mean: Array, axis_name: AxisNam
     Types tell of it with check_vma=True. Where the running mean is one for each device too, the
     axis is taken to carry features, or runs of their own.
     """
-    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    names = _names(axis_name)
     missing = sorted(varying(x) - varying(mean) - set(names))
     if missing:
         raise ValueError(
@@ -185,8 +185,12 @@ def _on_mesh(names: tuple[str, ...]) -> bool:
     return set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def _names(axis_name) -> tuple:
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+
+
 def _bound(operation: str, axis_name: AxisName) -> tuple[str, ...]:
-    names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    names = _names(axis_name)
     if not names or any(isinstance(n, int | tuple | list | None) for n in names):
         raise TypeError(
             f"{operation}: axis_name must be the name of an axis, or a tuple of names; got "

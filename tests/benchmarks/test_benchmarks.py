@@ -4,19 +4,8 @@ import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def from_the_repository():
-    """`benchmarks` is no part of the installed package, and this folder must not pass for it."""
-    sys.path.insert(0, str(ROOT))
-    yield
-    sys.path.remove(str(ROOT))
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 import importlib.util
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -76,15 +74,6 @@ branch_computations={%far, %near}
   ROOT %out = (f32[4]{0}, f32[16]{0}) tuple(%loss, %ended)
 }
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def from_the_repository():
-    """`benchmarks` is no part of the installed package, and this folder must not pass for it."""
-    root = str(Path(__file__).resolve().parents[2])
-    sys.path.insert(0, root)
-    yield
-    sys.path.remove(root)
 
 
 def test_collectives():

@@ -1,20 +1,8 @@
 """A training step on TPU pods: what the benchmark finds, and what it found and the README shows."""
 
 import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
-
-
-@pytest.fixture(scope="module", autouse=True)
-def from_the_repository():
-    """`benchmarks` is no part of the installed package, and this folder must not pass for it."""
-    root = str(Path(__file__).resolve().parents[2])
-    sys.path.insert(0, root)
-    yield
-    sys.path.remove(root)
-
 
 # Of ResNet-50: the stem, then in each stage three layers a block, and a shortcut's.
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))
