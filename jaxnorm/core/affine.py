@@ -1,4 +1,4 @@
-"""From moments to the normalized array: standardize, scale, shift, and what the backward keeps."""
+"""From moments to the normalized array: standardize, finish, and what the backward keeps."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
 from jaxnorm.core.blocks import placed_like
+from jaxnorm.core.finish import Finish
 from jaxnorm.core.measure import LocalMoments, Measured, Reduction
-from jaxnorm.core.moments import promoted, wide_dtype
+from jaxnorm.core.moments import wide_dtype
 from jaxnorm.core.standardize import MOMENTS, standardize
 
 # Between the passes `x` is kept in its own dtype, and the moments, which bear this name. All else
@@ -30,26 +31,61 @@ def normalize(
     reduction: Reduction,
     mask: Bool[Array, "*#shape"] | None,
     guess: Inexact[Array, "*#shape"] | None = None,
-    dtype: jax.typing.DTypeLike,
+    finish: Finish,
 ) -> tuple[Inexact[Array, "*shape"], Measured]:
-    """``(x - mean) * rstd * scale + bias`` with the moments of `x`, and those moments.
+    """``finish((x - mean) * rstd, scale, bias)`` with the moments of `x`, and those moments.
 
-    Computed in float32 at least and rounded once to `dtype`.
+    Computed in float32 at least and rounded once.
     """
+    if reduction.replicas.mapped:
+        run = _normalized
+    else:
+        run = _normalize if finish.is_constant else _remembering
+    return run(reduction, finish, x, scale, bias, mask, guess)
 
-    run = _normalized if reduction.replicas.mapped else _normalize
-    return run(reduction, jnp.dtype(dtype), x, scale, bias, mask, guess)
+
+def _normalized(reduction: Reduction, finish: Finish, x, scale, bias, mask, guess):
+    y, measured = standardized(reduction, x, mask, guess, *finish.parameters(x, scale, bias))
+    return finish.rounded(y), measured
 
 
-def _normalized(reduction: Reduction, dtype, x, scale, bias, mask, guess):
-    xhat, measured = _standardized(reduction, x, mask, guess)
-    return _affine(xhat, scale, bias, dtype), measured
+def normalize_held(
+    x: Inexact[Array, "*shape"],
+    scale: Inexact[Array, "*#shape"] | None,
+    bias: Inexact[Array, "*#shape"] | None,
+    *,
+    reduction: Reduction,
+    finish: Finish,
+) -> Inexact[Array, "*shape"]:
+    """The same of a block in fast memory, in which nothing is kept and all may be read again."""
+    return _normalized(replace(reduction, at_hand=True), finish, x, scale, bias, None, None)[0]
+
+
+def pull_back_held(
+    x: Inexact[Array, "*shape"],
+    dy: Inexact[Array, "*shape"],
+    scale: Inexact[Array, "*#shape"] | None,
+    bias: Inexact[Array, "*#shape"] | None,
+    *,
+    reduction: Reduction,
+    finish: Finish,
+):
+    """From the cotangent of `normalize_held`'s result those of `x`, scale and bias, not rounded."""
+    held = replace(reduction, at_hand=True)
+    xhat, push = jax.linearize(lambda x: standardize(x, held)[0], x.astype(wide_dtype(x.dtype)))
+    given = [p if p is None else p.astype(wide_dtype(p.dtype)) for p in (scale, bias)]
+    _, pull = jax.vjp(finish, xhat, *given)
+    dxhat, *dgiven = pull(dy)
+    # The map of tangents is its own transpose.
+    return push(dxhat), *dgiven
+
+
+def _remembering(reduction: Reduction, finish: Finish, *arrays):
+    return _kept(partial(_normalized, reduction, finish))(*arrays)
 
 
 # Compiled once for each shape where it is called outside of `jit`; inside, it dissolves.
-@partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _normalize(reduction: Reduction, dtype, *arrays):
-    return _kept(partial(_normalized, reduction, dtype))(*arrays)
+_normalize = jax.jit(_remembering, static_argnums=(0, 1), inline=True)
 
 
 def measure(
@@ -61,7 +97,7 @@ def measure(
 
 
 def _measured(reduction: Reduction, x, mask) -> Measured:
-    return _standardized(reduction, x, mask, None)[1]
+    return standardized(reduction, x, mask, None)[1]
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
@@ -69,12 +105,16 @@ def _measure(reduction: Reduction, x, mask) -> Measured:
     return _kept(partial(_measured, reduction))(x, mask)
 
 
-def _standardized(reduction: Reduction, x, mask, guess):
+def standardized(reduction: Reduction, x, mask, guess, factor=None, shift=None):
+    """xhat * factor + shift and the moments, from `x` widened; see `jaxnorm.core.standardize`."""
     wide = x.astype(wide_dtype(x.dtype))
-    if mask is not None and any(jax.typeof(x).sharding.spec):
-        # On an Explicit mesh what is chosen and what chooses must have one layout.
-        mask = placed_like(jnp.broadcast_to(mask, x.shape), x)
-    return standardize(wide, replace(reduction, stored=x.dtype), mask, guess)
+    if any(jax.typeof(x).sharding.spec):
+        # On an Explicit mesh what is chosen and what chooses must have one layout; and a product
+        # of what is not spread is not spread either, though it may be as large as x.
+        mask = None if mask is None else placed_like(jnp.broadcast_to(mask, x.shape), x)
+        factor, shift = (None if p is None else placed_like(p, x) for p in (factor, shift))
+    reduction = replace(reduction, stored=x.dtype)
+    return standardize(wide, reduction, mask, guess, factor, shift)
 
 
 def normalize_with(
@@ -82,29 +122,22 @@ def normalize_with(
     local: LocalMoments,
     scale: Inexact[Array, "*#shape"] | None,
     bias: Inexact[Array, "*#shape"] | None,
-    dtype: jax.typing.DTypeLike,
+    finish: Finish,
 ) -> Inexact[Array, "*shape"]:
     """The same with moments that are given."""
-    return _normalize_with(jnp.dtype(dtype), x, local, scale, bias)
+    run = _normalize_with if finish.is_constant else _remembering_with
+    return run(finish, x, local, scale, bias)
 
 
-@partial(jax.jit, static_argnums=0, inline=True)
-def _normalize_with(dtype, x, local, scale, bias):
+def _remembering_with(finish: Finish, x, local, scale, bias):
     @_kept
     def run(x, local: LocalMoments, scale, bias):
-        return _affine(local.standardize(x), scale, bias, dtype)
+        return finish(local.standardize(x), scale, bias)
 
     return run(x, local, scale, bias)
 
 
-def _affine(xhat, scale, bias, dtype):
-    wide = promoted(xhat.dtype, dtype)
-    y = xhat.astype(wide)
-    if scale is not None:
-        y = y * scale.astype(wide)
-    if bias is not None:
-        y = y + bias.astype(wide)
-    return y.astype(dtype)
+_normalize_with = jax.jit(_remembering_with, static_argnums=0, inline=True)
 
 
 @overload
@@ -112,8 +145,11 @@ def along(parameter: None, feature_axes: tuple[int, ...], ndim: int) -> None: ..
 @overload
 def along(parameter: Array, feature_axes: tuple[int, ...], ndim: int) -> Array: ...
 def along(parameter, feature_axes, ndim):
-    """A parameter of the feature axes' shape, with size 1 on all other axes of a rank `ndim`."""
-    if parameter is None:
-        return None
+    """A parameter of the feature axes' shape, with size 1 on all other axes of a rank `ndim`.
+
+    One of rank `ndim` is given for each sample (or whatever its other sizes say), and fits already.
+    """
+    if parameter is None or parameter.ndim == ndim:
+        return parameter
     sizes = dict(zip(feature_axes, parameter.shape, strict=True))
     return parameter.reshape([sizes.get(a, 1) for a in range(ndim)])

@@ -6,15 +6,18 @@ All run at trace time: they look at shapes, dtypes and Python values, never at n
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxnorm.core.finish import Activation
 from jaxnorm.core.moments import promoted
 
 Axes = int | Sequence[int]
+Save = Literal["input", "output"]
 
 
 def inexact(operation: str, name: str, value) -> Array:
@@ -67,6 +70,27 @@ def axes(operation: str, name: str, value: Axes, x) -> tuple[int, ...]:
 def parameter(operation: str, name: str, value, x, feature_axes: tuple[int, ...]) -> Array | None:
     """A scale or bias: None, or an array of the shape of the feature axes."""
     return None if value is None else statistic(operation, name, value, x, feature_axes)
+
+
+def modulation(operation: str, name: str, value, x, feature_axes: tuple[int, ...]) -> Array | None:
+    """A scale or bias of the feature axes' shape, or one of the rank of `x` that broadcasts to it.
+
+    The second form is given per sample, say, computed from what the model is conditioned on.
+    """
+    if value is None:
+        return None
+    value = inexact(operation, name, value)
+    expected = tuple(x.shape[a] for a in feature_axes)
+    full = value.ndim == x.ndim and all(m in (1, n) for m, n in zip(value.shape, x.shape))
+    if value.shape != expected and not full:
+        raise ValueError(
+            f"{operation}: scale and bias must have the shape of the feature axes, {expected}, "
+            f"taken from x.shape={x.shape} at axis {_unpacked(feature_axes)}, or the rank of x and "
+            f"1 or its size on every axis; got {name}.shape={value.shape}. If your features lie "
+            f"elsewhere, say so: feature_axis=1, for example; one for each sample of shape (N, C) "
+            f"needs axes of size 1: {name}[:, None, :]."
+        )
+    return value
 
 
 def statistic(
@@ -217,19 +241,98 @@ def kernel_options(operation: str, standardized: bool, use_gain: bool, mask) -> 
         )
 
 
-def implementation_of(operation: str, value) -> bool:
+def implementation_of(operation: str, value, *, kernels: bool = False) -> bool:
     """Whether the two-pass form is asked for. What does not exist is refused, never replaced."""
-    if value not in (None, "xla", "two_pass"):
+    known = (None, "xla", "two_pass", *(["pallas"] if kernels else []))
+    if value not in known:
+        names = ", ".join(map(repr, known[1:]))
+        missing = " It has no kernel: leave it at None." if value == "pallas" else ""
         raise ValueError(
-            f"{operation}: implementation must be None (choose), 'xla' or 'two_pass'; got "
-            f"implementation={value!r}. This version has no hand-written kernels: leave it at None."
+            f"{operation}: implementation must be None (choose) or one of {names}; got "
+            f"implementation={value!r}.{missing or ' Leave it at None.'}"
         )
     return value == "two_pass"
 
 
-def from_flax(use_fast_variance: bool) -> str | None:
-    """The implementation that Flax's flag asks for; its fast form is served by the exact one."""
-    return None if use_fast_variance else "two_pass"
+def residual_of(operation: str, value, x) -> Array:
+    """What is added to `x`: an array of its shape, never broadcast."""
+    value = inexact(operation, "residual", value)
+    if value.shape != x.shape:
+        raise ValueError(
+            f"{operation}: x and residual must have one shape; got x.shape={x.shape} and "
+            f"residual.shape={value.shape}. If it is meant to be repeated, say so: "
+            "jnp.broadcast_to(residual, x.shape)."
+        )
+    return value
+
+
+def offset_of(operation: str, value, scale) -> float:
+    """What is added to a scale: a number, and 0 where there is none."""
+    offset = number(operation, "scale_offset", value, float("-inf"), float("inf"), "1.0")
+    if offset and scale is None:
+        raise ValueError(
+            f"{operation}: scale_offset={offset} is added to scale; got scale=None. Give a scale, "
+            "or leave scale_offset at 0."
+        )
+    return offset
+
+
+def activation_of(operation: str, value) -> Activation | None:
+    """An elementwise function of one array, or None."""
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"{operation}: activation must be None or a function of one array; got "
+            f"{type(value).__name__} {_short(value)}. For example activation=jax.nn.silu."
+        )
+    return None if value is None else Activation(operation, value)
+
+
+def save_of(operation: str, value, *, activation, axis_name) -> Save:
+    """Which array is kept for the backward pass, with what that excludes."""
+    if value not in ("input", "output"):
+        raise ValueError(
+            f"{operation}: save must be 'input' or 'output'; got save={value!r}. Leave it at "
+            "'input' unless the next operation keeps the result, as a matrix product does."
+        )
+    if value == "output" and activation is not None:
+        raise ValueError(
+            f"{operation}: an activation cannot be undone, so the backward pass needs the input; "
+            f"got save='output' with activation={Activation(operation, activation).name}. Leave "
+            "save='input', or apply the activation to the result."
+        )
+    if value == "output" and axis_name is not None:
+        raise ValueError(
+            f"{operation}: slices that go on over a named axis are recomputed from the input; got "
+            f"save='output' with axis_name={axis_name!r}. Leave save='input'."
+        )
+    return value
+
+
+def known_options(operation: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Names of options that are passed on to another function."""
+    for name in given:
+        if name not in known:
+            raise TypeError(
+                f"{operation}: the options are {', '.join(known)}; got {name}. Check its spelling."
+            )
+
+
+def one_of(operation: str, name: str, used: bool, given) -> None:
+    """A parameter of a layer is its own or given in the call."""
+    if used and given is not None:
+        raise ValueError(
+            f"{operation}: a {name} given in the call stands in place of the layer's own; got "
+            f"{name}.shape={getattr(given, 'shape', None)} with use_{name}=True. Construct the "
+            f"layer with use_{name}=False, or leave {name} out of the call."
+        )
+
+
+def from_flax(use_fast_variance: bool, implementation: str | None = None) -> str | None:
+    """The implementation that is asked for, be it by Flax's flag.
+
+    The flag's fast form is served by the exact one.
+    """
+    return implementation if use_fast_variance or implementation else "two_pass"
 
 
 def result_dtype(operation: str, x, *parameters, dtype=None):

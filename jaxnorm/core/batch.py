@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Inexact
 
 from jaxnorm.core import running
 from jaxnorm.core.affine import along, normalize, normalize_with
+from jaxnorm.core.finish import Finish
 from jaxnorm.core.measure import LocalMoments, Reduction
 from jaxnorm.core.moments import promoted
 from jaxnorm.core.replicas import Alone
@@ -25,7 +26,7 @@ def train(
     debias: bool,
     unbiased: bool,
     everyone: Alone | None,
-    dtype,
+    finish: Finish,
 ) -> tuple[Inexact[Array, "*shape"], BatchStats]:
     """Normalize with the moments of the batch; the running mean is the guess they start from.
 
@@ -39,7 +40,7 @@ def train(
         reduction=reduction,
         mask=mask,
         guess=guess,
-        dtype=dtype,
+        finish=finish,
     )
     # Without a mask the count is known here, and is no array that could vary over devices.
     size = reduction.size(x.shape)
@@ -85,12 +86,12 @@ def evaluate(
     *,
     feature_axes: tuple[int, ...],
     epsilon: float,
-    dtype,
+    finish: Finish,
 ) -> Inexact[Array, "*shape"]:
     """Normalize with the running statistics, which carry no gradient."""
     mean, var = (along(lax.stop_gradient(a), feature_axes, x.ndim) for a in (stats.mean, stats.var))
     wide = promoted(x.dtype, mean.dtype, jnp.float32)
     local = LocalMoments.known(mean.astype(wide), var.astype(jnp.finfo(wide).dtype), epsilon)
     return normalize_with(
-        x, local, along(scale, feature_axes, x.ndim), along(bias, feature_axes, x.ndim), dtype
+        x, local, along(scale, feature_axes, x.ndim), along(bias, feature_axes, x.ndim), finish
     )

@@ -40,13 +40,22 @@ def spread(blocks: Array, like: Array) -> Array:
     return blocks
 
 
+def settled(array: Array, number: Array) -> Array:
+    """The same array, but one that compilers for CPUs keep: divided by one, or NaN as `number` is.
+
+    What ends in a division they compute once; all else anew for each element that it meets, even
+    where that means to find out to which block of an axis the element belongs.
+    """
+    return array / jnp.where(number == number, 1, number).astype(array.dtype)
+
+
 def placed_like(array: Array, like: Array) -> Array:
-    """An array of the same shape spread over an Explicit mesh as another is, by their types."""
-    here, there = jax.typeof(array).sharding, jax.typeof(like).sharding
-    if here.mesh.empty or here.spec == there.spec:
+    """What broadcasts to another array, spread over an Explicit mesh as that is, by their types."""
+    mesh = jax.typeof(like).sharding.mesh
+    spec: Any = [None if n == 1 else s for n, s in zip(array.shape, spec_of(like))]
+    if mesh.empty or spec == spec_of(array):
         return array
-    spec: Any = there.spec
-    return jax.sharding.reshard(array, NamedSharding(here.mesh, spec))
+    return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def _repeat(axis: int, size: int) -> Callable:
@@ -62,8 +71,7 @@ def _repeat(axis: int, size: int) -> Callable:
 
 def _layout(array: Array, axis: int) -> tuple[list, list[str], int]:
     """How an array is spread over an Explicit mesh, by its type; one axis: over which, how many."""
-    sharding = jax.typeof(array).sharding
-    spec = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
+    sharding, spec = jax.typeof(array).sharding, spec_of(array)
     over = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
     names = [name for name in over if name is not None]
     return spec, names, math.prod(sharding.mesh.shape[name] for name in names)
@@ -79,3 +87,9 @@ def _partitioned(function: Callable, array: Array, names: list[str], spec: list)
     out: Any = PartitionSpec(*spec)
     partitioned: Any = jax.sharding.auto_axes(function, axes=tuple(names), out_sharding=out)
     return partitioned(array)
+
+
+def spec_of(array: Array) -> list[Any]:
+    """For each axis the mesh axes that it is spread over, by its type; None: none."""
+    spec = jax.typeof(array).sharding.spec
+    return [*spec, *[None] * (array.ndim - len(spec))]

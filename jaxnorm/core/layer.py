@@ -1,28 +1,43 @@
 """Layer, RMS, instance and group normalization: moments over axes of one example, no state."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
 from jaxnorm.core.affine import along, normalize
+from jaxnorm.core.arguments import Save
+from jaxnorm.core.finish import Finish
 from jaxnorm.core.measure import Reduction
-from jaxnorm.core.moments import wide_dtype
+from jaxnorm.core.output import normalize_keeping_output
 
 
 def per_slice(
     x: Inexact[Array, "*shape"],
-    scale: Inexact[Array, "*features"] | None,
-    bias: Inexact[Array, "*features"] | None,
+    scale: Inexact[Array, "..."] | None,
+    bias: Inexact[Array, "..."] | None,
     *,
     reduction: Reduction,
     feature_axes: tuple[int, ...],
     mask: Bool[Array, "*#shape"] | None,
-    dtype,
+    finish: Finish,
+    save: Save = "input",
 ) -> Inexact[Array, "*shape"]:
-    """Normalize each slice with its own moments."""
+    """Normalize each slice with its own moments.
+
+    Scale and bias have the shape of the feature axes, or the rank of `x` and broadcast to it.
+    """
     scale, bias = along(scale, feature_axes, x.ndim), along(bias, feature_axes, x.ndim)
-    return normalize(x, scale, bias, reduction=reduction, mask=mask, dtype=dtype)[0]
+    options = {"reduction": reduction, "mask": mask, "finish": finish}
+    if save == "output":
+        return normalize_keeping_output(x, scale, bias, **options)
+    return normalize(x, scale, bias, **options)[0]
 
 
-def offset_scale(scale: Inexact[Array, "*features"], offset: float) -> Inexact[Array, "*features"]:
-    """``offset + scale`` in float32 at least: in bfloat16, 1 + w rounds w to 8 bits."""
-    return scale.astype(wide_dtype(scale.dtype)) + jnp.asarray(offset, wide_dtype(scale.dtype))
+def add_per_slice(
+    x: Inexact[Array, "*shape"],
+    residual: Inexact[Array, "*shape"],
+    scale: Inexact[Array, "..."] | None,
+    bias: Inexact[Array, "..."] | None,
+    **options,
+) -> tuple[Inexact[Array, "*shape"], Inexact[Array, "*shape"]]:
+    """`per_slice` of the sum of two arrays of one dtype, and that sum, rounded once."""
+    total = x + residual
+    return per_slice(total, scale, bias, **options), total

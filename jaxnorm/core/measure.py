@@ -28,13 +28,19 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Inexact
 
-from jaxnorm.core.blocks import fold, spread
+from jaxnorm.core import narrow
+from jaxnorm.core.blocks import fold, settled, spread
+from jaxnorm.core.excerpts import element_of, sample_of
+from jaxnorm.core.layout import in_order
 from jaxnorm.core.moments import Moments, abs_squared, saturate
 from jaxnorm.core.replicas import ALONE, Alone
 
 # A guess within this many deviations of the mean costs at most log2(1 + 2**2) = 2.3 bits of the
 # variance; a running mean lies closer.
 _NEAR = 2.0
+
+# Elements of an array from which on more is compiled to make it faster; see `Reduction.worth_it`.
+LARGE = 2**16
 
 
 class LocalMoments(NamedTuple):
@@ -55,6 +61,17 @@ class LocalMoments(NamedTuple):
         dtype = self.mean.dtype
         origin, mean, rstd = (spread(part, x) for part in self)
         return ((x.astype(dtype) - origin) - mean) * rstd.astype(dtype)
+
+    def over(self, reduction: "Reduction", x: Inexact[Array, "*shape"]) -> "LocalMoments":
+        """The same with size 1 or that of `x` on all axes: those of blocks, for each entry."""
+        return LocalMoments(*(self.spread(reduction, part, x) for part in self))
+
+    def spread(self, reduction: "Reduction", part: Inexact[Array, "*slices"], x) -> Array:
+        """What belongs to blocks of an axis, for each of its entries."""
+        wide = spread(part, x)
+        if wide.shape == part.shape or not reduction.worth_it(x):
+            return wide
+        return settled(wide, spread(self.rstd, x))
 
     @classmethod
     def known(cls, mean: Inexact[Array, "*slices"], var: Float[Array, "*slices"], epsilon: float):
@@ -96,6 +113,8 @@ class Reduction:
     """A further axis, and the number of blocks of consecutive entries in which it is reduced."""
     stored: jax.typing.DTypeLike | None = None
     """What `x` was widened from, if it was: the branch of a poor guess reads it in that form."""
+    at_hand: bool = False
+    """Whether `x` is a block in fast memory, as in a kernel: all of it can be read for nothing."""
 
     def size(self, shape: tuple[int, ...]) -> int | Array:
         """Elements in a slice of an array of this shape, over all replicas."""
@@ -104,6 +123,15 @@ class Reduction:
             axis, blocks = self.blocks
             number *= shape[axis] // blocks
         return number * self.replicas.size()
+
+    def worth_it(self, x: Inexact[Array, "*shape"]) -> bool:
+        """Whether the time to normalize `x` outweighs that to compile what makes it faster.
+
+        That is for one device, or one that does not know of others.
+        """
+        # A symbolic size (jax.export) may be anything.
+        large = all(isinstance(n, int) for n in x.shape) and x.size >= LARGE
+        return large and not self.at_hand and jax.typeof(x).sharding.mesh.empty
 
     def over(self, reducer: Callable, array: Array) -> Array:
         """What jnp.sum, jnp.min or their like make of each slice, without the replicas."""
@@ -118,12 +146,16 @@ def take(
     guess: Inexact[Array, "*#shape"] | None,
 ) -> Measured:
     """The moments of the slices of `x`, from a guess of their means; None: from one of its own."""
+    x = _row_major(reduction, x)
     if not reduction.centered:
         return _measure_about_zero(reduction, x, mask)
     if reduction.two_pass:
         return _measure_two_pass(reduction, x, mask)
+    size, unguessed = reduction.size(x.shape), guess is None and not reduction.at_hand
+    if unguessed and isinstance(size, int) and narrow.exact(reduction.stored, size):
+        return _measure_narrow(reduction, x, mask, size)
     if guess is None or reduction.replicas.mapped:
-        return _measure_twice(reduction, x, mask)
+        return _measure_anew(reduction, x, mask)
     guess = guess.astype(x.dtype)
     count, mean, square = _means(reduction, x, mask, origin=guess)
     var = jnp.maximum(square - abs_squared(mean), 0)
@@ -131,7 +163,7 @@ def take(
     finite = square < _big(square.dtype)
     # A branch's operands are arrays in memory. Narrowed, this one is the array that is there
     # already (narrowing undoes the widening exactly, and the compiler drops both).
-    narrow = x if reduction.stored is None else x.astype(reduction.stored)
+    stored = x if reduction.stored is None else x.astype(reduction.stored)
 
     # Both branches must have one type, also where the guess is spread over more devices than x.
     zero = (mean == 0) & (guess == 0) & False
@@ -143,7 +175,7 @@ def take(
         return typed(Measured(_local(reduction, guess, mean, count, var), count, var))
 
     def again() -> Measured:
-        return typed(_measure_twice(reduction, narrow.astype(x.dtype), mask))
+        return typed(_measure_anew(reduction, stored.astype(x.dtype), mask))
 
     return lax.cond(_all(reduction.replicas.agreed(near & finite)), kept, again)
 
@@ -167,55 +199,112 @@ def _means(reduction: Reduction, x, mask, *, origin):
     return count, first / n.astype(first.dtype), square / n
 
 
-def _measure_twice(reduction: Reduction, x, mask) -> Measured:
-    """The moments about a first mean, for which a first read is taken about an element.
+def _measure_anew(reduction: Reduction, x, mask) -> Measured:
+    plain = mask is None and reduction.replicas == ALONE and not jnp.iscomplexobj(x)
+    if not (plain and reduction.worth_it(x)):
+        return _measure_twice(reduction, x, mask)
+    return lax.platform_dependent(
+        x,
+        cpu=partial(_measure_about_sample, reduction),
+        default=lambda x: _measure_twice(reduction, x, None),
+    )
 
-    Squares that overflow the first time are summed scaled down. Source: Blue, "A portable Fortran
-    program to find the Euclidean norm of a vector", 1978.
+
+def _measure_about_sample(reduction: Reduction, x) -> Measured:
+    """The moments about the mean of an eighth of each slice.
+
+    For CPUs, where sums of `x` and of its squares run at the speed of memory, and those of anything
+    else need an array of it first: of the differences, once.
     """
-    element = _element(x, reduction, mask)
-    _, offset, square = _means(reduction, x, mask, origin=element)
-    real = square.dtype
+    size = jnp.asarray(reduction.size(x.shape), x.dtype)  # an int may be larger than an int32
+    scale = _fitting(reduction.over(jnp.sum, lax.square(x)) / size)
+    sample, element = sample_of(reduction, x)
+    wide = spread(scale, x)
+    element = element * scale
+    offset = reduction.over(jnp.sum, sample * wide - spread(element, x))
+    offset = _clipped(offset / jnp.asarray(reduction.size(sample.shape), x.dtype))
+    return _measure_about(reduction, x, None, element + offset, scale)
+
+
+def _measure_twice(reduction: Reduction, x, mask) -> Measured:
+    """The moments about a first mean, for which a first read is taken about an element."""
+    element = element_of(reduction, x, mask)
+    z = x - spread(element, x)
+    z = z if mask is None else jnp.where(mask, z, 0)
+    # Scaled down, since here the sum alone may be too large.
+    down = jnp.asarray(2.0**-24, x.dtype)
+    count, offset, square = _sums(reduction, x.shape, mask, z * down, abs_squared(z))
+    n = lax.max(count, lax.full_like(count, 1))
+    offset, scale = offset / (n.astype(x.dtype) * down), _fitting(square / n)
+    unit = scale.astype(x.dtype)
     # The compiler computes the origin anew in each of its uses. They must round it alike: clipped,
     # the product that `offset` is cannot melt into a fused multiply-add in one and not in another.
-    offset = _clipped(offset)
-    # Where the mean is the element but for rounding, the element is as good an origin; and for a
-    # slice of one repeated value it is that value, so that x - origin is exactly zero.
-    blur = 4 * jnp.finfo(real).eps * (jnp.abs(element) + jnp.abs(offset))
-    origin = jnp.where(jnp.abs(offset) > blur, element + offset, element)
-    rescale = jnp.where(square < _big(real), 1, jnp.asarray(_rescale(real), real))
-    scale = rescale.astype(x.dtype)
-    wide = spread(scale, x)
-    z = x * wide - spread(origin * scale, x)
+    # For a slice of one repeated value it is that value, so that x - origin is exactly zero.
+    return _measure_about(reduction, x, mask, element * unit + _clipped(offset) * unit, scale)
+
+
+def _fitting(square):
+    """A scale for data with that mean square, 1 unless it overflows: squares are summed in it.
+
+    Source: Blue, "A portable Fortran program to find the Euclidean norm of a vector", 1978.
+    """
+    one, small = (lax.full_like(square, a) for a in (1, _rescale(square.dtype)))
+    return lax.select(square < _big(square.dtype), one, small)
+
+
+def _measure_about(reduction: Reduction, x, mask, origin, scale) -> Measured:
+    """The moments of `x` from those of ``x * scale - origin``."""
+    wide, near = spread(scale.astype(x.dtype), x), spread(origin, x)
+    if reduction.blocks is not None and reduction.worth_it(x):
+        wide, near = settled(wide, near), settled(near, near)
+    z = x * wide - near
     z = z if mask is None else jnp.where(mask, z, 0)
     count, mean, square = _sums(reduction, x.shape, mask, z, abs_squared(z))
-    n = jnp.maximum(count, 1)
+    n = lax.max(count, lax.full_like(count, 1))
     mean = mean / n.astype(mean.dtype)
-    var = jnp.maximum(square / n - abs_squared(mean), 0)
-    mean = mean / scale
+    var = lax.max(square / n - abs_squared(mean), lax.full_like(square, 0))
+    return _rescaled(reduction, count, origin, mean, var, scale, masked=mask is not None)
+
+
+def _rescaled(reduction: Reduction, count, origin, mean, var, scale, *, masked: bool) -> Measured:
+    """From the moments of x * scale."""
+    n = lax.max(count, lax.full_like(count, 1))
     # An element lies at most sqrt(n) deviations from the mean, any two 2 sqrt(n) from each other.
-    # Where that could overflow, at the very end of the range, nothing is subtracted, and
-    # 1 / sqrt(var) is zero.
-    within = jnp.sqrt(var) < float(jnp.finfo(real).max) * rescale / (2 * jnp.sqrt(n))
-    origin, mean = (jnp.where(within, part, jnp.zeros_like(part)) for part in (origin, mean))
-    local = _local(reduction, origin, mean, jnp.where(within, count, 0), var, rescale)
-    return Measured(local, count, saturate(var / rescale / rescale))
+    # Where that could overflow, at the very end of the range, nothing is subtracted.
+    limit = float(jnp.finfo(var.dtype).max) / 2
+    within = lax.sqrt(var) < limit * scale / lax.sqrt(n)
+    unit = lax.select(within, scale, lax.full_like(scale, jnp.inf)).astype(origin.dtype)
+    local = _local(reduction, origin / unit, mean / unit, count, var, scale, masked=masked)
+    # Not divided twice: that may become one division, by a square that is zero.
+    back = lax.select(scale == 1, scale, lax.full_like(scale, 1 / _rescale(var.dtype)))
+    return Measured(local, count, saturate(var * back * back))
+
+
+def _measure_narrow(reduction: Reduction, x, mask, size: int) -> Measured:
+    """Moments of 16-bit numbers in one read; see `jaxnorm.core.narrow`."""
+    real = x.dtype
+    z = x if mask is None else jnp.where(mask, x, 0)
+    terms = narrow.terms(z, reduction.stored, size, _rescale(real))
+    count, *sums = _sums(reduction, x.shape, mask, *terms)
+    solved = narrow.solve(count, sums, reduction.stored, size, _rescale(real), _big(real))
+    return _rescaled(reduction, count, *solved, masked=mask is not None)
 
 
 def _measure_about_zero(reduction: Reduction, x, mask) -> Measured:
     """Raw second moments of any finite data, in one read: squares summed at two scales."""
     real = jnp.finfo(x.dtype).dtype
-    down = jnp.asarray(_rescale(real), real)
+    down = _rescale(real)
     z = x if mask is None else jnp.where(mask, x, 0)
-    small = z * down.astype(x.dtype)
+    small = z * jnp.asarray(down, x.dtype)
     count, *sums = _sums(reduction, x.shape, mask, abs_squared(z), abs_squared(small))
-    square, small_square = (total / jnp.maximum(count, 1) for total in sums)
-    fits = square < _big(real)
-    rescale = jnp.where(fits, 1, down)
-    var = jnp.where(fits, square, small_square)
+    square, small_square = (total / lax.max(count, lax.full_like(count, 1)) for total in sums)
+    scale = _fitting(square)
+    fits = scale == 1
+    var = lax.select(fits, square, small_square)
     zero = jnp.zeros((1,) * x.ndim, x.dtype)
-    local = _local(reduction, zero, zero, count, var, rescale)
-    return Measured(local, count, saturate(var / rescale / rescale))
+    local = _local(reduction, zero, zero, count, var, scale, masked=mask is not None)
+    back = lax.select(fits, scale, lax.full_like(scale, 1 / down))
+    return Measured(local, count, saturate(var * back * back))
 
 
 def _measure_two_pass(reduction: Reduction, x, mask) -> Measured:
@@ -236,11 +325,25 @@ def _measure_two_pass(reduction: Reduction, x, mask) -> Measured:
 
 
 def _local(
-    reduction: Reduction, origin, mean, count, var, rescale: Array | float = 1.0
+    reduction: Reduction,
+    origin,
+    mean,
+    count,
+    var,
+    scale: Array | float = 1.0,
+    *,
+    masked: bool = True,
 ) -> LocalMoments:
-    """Local moments from the variance of data that was scaled by `rescale`."""
-    rstd = rescale * _reciprocal_root(var + reduction.epsilon * rescale * rescale)
-    return LocalMoments(origin, mean, jnp.where(count > 0, rstd, 0))
+    """Local moments from the variance of data that was scaled.
+
+    rstd is zero where there is no spread: such a slice standardizes to zero, not to NaN.
+    """
+    var = var + reduction.epsilon * scale * scale
+    zero = (var == 0) | (count == 0) if masked else var == 0
+    scale = jnp.where(zero, jnp.zeros((), var.dtype), jnp.asarray(scale, var.dtype))
+    # The division comes last, see `settled`. That by a root would become a product.
+    root = lax.max(lax.sqrt(var), lax.full_like(var, jnp.finfo(var.dtype).tiny))
+    return LocalMoments(origin, mean, scale / root)
 
 
 def _reciprocal_root(x):
@@ -249,48 +352,16 @@ def _reciprocal_root(x):
     return jnp.where(zero, 0, lax.rsqrt(jnp.where(zero, 1, x)))
 
 
-def _element(x, reduction: Reduction, mask):
-    """A value inside the range of each slice, for one repeated value that value; 0 for none.
+def _row_major(reduction: Reduction, x):
+    """The same `x`; the compiler is told that rows which are reduced lie in one piece.
 
-    The smallest: of a few elements where all count and they can be fetched for nothing.
+    Left to choose, XLA for TPUs lays whole networks out by columns around the sums of rows, and
+    copies what enters and leaves them.
     """
-    # Of axis 0 all are read: a batch is spread over devices, and a few would have to travel.
-    axes = tuple(a for a in reduction.axes if a > 0)
-    if mask is None and _sliceable(x, axes):
-        x = lax.slice(x, *_places(x.shape, axes))
-
-    def smallest(part):
-        infinity = jnp.asarray(jnp.inf, part.dtype)
-        kept = part if mask is None else jnp.where(mask, part, infinity)
-        found = reduction.replicas.min(reduction.over(jnp.min, kept))
-        return found if mask is None else jnp.where(found == infinity, 0, found)
-
-    if jnp.iscomplexobj(x):
-        return lax.complex(smallest(jnp.real(x)), smallest(jnp.imag(x)))
-    return smallest(x)
-
-
-def _places(shape: tuple[int, ...], axes: tuple[int, ...]):
-    """Start, end and stride of a grid of at most 16 places over the axes, away from the edges."""
-    start, end, stride = [0] * len(shape), list(shape), [1] * len(shape)
-    if not all(isinstance(shape[a], int) for a in axes):
-        # A symbolic size (jax.export): all that is known is that there is a first place.
-        return start, [1 if a in axes else n for a, n in enumerate(shape)], stride
-    room = 16
-    for left, a in zip(range(len(axes), 0, -1), sorted(axes, key=lambda a: shape[a])):
-        number = min(shape[a], max(1, round(room ** (1 / left))))
-        room //= number
-        stride[a] = shape[a] // number
-        span = stride[a] * (number - 1)
-        start[a] = (shape[a] - 1 - span) // 2
-        end[a] = start[a] + span + 1
-    return start, end, stride
-
-
-def _sliceable(x, axes: tuple[int, ...]) -> bool:
-    """Whether none of the axes is, by the type of `x`, spread over an Explicit mesh."""
-    spec = jax.typeof(x).sharding.spec
-    return all(a >= len(spec) or spec[a] is None for a in axes)
+    trailing = tuple(range(x.ndim - len(reduction.axes), x.ndim))
+    if reduction.at_hand or reduction.blocks is not None or reduction.axes != trailing:
+        return x
+    return in_order(x, range(x.ndim))
 
 
 @custom_vmap

@@ -109,4 +109,4 @@ def saturate(x: Inexact[Array, "*shape"], dtype: jax.typing.DTypeLike | None = N
     if jnp.iscomplexobj(x):
         return x.astype(dtype)
     limit = min(float(jnp.finfo(dtype).max), float(jnp.finfo(x.dtype).max))
-    return jnp.clip(x, -limit, limit).astype(dtype)
+    return lax.clamp(jnp.asarray(-limit, x.dtype), x, jnp.asarray(limit, x.dtype)).astype(dtype)

@@ -14,7 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Inexact
 
 from jaxnorm.core import measure
-from jaxnorm.core.blocks import spread
+from jaxnorm.core.blocks import fold, settled, spread
+from jaxnorm.core.finish import affine
 from jaxnorm.core.measure import LocalMoments, Measured, Reduction
 
 # Of a forward pass only what bears this name is kept for the backward pass; see `core.affine`.
@@ -26,8 +27,10 @@ def standardize(
     reduction: Reduction,
     mask: Bool[Array, "*#shape"] | None = None,
     guess: Inexact[Array, "*#shape"] | None = None,
+    factor: Inexact[Array, "*#shape"] | None = None,
+    shift: Inexact[Array, "*#shape"] | None = None,
 ) -> tuple[Inexact[Array, "*shape"], Measured]:
-    """xhat and the moments it was made with, differentiable to any order in both modes.
+    """xhat * factor + shift and the moments, differentiable to any order in both modes.
 
     Args:
         x: the data in the dtype that it is to be computed in, float32 at least.
@@ -35,16 +38,20 @@ def standardize(
         mask: which elements count; None for all.
         guess: a value expected near the mean of each slice, the same on all replicas; None for
             one taken from the slice.
+        factor: None for 1; as wide as `x` at least.
+        shift: None for 0; of the dtype of `factor`.
     """
-    measured = jax.tree.map(_named, _measure(reduction, x, mask, guess))
+    measured = _measure(reduction, x, mask, guess)
+    if not reduction.at_hand:  # a kernel keeps nothing
+        measured = jax.tree.map(_named, measured)
     count = None if mask is None else measured.count  # else it is known without being kept
-    return _standardize(reduction, x, mask, count, measured.local), measured
+    return _standardize(reduction, x, mask, count, measured.local, factor, shift), measured
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _standardize(reduction: Reduction, x, mask, count, local: LocalMoments):
-    del reduction, mask, count
-    return local.standardize(x)
+def _standardize(reduction: Reduction, x, mask, count, local: LocalMoments, factor, shift):
+    del mask, count
+    return affine(local.over(reduction, x).standardize(x), factor, shift)
 
 
 @_standardize.defjvp
@@ -53,13 +60,59 @@ def _standardize_jvp(reduction: Reduction, primals, tangents):
 
     The whole derivative, through the moments too, which are those of the same x: a linear map of
     dx, its own transpose where nothing is masked out.
+
+    With y = f xhat + s it is written as ``dy = f rstd dx + xhat b + c``, b = df - f rstd <xhat dx>
+    and c = ds - f rstd <dx>, so that its transpose sums dy and xhat dy and nothing else: all that
+    the gradients with respect to x, f and s need of them.
     """
-    x, mask, count, local = primals
-    dx, *_ = tangents
-    xhat = _standardize(reduction, x, mask, count, local)
-    moments = (*_means_of_tangent(reduction, xhat, mask, count, dx), local.rstd)
-    dmean, inner, rstd = (spread(m.astype(x.dtype), x) for m in moments)
-    return xhat, (dx - dmean - xhat * inner) * rstd
+    x, mask, count, local, factor, shift = primals
+    dx, _, _, _, dfactor, dshift = tangents
+    xhat = _standardize(reduction, x, mask, count, local, None, None)
+    y = affine(xhat, factor, shift)
+    dmean, inner = means_of_tangent(reduction, xhat, mask, count, dx, local.rstd)
+    rstd = local.spread(reduction, local.rstd, x).astype(x.dtype)
+    inner = local.spread(reduction, inner.astype(x.dtype), x)
+    slope = _times(reduction, inner * -rstd, factor, x)
+    slope = slope if factor is None else slope + dfactor
+    if reduction.worth_it(x):
+        # Where rstd is zero so is xhat. It makes an array of what is summed, which CPUs need to be
+        # fast, and keeps the product with xhat from being computed for each sum anew.
+        live = jnp.broadcast_to(rstd != 0, x.shape)
+        slope = jnp.where(live, slope, jnp.zeros_like(slope))
+    dy = (dx * rstd).astype(y.dtype)
+    dy = dy if factor is None else dy * factor
+    dy = dy + xhat.astype(y.dtype) * slope.astype(y.dtype)
+    if reduction.centered:
+        dmean = local.spread(reduction, dmean, x)
+        dy = dy + _times(reduction, dmean * -rstd, factor, x).astype(y.dtype)
+    return y, dy if shift is None else dy + dshift
+
+
+def _times(reduction: Reduction, per_slice, factor, x):
+    """The product of what there is one of for each slice with the factor.
+
+    Where all of the one meets all of the other it is a product of matrices, which its transpose is
+    too: on CPUs a slice of an array is so weighted and summed in one go.
+    """
+    if factor is None:
+        return per_slice
+    per_slice = per_slice.astype(factor.dtype)
+    first = min(reduction.axes, default=0)
+    ones = [1] * x.ndim
+    rows, columns = x.shape[:first], x.shape[first:]
+    outer = (*rows, *ones[first:]), (*ones[:first], *columns)
+    if not reduction.worth_it(x) or (per_slice.shape, factor.shape) != outer:
+        return per_slice * factor
+
+    def product(per_slice, factor):
+        return lax.dot_general(
+            per_slice.reshape(rows),
+            factor.reshape(columns),
+            (((), ()), ((), ())),
+            precision=lax.Precision.HIGHEST,
+        )
+
+    return lax.platform_dependent(per_slice, factor, cpu=product, default=jnp.multiply)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -73,20 +126,26 @@ def _measure_jvp(reduction: Reduction, primals, tangents):
     x, mask, guess = primals
     dx, *_ = tangents
     measured = _measure(reduction, x, mask, guess)
-    xhat = _standardize(reduction, x, mask, measured.count, measured.local)
-    dmean, inner = _means_of_tangent(reduction, xhat, mask, measured.count, dx)
+    xhat = _standardize(reduction, x, mask, measured.count, measured.local, None, None)
+    dmean, inner = means_of_tangent(reduction, xhat, mask, measured.count, dx)
     rstd, zero = measured.local.rstd, jnp.zeros_like
     dvar = jnp.where(rstd > 0, inner + inner, 0) / jnp.where(rstd > 0, rstd, 1)
     local = LocalMoments(zero(measured.local.origin), dmean, -(inner * rstd) * rstd)
     return measured, Measured(local, zero(measured.count), dvar)
 
 
-def _means_of_tangent(reduction: Reduction, xhat, mask, count, dx):
+def means_of_tangent(reduction: Reduction, xhat, mask, count, dx, rstd=None):
     """<dx>, zero for raw moments, and <Re(conj(xhat) dx)>, in one collective."""
     if mask is not None:
         xhat, dx = jnp.where(mask, xhat, 0), jnp.where(mask, dx, 0)
     product = jnp.real(jnp.conj(xhat) * dx) if jnp.iscomplexobj(xhat) else xhat * dx
-    total = partial(reduction.over, jnp.sum)
+
+    def total(array):
+        if rstd is None or reduction.blocks is None or not reduction.worth_it(dx):
+            return reduction.over(jnp.sum, array)
+        sums = jnp.sum(array, axis=reduction.axes, keepdims=True)
+        return fold(jnp.sum, settled(sums, spread(rstd, sums)), *reduction.blocks)
+
     n = reduction.size(xhat.shape) if mask is None else jnp.maximum(count, 1)
     n = jnp.asarray(n, product.dtype)  # an int may be larger than an int32
     if not reduction.centered:

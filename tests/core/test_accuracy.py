@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import in_kernels
 
 import jaxnorm
 from jaxnorm.testing import assert_close, condition_number, oracle
@@ -82,13 +83,33 @@ def data(shape, dtype, offset, deviation, outlier, seed=0):
     return jnp.asarray(np.clip(x, -limit, limit), dtype)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-@pytest.mark.parametrize("name", FUNCTIONS)
+# Kernels run in Pallas's interpreter, which is slow; they compute in float32.
+KERNELS = ("layer kernel", "rms kernel", "group kernel", "instance kernel")
+
+
+def found(name):
+    """The row of that norm, whose function may be computed by kernels."""
+    name, _, kernel = name.partition(" ")
+    function, *rest = FUNCTIONS[name]
+    return in_kernels(function) if kernel else function, *rest
+
+
+def both(*dtypes):
+    """Every norm with every dtype, and its kernels with those they take."""
+    return [
+        (name, dtype)
+        for name in (*FUNCTIONS, *KERNELS)
+        for dtype in dtypes
+        if name in FUNCTIONS or dtype in ("bfloat16", "float32")
+    ]
+
+
+@pytest.mark.parametrize(("name", "dtype"), both("bfloat16", "float16", "float32", "float64"))
 def test_value(name, dtype):
-    function, reference, *_ = FUNCTIONS[name]
+    function, reference, *_ = found(name)
     with jax.enable_x64(dtype == "float64"):
         run = jax.jit(lambda x: function(x, None, None))
-        for shape in SHAPES:
+        for shape in SHAPES[:1] if "kernel" in name else SHAPES:
             for offset in OFFSETS:
                 for deviation in DEVIATIONS:
                     for outlier in OUTLIERS:
@@ -101,10 +122,9 @@ def test_value(name, dtype):
                         )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(("name", "dtype"), both("bfloat16", "float32", "float64"))
 def test_derivatives(name, dtype):
-    function, _, backward, axes, epsilon = FUNCTIONS[name]
+    function, _, backward, axes, epsilon = found(name)
     rng = np.random.default_rng(1)
     with jax.enable_x64(dtype == "float64"):
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BATCH, GROUP, INSTANCE, LAYER, RMS, cotangent
+from cases import BATCH, FROM_OUTPUT, GROUP, INSTANCE, LAYER, RMS, cotangent
 
 MAX = float(np.finfo(np.float32).max)
 RNG = np.random.default_rng(0)
@@ -22,7 +22,7 @@ EXTREMES = {
     "constant channels": np.ones(SHAPE) * np.linspace(-1e4, 1e4, 6),
     "edge of float16": RNG.choice([-65504.0, 65504.0], size=SHAPE),
 }
-FUNCTIONS = (BATCH, LAYER, RMS, GROUP, INSTANCE)
+FUNCTIONS = (BATCH, LAYER, RMS, GROUP, INSTANCE, FROM_OUTPUT)
 
 
 @pytest.mark.parametrize("epsilon", [None, 0.0])

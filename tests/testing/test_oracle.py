@@ -64,6 +64,20 @@ CASES = {
         (1, 1, 6),
     ),
     "instance": Case("instance_norm", (2, 3, 4, 5), {}, (2, 3, 4, 5), (1, 2), (5,), (1, 1, 1, 5)),
+    "layer, each sample": Case(
+        "layer_norm", (3, 4, 5), {"scale_offset": 1.0}, (3, 4, 5), (2,), (3, 1, 5), (3, 1, 5)
+    ),
+    "rms, each element": Case(
+        "rms_norm", (3, 4, 5), {}, (3, 4, 5), (2,), (3, 4, 5), (3, 4, 5), False
+    ),
+    "group, each sample": Case(
+        "group_norm", (2, 5, 6), {"num_groups": 2, "scale_offset": 0.5}, (2, 5, 2, 3), (1, 3),
+        (2, 1, 6), (2, 1, 6),
+    ),
+    "instance, each place": Case(
+        "instance_norm", (2, 3, 4, 5), {"scale_offset": -1.0}, (2, 3, 4, 5), (1, 2), (1, 3, 1, 1),
+        (1, 3, 1, 1),
+    ),
     "weight": Case("standardize_weight", (3, 2, 4), {}, (3, 2, 4), (0, 1), (4,), (1, 1, 4)),
     "weight, own axis": Case(
         "standardize_weight", (3, 2, 4), {"axis": 2}, (3, 2, 4), (2,), (3, 2), (3, 2, 1)

@@ -19,8 +19,8 @@ Complex numbers
     `jax.vjp`, whose pairing is Re sum(cotangent * tangent), without a conjugate; the cotangent
     of a real input is real.
 Parameters
-    `scale` and `bias` have the sizes of the feature axes in ascending axis order; `None` leaves
-    the step out, and its cotangent is `None`.
+    `scale` and `bias` have the sizes of the feature axes in ascending axis order, or the rank of
+    `x` and broadcast to it; `None` leaves the step out, and its cotangent is `None`.
 Errors
     `ValueError` for shapes, axes, masks and options that do not fit, `TypeError` for arrays that
     do not hold numbers.

@@ -103,13 +103,14 @@ def layer_norm_vjp(
     axis: Axes = -1,
     feature_axis: Axes | None = None,
     epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
     mask: ArrayLike | None = None,
 ) -> Cotangents:
     """Cotangents of `layer_norm`: (dx, dscale, dbias), by the formula of the module.
 
     Args:
         dy: Cotangent of y, shape of x.
-        x, scale, bias, axis, feature_axis, epsilon, mask: As in `layer_norm`.
+        x, scale, bias, axis, feature_axis, epsilon, scale_offset, mask: As in `layer_norm`.
 
     Returns:
         (dx, dscale, dbias), `None` for a parameter that is `None`.
@@ -126,7 +127,9 @@ def layer_norm_vjp(
     """
     layout = slices_over("layer_norm_vjp", np.shape(x), axis, feature_axis)
     precision = Precision.of(layout.operation, dy, x, scale, bias)
-    return _backward(layout, precision, dy, x, scale, bias, epsilon=epsilon, mask=mask)
+    return _backward(
+        layout, precision, dy, x, scale, bias, epsilon=epsilon, mask=mask, offset=scale_offset
+    )
 
 
 def rms_norm_vjp(
@@ -188,13 +191,15 @@ def group_norm_vjp(
     feature_axis: int = -1,
     axis: Axes | None = None,
     epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
     mask: ArrayLike | None = None,
 ) -> Cotangents:
     """Cotangents of `group_norm`: (dx, dscale, dbias), by the formula of the module.
 
     Args:
         dy: Cotangent of y, shape of x.
-        x, scale, bias, num_groups, feature_axis, axis, epsilon, mask: As in `group_norm`.
+        x, scale, bias, num_groups, feature_axis, axis: As in `group_norm`.
+        epsilon, scale_offset, mask: As in `group_norm`.
 
     Returns:
         (dx, dscale, dbias), `None` for a parameter that is `None`.
@@ -212,7 +217,9 @@ def group_norm_vjp(
     """
     layout = slices_of_groups("group_norm_vjp", np.shape(x), num_groups, feature_axis, axis)
     precision = Precision.of(layout.operation, dy, x, scale, bias)
-    return _backward(layout, precision, dy, x, scale, bias, epsilon=epsilon, mask=mask)
+    return _backward(
+        layout, precision, dy, x, scale, bias, epsilon=epsilon, mask=mask, offset=scale_offset
+    )
 
 
 def instance_norm_vjp(
@@ -223,13 +230,14 @@ def instance_norm_vjp(
     *,
     feature_axis: Axes = -1,
     epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
     mask: ArrayLike | None = None,
 ) -> Cotangents:
     """Cotangents of `instance_norm`: (dx, dscale, dbias), by the formula of the module.
 
     Args:
         dy: Cotangent of y, shape of x.
-        x, scale, bias, feature_axis, epsilon, mask: As in `instance_norm`.
+        x, scale, bias, feature_axis, epsilon, scale_offset, mask: As in `instance_norm`.
 
     Returns:
         (dx, dscale, dbias), `None` for a parameter that is `None`.
@@ -246,7 +254,9 @@ def instance_norm_vjp(
     """
     layout = slices_but("instance_norm_vjp", np.shape(x), (0,), feature_axis)
     precision = Precision.of(layout.operation, dy, x, scale, bias)
-    return _backward(layout, precision, dy, x, scale, bias, epsilon=epsilon, mask=mask)
+    return _backward(
+        layout, precision, dy, x, scale, bias, epsilon=epsilon, mask=mask, offset=scale_offset
+    )
 
 
 def standardize_weight_vjp(
@@ -329,9 +339,9 @@ def _affine_vjp(
     if bias is not None:
         given = precision.widen(bias)
         layout.expand("bias", given)
-        dbias = precision.narrow(like_primal(layout.collect(g), given))
+        dbias = precision.narrow(like_primal(layout.collect(g, given), given))
     if scale is not None:
         given = precision.widen(scale)
-        dscale = precision.narrow(like_primal(layout.collect(g * xhat), given))
+        dscale = precision.narrow(like_primal(layout.collect(g * xhat, given), given))
         g = g * (offset + layout.expand("scale", given))
     return g, dscale, dbias

@@ -124,17 +124,19 @@ def layer_norm(
     axis: Axes = -1,
     feature_axis: Axes | None = None,
     epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
     mask: ArrayLike | None = None,
 ) -> Array:
-    """Layer normalization: y = (x - mean) / sqrt(var + epsilon) * scale + bias.
+    """Layer normalization: y = (x - mean) / sqrt(var + epsilon) * (scale_offset + scale) + bias.
 
     Args:
         x: Real or complex, any shape.
-        scale: Sizes of the feature axes, or None.
-        bias: Sizes of the feature axes, or None.
+        scale: Sizes of the feature axes, or of the rank of x and broadcastable to it, or None.
+        bias: As scale.
         axis: The axes over which the moments are taken.
         feature_axis: The axes that carry the parameters; None: those of `axis`.
         epsilon: Added to the variance; zero or positive.
+        scale_offset: Added to scale; 1 for parameters that are stored around zero.
         mask: Broadcastable to x.
 
     Returns:
@@ -150,7 +152,7 @@ def layer_norm(
     [[-1.0, 3.0], [1.0, 1.0]]
     """
     layout = slices_over("layer_norm", np.shape(x), axis, feature_axis)
-    return _normalize(layout, x, scale, bias, epsilon=epsilon, mask=mask)
+    return _normalize(layout, x, scale, bias, epsilon=epsilon, mask=mask, offset=scale_offset)
 
 
 def rms_norm(
@@ -167,7 +169,7 @@ def rms_norm(
 
     Args:
         x: Real or complex, any shape.
-        scale: Sizes of the feature axes, or None (no factor at all, whatever the offset).
+        scale: As in `layer_norm`; with None there is no factor, whatever the offset.
         axis: The axes over which the mean square is taken.
         feature_axis: The axes that carry the parameters; None: those of `axis`.
         epsilon: Added to the mean square; zero or positive.
@@ -201,21 +203,23 @@ def group_norm(
     feature_axis: int = -1,
     axis: Axes | None = None,
     epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
     mask: ArrayLike | None = None,
 ) -> Array:
-    """Group normalization: y = (x - mean) / sqrt(var + epsilon) * scale + bias.
+    """Group normalization: y = (x - mean) / sqrt(var + epsilon) * (scale_offset + scale) + bias.
 
     The feature axis is split into `num_groups` runs of consecutive channels; a slice is one run
     together with the other reduced axes.
 
     Args:
         x: Real or complex, (N, ..., C) with the feature axis anywhere.
-        scale: (C,), or None.
-        bias: (C,), or None.
+        scale: (C,), or of the rank of x and broadcastable to it, or None.
+        bias: As scale.
         num_groups: A divisor of C.
         feature_axis: The one axis that carries the parameters and is split.
         axis: The reduced axes, which must include the feature axis; None: all but axis 0.
         epsilon: Added to the variance; zero or positive.
+        scale_offset: Added to scale; 1 for parameters that are stored around zero.
         mask: Broadcastable to x.
 
     Returns:
@@ -231,7 +235,7 @@ def group_norm(
     [[-1.0, 1.0, -1.0, 1.0]]
     """
     layout = slices_of_groups("group_norm", np.shape(x), num_groups, feature_axis, axis)
-    return _normalize(layout, x, scale, bias, epsilon=epsilon, mask=mask)
+    return _normalize(layout, x, scale, bias, epsilon=epsilon, mask=mask, offset=scale_offset)
 
 
 def instance_norm(
@@ -241,18 +245,20 @@ def instance_norm(
     *,
     feature_axis: Axes = -1,
     epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
     mask: ArrayLike | None = None,
 ) -> Array:
-    """Instance normalization: y = (x - mean) / sqrt(var + epsilon) * scale + bias.
+    """Instance normalization: y = (x - mean) / sqrt(var + epsilon) * (scale_offset + scale) + bias.
 
     The moments are taken over all axes but axis 0 and the feature axes.
 
     Args:
         x: Real or complex, (N, ..., C) with the feature axes anywhere.
-        scale: Sizes of the feature axes, or None.
-        bias: Sizes of the feature axes, or None.
+        scale: Sizes of the feature axes, or of the rank of x and broadcastable to it, or None.
+        bias: As scale.
         feature_axis: The axes that carry the parameters.
         epsilon: Added to the variance; zero or positive.
+        scale_offset: Added to scale; 1 for parameters that are stored around zero.
         mask: Broadcastable to x.
 
     Returns:
@@ -268,7 +274,7 @@ def instance_norm(
     [[[-1.0, -1.0], [1.0, 1.0]]]
     """
     layout = slices_but("instance_norm", np.shape(x), (0,), feature_axis)
-    return _normalize(layout, x, scale, bias, epsilon=epsilon, mask=mask)
+    return _normalize(layout, x, scale, bias, epsilon=epsilon, mask=mask, offset=scale_offset)
 
 
 def standardize_weight(

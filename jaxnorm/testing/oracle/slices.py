@@ -85,6 +85,8 @@ class Layout(NamedTuple):
 
     def expand(self, name: str, parameter: Array) -> Array:
         """`parameter` reshaped so that it broadcasts against `x`."""
+        if self._broadcasts(parameter.shape):
+            return parameter
         wanted = tuple(self.shape[a] for a in self.features)
         if parameter.shape != wanted:
             raise ValueError(
@@ -95,8 +97,17 @@ class Layout(NamedTuple):
         inside = range(len(self.shape))
         return parameter.reshape([self.shape[a] if a in self.features else 1 for a in inside])
 
-    def collect(self, array: Array) -> Array:
-        """The sum of `array` over all axes that carry no parameter: the transpose of `expand`."""
+    def _broadcasts(self, shape: tuple[int, ...]) -> bool:
+        """Whether a parameter has the rank of `x`, with 1 or its size on each axis."""
+        return len(shape) == len(self.shape) and all(
+            m in (1, n) for m, n in zip(shape, self.shape, strict=True)
+        )
+
+    def collect(self, array: Array, parameter: Array) -> Array:
+        """The sum of `array` over all axes that carry none of it: the transpose of `expand`."""
+        if self._broadcasts(parameter.shape):
+            repeated = tuple(a for a, n in enumerate(parameter.shape) if n < self.shape[a])
+            return array.sum(axis=repeated, keepdims=True)
         others = tuple(a for a in range(len(self.shape)) if a not in self.features)
         return array.sum(axis=others)
 

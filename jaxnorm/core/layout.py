@@ -1,0 +1,47 @@
+"""Tell the TPU compiler how an array that is reduced lies in memory."""
+
+from collections.abc import Sequence
+from functools import cache
+
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.interpreters import batching, mlir
+from jaxtyping import Array
+
+
+def in_order(x: Array, axes: Sequence[int]) -> Array:
+    """The same array; on TPUs with its axes in memory in that order, the last one contiguous.
+
+    Other compilers are told nothing: theirs lie so anyway, and XLA for CPUs gathers what such a
+    constraint is put on. It has no derivative, and is for what computes moments only.
+    """
+    return _primitive().bind(x, axes=tuple(axes))
+
+
+@cache
+def _primitive():
+    # Imported here, since it loads as much as all else that jaxnorm imports.
+    from jax.extend.core import Primitive
+
+    primitive = Primitive("jaxnorm_in_order")
+    primitive.def_impl(lambda x, axes: x)
+    primitive.def_abstract_eval(lambda x, axes: x)
+    batching.primitive_batchers[primitive] = _batched
+    mlir.register_lowering(primitive, lambda context, x, axes: [x])
+    mlir.register_lowering(primitive, _constrained, platform="tpu")
+    return primitive
+
+
+def _constrained(context, x, *, axes):
+    if context.module_context.lowering_parameters.for_export:
+        return [x]  # what is exported must be stable, which JAX does not promise of a constraint
+
+    def constrain(x, axes):
+        return with_layout_constraint(x, Layout(axes))
+
+    return mlir.lower_fun(constrain, multiple_results=False)(context, x, axes=axes)
+
+
+def _batched(operands, places, *, axes):
+    (x,), (place,) = operands, places
+    behind = (place, *(a + (a >= place) for a in axes))
+    return in_order(x, behind), place

@@ -1,0 +1,64 @@
+"""Moments of 16-bit numbers from one read, against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxnorm
+from jaxnorm.core import narrow
+from jaxnorm.core.layout import in_order
+from jaxnorm.core.measure import Reduction, take
+
+OFFSETS = {"bfloat16": (0, 3, 1e2, 1e5, 1e30, 1e36), "float16": (0, 3, 1e2, 1e3, 6e4)}
+
+
+def rows(dtype, size, offset, spread):
+    x = np.random.default_rng(0).normal(offset, spread, (4, size))
+    limit = float(jnp.finfo(dtype).max)
+    return jnp.asarray(np.clip(x, -limit, limit), jnp.float32).astype(dtype)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100, 8192])
+@pytest.mark.parametrize("dtype", OFFSETS)
+def test_as_exact_as_a_second_read(dtype, size):
+    reduction = Reduction((1,), stored=jnp.dtype(dtype))
+    assert narrow.exact(dtype, size)
+    run = jax.jit(lambda x: take(reduction, x.astype(jnp.float32), None, None))
+    for offset in OFFSETS[dtype]:
+        for share in (1.0, 2.0**-7):  # of the offset: the least that the dtype tells from nothing
+            x = rows(dtype, size, offset, max(offset * share, 1.0 if offset == 0 else 0.0))
+            found = run(x)
+            exact = np.asarray(x.astype(jnp.float32)).astype(np.float64)
+            mean, deviation = exact.mean(1, keepdims=True), exact.std(1, keepdims=True)
+            local = found.local
+            got = np.asarray(local.origin, np.float64) + np.asarray(local.mean, np.float64)
+            rstd = np.asarray(local.rstd, np.float64)
+            # What a sum of that many numbers of several magnitudes rounds, and little more.
+            budget = 2.0**-24 * (8 + 2 * np.sqrt(size))
+            flat = deviation == 0
+            np.testing.assert_array_less(np.abs(got - mean)[~flat], (budget * deviation)[~flat])
+            np.testing.assert_allclose((rstd * deviation)[~flat], 1, atol=budget)
+            np.testing.assert_array_equal(rstd[flat], 0)
+
+
+def test_one_repeated_value_has_no_spread():
+    for value in (10000.1, -3e38, 1e-3):
+        x = jnp.full((2, 1000), value, jnp.bfloat16)
+        np.testing.assert_array_equal(jaxnorm.layer_norm(x, epsilon=0.0), jnp.zeros_like(x))
+
+
+def test_where_it_is_not_exact_it_is_not_used():
+    assert not narrow.exact(jnp.float32, 8)
+    assert not narrow.exact(jnp.bfloat16, 2**16 + 1) and narrow.exact(jnp.bfloat16, 2**16)
+    assert not narrow.exact(jnp.float16, 2**13 + 1) and narrow.exact(jnp.float16, 2**13)
+
+
+def test_the_order_in_memory_changes_no_number_and_follows_vmap():
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    for axis in range(3):
+        mapped = jax.vmap(lambda a: in_order(a, (0, 1)), axis, axis)(x)
+        np.testing.assert_array_equal(mapped, x)
+    jaxpr = jax.make_jaxpr(jax.vmap(lambda a: in_order(a, (0, 1)), 1))(x)
+    (equation,) = (e for e in jaxpr.eqns if e.primitive.name == "jaxnorm_in_order")
+    assert equation.params["axes"] == (1, 0, 2)
