@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxnorm
+from jaxnorm.kernels.choice import interpreted
 
 
 def _plain(x, axes, epsilon, scale=None, bias=None, mask=None, centered=True):
@@ -105,7 +106,77 @@ WEIGHT = Case(
     lambda x, s, b: _plain(x, (0, 1), 1e-5, s),
     has_bias=False,
 )
-CASES = (BATCH, BATCH_EVAL, LAYER, RMS, GROUP, INSTANCE, WEIGHT)
+
+
+def _flat(outputs):
+    """Both results of a sum and its norm as one array."""
+    y, total = outputs
+    return y + 0.5 * total.astype(y.dtype)
+
+
+def _other(x):
+    """A residual made from `x`, so that the sum depends on it in more than one way."""
+    return jnp.flip(x, 1) * 0.7
+
+
+def _sampled(parameter, x):
+    """A scale or bias for each example: the parameter and something of its own."""
+    return parameter[None, None] + x.mean(1, keepdims=True).astype(parameter.dtype) * 0.5
+
+
+ADD_RMS = Case(
+    "add_rms_norm_from_output",
+    lambda x, s, b, **o: _flat(
+        jaxnorm.add_rms_norm(x, _other(x), s, scale_offset=1.0, save="output", **o)
+    ),
+    lambda x, s, b: _flat((RMS.plain(x + _other(x), 1 + s, b), x + _other(x))),
+    has_bias=False,
+)
+ACTIVATED = Case(
+    "batch_norm_softplus",
+    # Not one of JAX's own functions, which are traced once.
+    lambda x, s, b, **o: _batch(x, s, b, activation=lambda v: jax.nn.softplus(v * 2), **o),
+    lambda x, s, b: jax.nn.softplus(BATCH.plain(x, s, b) * 2),
+)
+SAMPLED = Case(
+    "layer_norm_per_sample",
+    lambda x, s, b, **o: jaxnorm.layer_norm(
+        x, _sampled(s, x), _sampled(b, x), scale_offset=1.0, **o
+    ),
+    lambda x, s, b: LAYER.plain(x, 1 + _sampled(s, x), _sampled(b, x)),
+)
+FROM_OUTPUT = Case(
+    "layer_norm_from_output",
+    lambda x, s, b, **o: jaxnorm.layer_norm(x, s, b, save="output", **o),
+    LAYER.plain,
+)
+
+
+def in_kernels(function: Callable) -> Callable:
+    """The same function, computed by kernels, which Pallas interprets."""
+
+    def run(*arguments, **options):
+        with interpreted():
+            return function(*arguments, implementation="pallas", **options)
+
+    return run
+
+
+KERNELS = (
+    Case(
+        "add_layer_norm_kernel",
+        in_kernels(
+            lambda x, s, b, **o: _flat(
+                jaxnorm.add_layer_norm(x, _other(x), _sampled(s, x), b, activation=jax.nn.silu, **o)
+            )
+        ),
+        lambda x, s, b: _flat(
+            (jax.nn.silu(LAYER.plain(x + _other(x), _sampled(s, x), b)), x + _other(x))
+        ),
+    ),
+)
+FUSED = (ADD_RMS, ACTIVATED, SAMPLED)
+CASES = (BATCH, BATCH_EVAL, LAYER, RMS, GROUP, INSTANCE, *FUSED, *KERNELS, WEIGHT)
 MASKED = (BATCH, LAYER, RMS, GROUP, INSTANCE)
 
 

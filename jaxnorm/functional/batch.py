@@ -1,5 +1,7 @@
 """Batch normalization, the one family with a state."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -8,6 +10,7 @@ from jaxtyping import Array, Float, Inexact
 from jaxnorm.core import arguments as check
 from jaxnorm.core import batch
 from jaxnorm.core.arguments import Axes
+from jaxnorm.core.finish import Finish
 from jaxnorm.core.measure import Reduction
 from jaxnorm.core.running import BatchStats
 from jaxnorm.distributed.axes import AxisName, check_synchronized, named_axis
@@ -26,6 +29,7 @@ def batch_norm(
     feature_axis: Axes = -1,
     decay: Float[Array, ""] | float | None = 0.99,
     epsilon: float = 1e-5,
+    activation: Callable | None = None,
     mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups=None,
@@ -59,6 +63,8 @@ def batch_norm(
             decay); a number in [0, 1] or a scalar array. None: the cumulative average, equal
             weight for every update.
         epsilon: added to the variance, inside the root.
+        activation: an elementwise function, applied before the one rounding to `dtype`; what it is
+            applied to is recomputed in the backward pass, not kept.
         mask: broadcasts to `x`; nonzero elements enter the statistics. All elements are
             normalized.
         axis_name: a named axis (or several), bound by `vmap`, `pmap` or `shard_map`, over which
@@ -122,10 +128,13 @@ def batch_norm(
     epsilon = check.number(op, "epsilon", epsilon, 0.0, float("inf"), "1e-5")
     mask = check.mask_of(op, mask, x)
     two_pass = check.implementation_of(op, implementation)
-    dtype = check.result_dtype(op, x, scale, bias, dtype=dtype)
+    finish = Finish(
+        check.result_dtype(op, x, scale, bias, dtype=dtype),
+        activation=check.activation_of(op, activation),
+    )
     if not training:
         y = batch.evaluate(
-            x, scale, bias, stats, feature_axes=features, epsilon=epsilon, dtype=dtype
+            x, scale, bias, stats, feature_axes=features, epsilon=epsilon, finish=finish
         )
         return y, stats
     if not reduced and axis_name is None:
@@ -160,7 +169,7 @@ def batch_norm(
         debias=debias,
         unbiased=unbiased,
         everyone=everyone,
-        dtype=dtype,
+        finish=finish,
     )
 
 

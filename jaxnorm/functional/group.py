@@ -1,27 +1,27 @@
 """Group normalization."""
 
-import jax
+from collections.abc import Callable
+
 from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
 from jaxnorm.core import arguments as check
-from jaxnorm.core import layer
 from jaxnorm.core.arguments import Axes
 from jaxnorm.distributed.axes import AxisName
-from jaxnorm.functional.prepare import prepared
-
-DType = jax.typing.DTypeLike
+from jaxnorm.functional.prepare import DType, per_slice
 
 
 def group_norm(
     x: Inexact[Array, "*shape"],
-    scale: Inexact[Array, " features"] | None = None,
-    bias: Inexact[Array, " features"] | None = None,
+    scale: Inexact[Array, "..."] | None = None,
+    bias: Inexact[Array, "..."] | None = None,
     *,
     num_groups: int = 32,
     feature_axis: int = -1,
     axis: Axes | None = None,
     epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
+    activation: Callable | None = None,
     mask: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups=None,
@@ -35,19 +35,23 @@ def group_norm(
 
     Args:
         x: float16, bfloat16, float32, float64 or complex; axis 0 is the batch.
-        scale: gamma, one for each feature; None for 1.
+        scale: gamma, one for each feature, or of the rank of `x` as in `layer_norm`; None for 1.
         bias: beta, likewise; None for 0.
         num_groups: number of groups, a divisor of the number of features. 1 is layer
             normalization over all but the batch, the number of features is instance normalization.
         feature_axis: the axis that carries parameters and is split into groups.
         axis: the axes to reduce, the feature axis among them; None: all but axis 0.
         epsilon: added to the variance, inside the root.
+        scale_offset: added to `scale` in float32, for models that store gamma - 1.
+        activation: an elementwise function, applied before the one rounding to `dtype`; what it is
+            applied to is recomputed in the backward pass, not kept.
         mask: broadcasts to `x`; nonzero elements enter the statistics. All are normalized.
         axis_name: a named axis over which the spatial axes go on, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
-        implementation: None (choose) or "xla"; "two_pass" for the textbook's two passes with a
-            rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
+        implementation: None (choose, see `jaxnorm.explain`), "xla" or "pallas" to insist on one;
+            "two_pass" for the textbook's two passes with a rounded mean, to reproduce numbers of
+            Flax's use_fast_variance=False.
 
     Returns:
         `y` of the shape of `x`.
@@ -84,12 +88,9 @@ def group_norm(
             "axis, and name it in axis too (or leave axis=None)."
         )
     groups = check.groups_of(op, num_groups, x, features[0])
-    scale = check.parameter(op, "scale", scale, x, features)
-    bias = check.parameter(op, "bias", bias, x, features)
-    reduction, mask, dtype = prepared(
-        op, x, scale, bias, tuple(a for a in reduced if a not in features), epsilon, mask,
-        axis_name, axis_index_groups, dtype, implementation, blocks=(features[0], groups),
+    return per_slice(
+        op, x, scale, bias, tuple(a for a in reduced if a not in features), features,
+        epsilon=epsilon, scale_offset=scale_offset, activation=activation, mask=mask,
+        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+        implementation=implementation, blocks=(features[0], groups),
     )  # fmt: skip
-    return layer.per_slice(
-        x, scale, bias, reduction=reduction, feature_axes=features, mask=mask, dtype=dtype
-    )

@@ -1,19 +1,77 @@
-"""The checks that all stateless normalizations share."""
+"""What all stateless normalizations share: their options, checked, and the call."""
+
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import jax
+from jax.typing import ArrayLike
 
 from jaxnorm.core import arguments as check
+from jaxnorm.core.arguments import Axes, Save
+from jaxnorm.core.finish import Finish
 from jaxnorm.core.measure import Reduction
-from jaxnorm.distributed.axes import named_axis
+from jaxnorm.distributed.axes import AxisName, named_axis
+from jaxnorm.kernels import choice
+
+DType = jax.typing.DTypeLike
 
 
-def prepared(
-    op, x, scale, bias, reduced, epsilon, mask, axis_name, groups, dtype, implementation,
-    *, centered=True, blocks=None,
-):  # fmt: skip
-    """Reduction, mask as booleans and result dtype, from arguments that are checked here."""
-    two_pass = check.implementation_of(op, implementation)
+class LayerOptions(TypedDict, total=False):
+    """The options of `layer_norm` and `rms_norm`, for functions that pass them on."""
+
+    axis: Axes
+    feature_axis: Axes | None
+    epsilon: float
+    scale_offset: float
+    activation: Callable | None
+    save: Save
+    mask: ArrayLike | None
+    axis_name: AxisName | None
+    axis_index_groups: object
+    dtype: DType | None
+    implementation: str | None
+
+
+def per_trailing(
+    op, x, scale, bias, *, axis: Axes = -1, feature_axis: Axes | None = None, centered=True,
+    residual=None, **options,
+) -> Any:  # fmt: skip
+    """Slices over `axis`, of `x` or of its sum with a residual, which is then returned too.
+
+    Both are checked: of one shape and dtype.
+    """
+    x = check.inexact(op, "x", x)
+    reduced = check.axes(op, "axis", axis, x)
+    features = reduced if feature_axis is None else check.axes(op, "feature_axis", feature_axis, x)
+    return per_slice(
+        op, x, scale, bias, reduced, features, centered=centered, residual=residual, **options
+    )
+
+
+def per_slice(
+    op, x, scale, bias, reduced, features, *, epsilon=1e-6, scale_offset=0.0, activation=None,
+    save="input", mask=None, axis_name=None, axis_index_groups=None, dtype=None,
+    implementation=None, centered=True, blocks=None, residual=None,
+) -> Any:  # fmt: skip
+    """Slices over the axes `reduced`, from arguments that are checked here, all but `x`."""
+    scale = check.modulation(op, "scale", scale, x, features)
+    bias = check.modulation(op, "bias", bias, x, features)
+    two_pass = check.implementation_of(op, implementation, kernels=True)
     check.not_empty(op, x, reduced)
     epsilon = check.number(op, "epsilon", epsilon, 0.0, float("inf"), "1e-6")
     mask = check.mask_of(op, mask, x)
-    replicas = named_axis(op, axis_name, groups)
-    dtype = check.result_dtype(op, x, scale, bias, dtype=dtype)
-    return Reduction(reduced, epsilon, replicas, centered, two_pass, blocks), mask, dtype
+    replicas = named_axis(op, axis_name, axis_index_groups)
+    save = check.save_of(op, save, activation=activation, axis_name=axis_name)
+    finish = Finish(
+        check.result_dtype(op, x, scale, bias, dtype=dtype),
+        check.offset_of(op, scale_offset, scale),
+        check.activation_of(op, activation),
+    )
+    options = {
+        "reduction": Reduction(reduced, epsilon, replicas, centered, two_pass, blocks),
+        "feature_axes": features,
+        "mask": mask,
+        "finish": finish,
+        "save": save,
+    }
+    return choice.per_slice(op, implementation, x, scale, bias, residual=residual, **options)

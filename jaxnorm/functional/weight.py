@@ -5,6 +5,7 @@ from jaxtyping import Array, Inexact
 from jaxnorm.core import arguments as check
 from jaxnorm.core import layer
 from jaxnorm.core.arguments import Axes
+from jaxnorm.core.finish import Finish
 from jaxnorm.core.measure import Reduction
 
 
@@ -65,5 +66,5 @@ def standardize_weight(
         reduction=Reduction(reduced, epsilon),
         feature_axes=outputs,
         mask=None,
-        dtype=check.result_dtype(op, kernel, gain),
+        finish=Finish(check.result_dtype(op, kernel, gain)),
     )

@@ -1,12 +1,15 @@
 """Linen variables around the pure functions; no arithmetic lives here."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxnorm import functional
 from jaxnorm.core import arguments as check
+from jaxnorm.core.arguments import Save
 from jaxnorm.core.moments import promoted
 from jaxnorm.core.running import BatchStats, init_batch_stats
 from jaxnorm.distributed.axes import is_bound
@@ -27,6 +30,7 @@ class BatchNorm(nn.BatchNorm):
         debias: bias-corrected running statistics, see `jaxnorm.batch_norm`.
         virtual_batch_size: normalize over this many examples, whatever the number of devices; see
             `jaxnorm.batch_norm`. Like `axis_name` not asked for while initializing.
+        activation: an elementwise function of the result, see `jaxnorm.batch_norm`.
 
     With `momentum=None` or `debias=True` there is one more variable, `batch_stats/count`.
 
@@ -49,6 +53,7 @@ class BatchNorm(nn.BatchNorm):
     unbiased: bool = dataclasses.field(default=False, kw_only=True)
     debias: bool = dataclasses.field(default=False, kw_only=True)
     virtual_batch_size: int | None = dataclasses.field(default=None, kw_only=True)
+    activation: Callable | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
     def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
@@ -99,6 +104,7 @@ class BatchNorm(nn.BatchNorm):
             virtual_batch_size=None if initializing else self.virtual_batch_size,
             unbiased=self.unbiased,
             debias=self.debias,
+            activation=self.activation,
             implementation=check.from_flax(self.use_fast_variance),
             dtype=self.dtype,
         )
@@ -112,8 +118,15 @@ class BatchNorm(nn.BatchNorm):
 class LayerNorm(nn.LayerNorm):
     """`flax.linen.LayerNorm` around `jaxnorm.layer_norm`, same fields and variables.
 
+    Attributes:
+        activation: an elementwise function of the result, see `jaxnorm.layer_norm`.
+        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
+        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
+        save: which array the backward pass keeps, "input" or "output", see `jaxnorm.layer_norm`.
+
     Raises:
-        TypeError, ValueError: as `jaxnorm.layer_norm`.
+        TypeError, ValueError: as `jaxnorm.layer_norm`; also if `scale` or `bias` is given to a
+            layer that has its own.
 
     Source: Ba, Kiros & Hinton 2016; fields as in Flax.
 
@@ -124,29 +137,42 @@ class LayerNorm(nn.LayerNorm):
         [-1.225  0.     1.225]
     """
 
+    activation: Callable | None = dataclasses.field(default=None, kw_only=True)
+    implementation: str | None = dataclasses.field(default=None, kw_only=True)
+    scale_offset: float = dataclasses.field(default=0.0, kw_only=True)
+    save: Save = dataclasses.field(default="input", kw_only=True)
+
     @nn.compact
-    def __call__(self, x, *, mask=None):
-        """Normalize `x` over `reduction_axes`; nonzero elements of `mask` enter the statistics."""
+    def __call__(self, x, *, residual=None, scale=None, bias=None, mask=None) -> Any:
+        """Normalize `x` over `reduction_axes`.
+
+        Args:
+            x: floating or complex array.
+            residual: added to `x` before; then the result is a pair, the second the sum.
+            scale, bias: of each sample, see `jaxnorm.layer_norm`; for a layer that has none.
+            mask: broadcasts to `x`; nonzero elements enter the statistics.
+        """
         x = check.inexact("LayerNorm", "x", x)
         shape = _feature_shape(self, "feature_axes", self.feature_axes, x)
-        return functional.layer_norm(
-            x,
-            *_parameters(self, shape),
-            axis=self.reduction_axes,
-            feature_axis=self.feature_axes,
-            mask=mask,
-            **_options(self),
-        )
+        parameters = _parameters(self, shape, scale, bias)
+        options = {**_axes(self), **_options(self), "mask": mask}
+        if residual is None:
+            return functional.layer_norm(x, *parameters, **options)
+        return functional.add_layer_norm(x, residual, *parameters, **options)
 
 
 class RMSNorm(nn.RMSNorm):
     """`flax.linen.RMSNorm` around `jaxnorm.rms_norm`, same fields and variables.
 
     Attributes:
+        activation: an elementwise function of the result, see `jaxnorm.rms_norm`.
+        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
         scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
+        save: which array the backward pass keeps, "input" or "output", see `jaxnorm.rms_norm`.
 
     Raises:
-        TypeError, ValueError: as `jaxnorm.rms_norm`.
+        TypeError, ValueError: as `jaxnorm.rms_norm`; also if `scale` is given to a layer that has
+            its own.
 
     Source: Zhang & Sennrich 2019; fields as in Flax.
 
@@ -157,32 +183,42 @@ class RMSNorm(nn.RMSNorm):
         [0.849, 1.131]
     """
 
+    activation: Callable | None = dataclasses.field(default=None, kw_only=True)
+    implementation: str | None = dataclasses.field(default=None, kw_only=True)
     scale_offset: float = dataclasses.field(default=0.0, kw_only=True)
+    save: Save = dataclasses.field(default="input", kw_only=True)
 
     @nn.compact
-    def __call__(self, x, *, mask=None):
-        """Normalize `x` over `reduction_axes`; nonzero elements of `mask` enter the mean square."""
+    def __call__(self, x, *, residual=None, scale=None, mask=None) -> Any:
+        """Normalize `x` over `reduction_axes`.
+
+        Args:
+            x: floating or complex array.
+            residual: added to `x` before; then the result is a pair, the second the sum.
+            scale: of each sample, see `jaxnorm.layer_norm`; for a layer that has none of its own.
+            mask: broadcasts to `x`; nonzero elements enter the mean square.
+        """
         x = check.inexact("RMSNorm", "x", x)
         shape = _feature_shape(self, "feature_axes", self.feature_axes, x)
-        return functional.rms_norm(
-            x,
-            self.param("scale", self.scale_init, shape, self.param_dtype)
-            if self.use_scale
-            else None,
-            axis=self.reduction_axes,
-            feature_axis=self.feature_axes,
-            scale_offset=self.scale_offset,
-            mask=mask,
-            **_options(self),
-        )
+        scale = _parameter(self, "scale", shape, scale)
+        options = {**_axes(self), **_options(self), "mask": mask}
+        if residual is None:
+            return functional.rms_norm(x, scale, **options)
+        return functional.add_rms_norm(x, residual, scale, **options)
 
 
 class GroupNorm(nn.GroupNorm):
     """`flax.linen.GroupNorm` around `jaxnorm.group_norm`, same fields and variables.
 
+    Attributes:
+        activation: an elementwise function of the result, see `jaxnorm.group_norm`.
+        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
+        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
+
     Raises:
         TypeError, ValueError: as `jaxnorm.group_norm`; also unless exactly one of `num_groups`
-            and `group_size` is given.
+            and `group_size` is given, or if `scale` or `bias` is given to a layer that has its
+            own.
 
     Source: Wu & He 2018; fields as in Flax.
 
@@ -194,13 +230,23 @@ class GroupNorm(nn.GroupNorm):
         [[-1.0, 1.0, -1.0, 1.0]]
     """
 
+    activation: Callable | None = dataclasses.field(default=None, kw_only=True)
+    implementation: str | None = dataclasses.field(default=None, kw_only=True)
+    scale_offset: float = dataclasses.field(default=0.0, kw_only=True)
+
     @nn.compact
-    def __call__(self, x, *, mask=None):
-        """Normalize each group of `x`; nonzero elements of `mask` enter the statistics."""
+    def __call__(self, x, *, scale=None, bias=None, mask=None):
+        """Normalize each group of `x`.
+
+        Args:
+            x: floating or complex array.
+            scale, bias: of each sample, see `jaxnorm.layer_norm`; for a layer that has none.
+            mask: broadcasts to `x`; nonzero elements enter the statistics.
+        """
         x = check.inexact("GroupNorm", "x", x)
         return functional.group_norm(
             x,
-            *_parameters(self, _feature_shape(self, "axis", -1, x)),
+            *_parameters(self, _feature_shape(self, "axis", -1, x), scale, bias),
             num_groups=check.groups_from("GroupNorm", self.num_groups, self.group_size, x),
             axis=self.reduction_axes,
             mask=mask,
@@ -211,8 +257,14 @@ class GroupNorm(nn.GroupNorm):
 class InstanceNorm(nn.InstanceNorm):
     """`flax.linen.InstanceNorm` around `jaxnorm.instance_norm`, same fields and variables.
 
+    Attributes:
+        activation: an elementwise function of the result, see `jaxnorm.instance_norm`.
+        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
+        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
+
     Raises:
-        TypeError, ValueError: as `jaxnorm.instance_norm`.
+        TypeError, ValueError: as `jaxnorm.instance_norm`; also if `scale` or `bias` is given to
+            a layer that has its own.
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016; fields as in Flax.
 
@@ -224,13 +276,23 @@ class InstanceNorm(nn.InstanceNorm):
         [[[-1.0, -1.0], [1.0, 1.0]]]
     """
 
+    activation: Callable | None = dataclasses.field(default=None, kw_only=True)
+    implementation: str | None = dataclasses.field(default=None, kw_only=True)
+    scale_offset: float = dataclasses.field(default=0.0, kw_only=True)
+
     @nn.compact
-    def __call__(self, x, *, mask=None):
-        """Normalize each feature of each example; nonzero elements of `mask` count."""
+    def __call__(self, x, *, scale=None, bias=None, mask=None):
+        """Normalize each feature of each example.
+
+        Args:
+            x: floating or complex array.
+            scale, bias: of each sample, see `jaxnorm.layer_norm`; for a layer that has none.
+            mask: broadcasts to `x`; nonzero elements enter the statistics.
+        """
         x = check.inexact("InstanceNorm", "x", x)
         shape = _feature_shape(self, "feature_axes", self.feature_axes, x)
         return functional.instance_norm(
-            x, *_parameters(self, shape), feature_axis=self.feature_axes, mask=mask,
+            x, *_parameters(self, shape, scale, bias), feature_axis=self.feature_axes, mask=mask,
             **_options(self),
         )  # fmt: skip
 
@@ -239,14 +301,26 @@ def _feature_shape(module: nn.Module, name: str, axes, x) -> tuple[int, ...]:
     return tuple(x.shape[a] for a in check.axes(type(module).__name__, name, axes, x))
 
 
-def _parameters(module, shape: tuple[int, ...]):
-    """Scale and bias, where the module has them."""
-    scale = bias = None
-    if module.use_scale:
-        scale = module.param("scale", module.scale_init, shape, module.param_dtype)
-    if module.use_bias:
-        bias = module.param("bias", module.bias_init, shape, module.param_dtype)
-    return scale, bias
+def _parameters(module, shape: tuple[int, ...], scale=None, bias=None):
+    return _parameter(module, "scale", shape, scale), _parameter(module, "bias", shape, bias)
+
+
+def _parameter(module, name: str, shape: tuple[int, ...], given=None):
+    """The module's own, where it has one, or that given in the call."""
+    used = getattr(module, f"use_{name}")
+    check.one_of(type(module).__name__, name, used, given)
+    if not used:
+        return given
+    return module.param(name, getattr(module, f"{name}_init"), shape, module.param_dtype)
+
+
+def _axes(module) -> dict:
+    """What layer and RMS normalization have beyond `_options`."""
+    return {
+        "axis": module.reduction_axes,
+        "feature_axis": module.feature_axes,
+        "save": module.save,
+    }
 
 
 def _options(module) -> dict:
@@ -254,7 +328,9 @@ def _options(module) -> dict:
     bound = not module.is_initializing()
     return {
         "epsilon": module.epsilon,
-        "implementation": check.from_flax(module.use_fast_variance),
+        "scale_offset": module.scale_offset,
+        "activation": module.activation,
+        "implementation": check.from_flax(module.use_fast_variance, module.implementation),
         "dtype": module.dtype,
         "axis_name": module.axis_name if bound else None,
         "axis_index_groups": module.axis_index_groups if bound else None,

@@ -1,11 +1,15 @@
 """NNX variables around the pure functions; no arithmetic lives here."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
 from jaxnorm import functional
 from jaxnorm.core import arguments as check
+from jaxnorm.core.arguments import Save
 from jaxnorm.core.moments import promoted
 from jaxnorm.core.running import BatchStats, init_batch_stats
 from jaxnorm.nnx.constructor import extends
@@ -25,6 +29,7 @@ class BatchNorm(nnx.BatchNorm):
         debias: bias-corrected running statistics, see `jaxnorm.batch_norm`.
         virtual_batch_size: normalize over this many examples, whatever the number of devices; see
             `jaxnorm.batch_norm`.
+        activation: an elementwise function of the result, see `jaxnorm.batch_norm`.
 
     With `momentum=None` or `debias=True` there is one more variable, `count`, an
     `nnx.BatchStat`. For complex data give a complex `param_dtype`: then `mean` is complex too.
@@ -50,12 +55,14 @@ class BatchNorm(nnx.BatchNorm):
         unbiased: bool = False,
         debias: bool = False,
         virtual_batch_size: int | None = None,
+        activation: Callable | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.unbiased = unbiased
         self.debias = debias
         self.virtual_batch_size = virtual_batch_size
+        self.activation = activation
         if jnp.issubdtype(self.param_dtype, jnp.complexfloating):
             # Of complex data the mean is complex, from the start.
             self.mean = nnx.BatchStat(self.mean[...].astype(jnp.complex64))
@@ -80,7 +87,12 @@ class BatchNorm(nnx.BatchNorm):
             )
         check.flag("BatchNorm", "use_running_average", use_running_average)
         mean, var = self.mean[...], self.var[...]
-        x, _, _, scale, bias, dtype = _promoted(self, x, mean, var, *_affine(self))
+        x, *rest = _promoted(self, x, mean, var, *_parameters(self))
+        scale, bias = rest[2:]
+        dtype = self.dtype
+        if dtype is None and self.promote_dtype is dtypes.promote_dtype:
+            # By Flax's rule the statistics' dtypes count.
+            dtype = promoted(x, *(a for a in rest if a is not None))
         counted = hasattr(self, "count")
         count = self.count[...] if counted else init_batch_stats(()).count
         y, new = functional.batch_norm(
@@ -98,6 +110,7 @@ class BatchNorm(nnx.BatchNorm):
             virtual_batch_size=self.virtual_batch_size,
             unbiased=self.unbiased,
             debias=self.debias,
+            activation=self.activation,
             implementation=check.from_flax(self.use_fast_variance),
             dtype=dtype,
         )
@@ -111,8 +124,15 @@ class BatchNorm(nnx.BatchNorm):
 class LayerNorm(nnx.LayerNorm):
     """`flax.nnx.LayerNorm` around `jaxnorm.layer_norm`, same constructor and variables.
 
+    Args:
+        activation: an elementwise function of the result, see `jaxnorm.layer_norm`.
+        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
+        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
+        save: which array the backward pass keeps, "input" or "output", see `jaxnorm.layer_norm`.
+
     Raises:
-        TypeError, ValueError: as `jaxnorm.layer_norm`.
+        TypeError, ValueError: as `jaxnorm.layer_norm`; also if `scale` or `bias` is given to a
+            layer that has its own.
 
     Source: Ba, Kiros & Hinton 2016; arguments as in Flax.
 
@@ -123,23 +143,50 @@ class LayerNorm(nnx.LayerNorm):
         [-1.225  0.     1.225]
     """
 
-    def __call__(self, x, *, mask=None):
-        """Normalize `x` over `reduction_axes`; nonzero elements of `mask` enter the statistics."""
-        x, scale, bias, dtype = _promoted(self, x, *_affine(self))
-        return functional.layer_norm(
-            x, scale, bias, axis=self.reduction_axes, feature_axis=self.feature_axes, mask=mask,
-            dtype=dtype, **_options(self),
-        )  # fmt: skip
+    @extends(nnx.LayerNorm)
+    def __init__(
+        self,
+        *args,
+        activation: Callable | None = None,
+        implementation: str | None = None,
+        scale_offset: float = 0.0,
+        save: Save = "input",
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+        self.implementation = implementation
+        self.scale_offset = scale_offset
+        self.save: Save = save
+
+    def __call__(self, x, *, residual=None, scale=None, bias=None, mask=None) -> Any:
+        """Normalize `x` over `reduction_axes`.
+
+        Args:
+            x: floating or complex array.
+            residual: added to `x` before; then the result is a pair, the second the sum.
+            scale, bias: of each sample, see `jaxnorm.layer_norm`; for a layer that has none.
+            mask: broadcasts to `x`; nonzero elements enter the statistics.
+        """
+        x, scale, bias = _promoted(self, x, *_parameters(self, scale, bias))
+        options = {**_axes(self), **_options(self), "mask": mask}
+        if residual is None:
+            return functional.layer_norm(x, scale, bias, **options)
+        return functional.add_layer_norm(x, residual, scale, bias, **options)
 
 
 class RMSNorm(nnx.RMSNorm):
     """`flax.nnx.RMSNorm` around `jaxnorm.rms_norm`, same constructor and variables.
 
     Args:
+        activation: an elementwise function of the result, see `jaxnorm.rms_norm`.
+        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
         scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
+        save: which array the backward pass keeps, "input" or "output", see `jaxnorm.rms_norm`.
 
     Raises:
-        TypeError, ValueError: as `jaxnorm.rms_norm`.
+        TypeError, ValueError: as `jaxnorm.rms_norm`; also if `scale` is given to a layer that has
+            its own.
 
     Source: Zhang & Sennrich 2019; arguments as in Flax.
 
@@ -152,25 +199,49 @@ class RMSNorm(nnx.RMSNorm):
     """
 
     @extends(nnx.RMSNorm)
-    def __init__(self, *args, scale_offset: float = 0.0, **kwargs):
+    def __init__(
+        self,
+        *args,
+        activation: Callable | None = None,
+        implementation: str | None = None,
+        scale_offset: float = 0.0,
+        save: Save = "input",
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        self.activation = activation
+        self.implementation = implementation
         self.scale_offset = scale_offset
+        self.save: Save = save
 
-    def __call__(self, x, mask=None):
-        """Normalize `x` over `reduction_axes`; nonzero elements of `mask` enter the mean square."""
-        x, scale, dtype = _promoted(self, x, _affine(self)[0])
-        return functional.rms_norm(
-            x, scale, axis=self.reduction_axes, feature_axis=self.feature_axes,
-            scale_offset=self.scale_offset, mask=mask, dtype=dtype, **_options(self),
-        )  # fmt: skip
+    def __call__(self, x, mask=None, *, residual=None, scale=None) -> Any:
+        """Normalize `x` over `reduction_axes`.
+
+        Args:
+            x: floating or complex array.
+            residual: added to `x` before; then the result is a pair, the second the sum.
+            scale: of each sample, see `jaxnorm.layer_norm`; for a layer that has none of its own.
+            mask: broadcasts to `x`; nonzero elements enter the mean square.
+        """
+        x, scale = _promoted(self, x, _parameter(self, "scale", scale))
+        options = {**_axes(self), **_options(self), "mask": mask}
+        if residual is None:
+            return functional.rms_norm(x, scale, **options)
+        return functional.add_rms_norm(x, residual, scale, **options)
 
 
 class GroupNorm(nnx.GroupNorm):
     """`flax.nnx.GroupNorm` around `jaxnorm.group_norm`, same constructor and variables.
 
+    Args:
+        activation: an elementwise function of the result, see `jaxnorm.group_norm`.
+        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
+        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
+
     Raises:
         TypeError, ValueError: as `jaxnorm.group_norm`; also unless exactly one of `num_groups`
-            and `group_size` is given.
+            and `group_size` is given, or if `scale` or `bias` is given to a layer that has its
+            own.
 
     Source: Wu & He 2018; arguments as in Flax.
 
@@ -182,20 +253,46 @@ class GroupNorm(nnx.GroupNorm):
         [[-1.0, 1.0, -1.0, 1.0]]
     """
 
-    def __call__(self, x, *, mask=None):
-        """Normalize each group of `x`; nonzero elements of `mask` enter the statistics."""
-        x, scale, bias, dtype = _promoted(self, x, *_affine(self))
+    @extends(nnx.GroupNorm)
+    def __init__(
+        self,
+        *args,
+        activation: Callable | None = None,
+        implementation: str | None = None,
+        scale_offset: float = 0.0,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+        self.implementation = implementation
+        self.scale_offset = scale_offset
+
+    def __call__(self, x, *, scale=None, bias=None, mask=None):
+        """Normalize each group of `x`.
+
+        Args:
+            x: floating or complex array.
+            scale, bias: of each sample, see `jaxnorm.layer_norm`; for a layer that has none.
+            mask: broadcasts to `x`; nonzero elements enter the statistics.
+        """
+        x, scale, bias = _promoted(self, x, *_parameters(self, scale, bias))
         return functional.group_norm(
             x, scale, bias, num_groups=self.num_groups, axis=self.reduction_axes, mask=mask,
-            dtype=dtype, **_options(self),
+            **_options(self),
         )  # fmt: skip
 
 
 class InstanceNorm(nnx.InstanceNorm):
     """`flax.nnx.InstanceNorm` around `jaxnorm.instance_norm`, same constructor and variables.
 
+    Args:
+        activation: an elementwise function of the result, see `jaxnorm.instance_norm`.
+        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
+        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
+
     Raises:
-        TypeError, ValueError: as `jaxnorm.instance_norm`.
+        TypeError, ValueError: as `jaxnorm.instance_norm`; also if `scale` or `bias` is given to
+            a layer that has its own.
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016; arguments as in Flax.
 
@@ -207,23 +304,47 @@ class InstanceNorm(nnx.InstanceNorm):
         [[[-1.0, -1.0], [1.0, 1.0]]]
     """
 
-    def __call__(self, x, *, mask=None):
-        """Normalize each feature of each example; nonzero elements of `mask` count."""
-        x, scale, bias, dtype = _promoted(self, x, *_affine(self))
+    @extends(nnx.InstanceNorm)
+    def __init__(
+        self,
+        *args,
+        activation: Callable | None = None,
+        implementation: str | None = None,
+        scale_offset: float = 0.0,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+        self.implementation = implementation
+        self.scale_offset = scale_offset
+
+    def __call__(self, x, *, scale=None, bias=None, mask=None):
+        """Normalize each feature of each example.
+
+        Args:
+            x: floating or complex array.
+            scale, bias: of each sample, see `jaxnorm.layer_norm`; for a layer that has none.
+            mask: broadcasts to `x`; nonzero elements enter the statistics.
+        """
+        x, scale, bias = _promoted(self, x, *_parameters(self, scale, bias))
         return functional.instance_norm(
-            x, scale, bias, feature_axis=self.feature_axes, mask=mask, dtype=dtype,
-            **_options(self),
+            x, scale, bias, feature_axis=self.feature_axes, mask=mask, **_options(self)
         )  # fmt: skip
 
 
-def _affine(module):
-    """Scale and bias, where the module has them."""
-    variables = (getattr(module, name, None) for name in ("scale", "bias"))
-    return tuple(None if v is None else v[...] for v in variables)
+def _parameters(module, scale=None, bias=None):
+    return _parameter(module, "scale", scale), _parameter(module, "bias", bias)
+
+
+def _parameter(module, name: str, given=None):
+    """The module's own, where it has one, or that given in the call."""
+    own = getattr(module, name, None)
+    check.one_of(type(module).__name__, name, own is not None, given)
+    return given if own is None else own[...]
 
 
 def _promoted(module, x, *others):
-    """`x`, the other arrays and the result's dtype, by the module's `promote_dtype`.
+    """`x` and the other arrays, by the module's `promote_dtype`.
 
     Flax's default casts all of them to the result's dtype. Here only the result is: rounding `x`
     before its statistics are taken would cost digits, and widening it bytes kept for the backward
@@ -231,15 +352,26 @@ def _promoted(module, x, *others):
     """
     x = check.inexact(type(module).__name__, "x", x)
     if module.promote_dtype is dtypes.promote_dtype:
-        arrays = (a for a in others if a is not None)
-        return x, *others, promoted(x, *arrays) if module.dtype is None else module.dtype
-    return *module.promote_dtype((x, *others), dtype=module.dtype), module.dtype
+        return x, *others
+    return module.promote_dtype((x, *others), dtype=module.dtype)
+
+
+def _axes(module) -> dict:
+    """What layer and RMS normalization have beyond `_options`."""
+    return {
+        "axis": module.reduction_axes,
+        "feature_axis": module.feature_axes,
+        "save": module.save,
+    }
 
 
 def _options(module) -> dict:
     return {
         "epsilon": module.epsilon,
-        "implementation": check.from_flax(module.use_fast_variance),
+        "scale_offset": module.scale_offset,
+        "activation": module.activation,
+        "dtype": module.dtype,
+        "implementation": check.from_flax(module.use_fast_variance, module.implementation),
         "axis_name": module.axis_name,
         "axis_index_groups": module.axis_index_groups,
     }
