@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 import jaxnorm
-from jaxnorm import batch_norm, group_norm, instance_norm, layer_norm, rms_norm, standardize_weight
+from jaxnorm import (
+    add_layer_norm,
+    add_rms_norm,
+    batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    rms_norm,
+    standardize_weight,
+)
 
 X = jnp.ones((4, 5))
 STATS = jaxnorm.init_batch_stats(5)
@@ -52,6 +61,40 @@ BAD = {
     "group axis": (lambda: group_norm(X, num_groups=5, axis=0), ValueError, "axis=0", "leave axis"),
     "instance": (lambda: instance_norm(X, feature_axis=0), ValueError, "feature_axis=0", "x[None]"),
     "offset": (lambda: rms_norm(X, scale_offset=1.0), ValueError, "scale=None", "Give a scale"),
+    "sample": (
+        lambda: layer_norm(X, jnp.ones((4, 1, 5))), ValueError, "scale.shape=(4, 1, 5)", "[:, None",
+    ),
+    "sample size": (lambda: rms_norm(X, jnp.ones((2, 5))), ValueError, "(2, 5)", "[:, None"),
+    "offset of norms": (
+        lambda: group_norm(X, num_groups=5, scale_offset=1.0), ValueError, "scale=None", "Give a",
+    ),
+    "activation": (lambda: layer_norm(X, activation="relu"), TypeError, "str 'relu'", "silu"),
+    "activation's shape": (
+        lambda: layer_norm(X, activation=jnp.sum), ValueError, "sum, which maps float32[4, 5] to "
+        "float32[]", "Apply",
+    ),
+    "activation's dtype": (
+        lambda: bn(activation=jnp.isnan), ValueError, "to bool[4, 5]", "Apply what",
+    ),
+    "activation's type": (
+        lambda: rms_norm(X, activation=lambda v: (v, v)), ValueError, "to tuple", "Apply what",
+    ),
+    "activation to complex": (
+        lambda: instance_norm(X, activation=jnp.fft.fft), ValueError, "complex64", "Apply what",
+    ),
+    "residual": (
+        lambda: add_layer_norm(X, jnp.ones(5)), ValueError, "residual.shape=(5,)", "broadcast_to",
+    ),
+    "residual type": (lambda: add_rms_norm(X, None), TypeError, "NoneType", "asarray"),
+    "options": (lambda: add_rms_norm(X, X, bias=X), TypeError, "got bias", "spelling"),
+    "save": (lambda: layer_norm(X, save="y"), ValueError, "save='y'", "'input'"),
+    "save activation": (
+        lambda: layer_norm(X, save="output", activation=jnp.tanh), ValueError, "tanh", "to the re",
+    ),
+    "save axis": (
+        lambda: jax.vmap(lambda x: layer_norm(x, save="output", axis_name="i"), axis_name="i")(X),
+        ValueError, "axis_name='i'", "save='input'",
+    ),
     "gain": (
         lambda: standardize_weight(X, jnp.ones(4)), ValueError, "gain.shape=(4,)", "One for each",
     ),

@@ -1,5 +1,6 @@
 """The TPU compiler, which needs no TPU: what every norm costs when it is spread over chips."""
 
+import math
 from functools import cache
 from typing import Any
 
@@ -126,3 +127,14 @@ def test_nothing_grows_with_the_number_of_chips(board, pod, mapped):
     # share, which is a MiB, that is not growth.
     assert large.hbm_bytes <= 1.03 * small.hbm_bytes
     assert large_memory <= small_memory + 2**16
+
+
+@pytest.mark.parametrize("name", ["layer", "rms", "group", "instance"])
+def test_moments_of_narrow_numbers_take_one_read(name):
+    """One read for the moments and one for the rest, and one write: no copy, no second look."""
+    sharding = NamedSharding(Mesh(mesh("v6e:2x2x1").devices.flat[:1], ("data",)), P())
+    shape = (256, 28, 28, C) if name in ("group", "instance") else (65536, 1024)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+    lowered = jax.jit(NORMS[name]).trace(x).lower(lowering_platforms=("tpu",))
+    passes = Program(lowered.compile().as_text()).hbm_bytes / (math.prod(shape) * 2)
+    assert 2.9 < passes < 3.05

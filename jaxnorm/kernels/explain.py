@@ -1,0 +1,86 @@
+"""Say which implementation runs, and why."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+
+from jaxnorm.kernels.choice import Decision, recorded
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """For each normalization of a function, in the order of its calls, what runs and why."""
+
+    platform: str
+    decisions: tuple[Decision, ...]
+
+    def __iter__(self):
+        """Operation, shape, dtype, implementation and reason of each call."""
+        for d in self.decisions:
+            yield d.norm.operation, d.shape, d.dtype, *d.on(self.platform)
+
+    def __str__(self):
+        rows = [("operation", "shape", "dtype", "runs", f"why, on {self.platform}")]
+        rows += [(o, "x".join(map(str, s)) or "()", d, i, why) for o, s, d, i, why in self]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join(
+            "  ".join((*(part.ljust(w) for part, w in zip(row, widths)), row[-1])) for row in rows
+        )
+
+    __repr__ = __str__
+
+
+def explain(function: Callable, *arguments, platform: str | None = None, **keywords) -> Explanation:
+    """Trace a function and tell for each layer, RMS, group or instance norm in it what runs.
+
+    Args:
+        function: one of jaxnorm's, or any function that calls them, such as a model's `apply`.
+            Nothing is computed.
+        *arguments: its arguments; arrays may be `jax.ShapeDtypeStruct`.
+        platform: "cpu", "cuda", "rocm" or "tpu"; None: the default device's.
+        **keywords: its keyword arguments.
+
+    Returns:
+        An `Explanation`: it prints as a table, and iterates over operation, shape, dtype,
+        implementation ("xla", "pallas", "two_pass", or "error" where a kernel is asked for that
+        this platform does not have) and reason. What is vmapped is told for one
+        example. On a mesh whose axes are Auto a kernel runs only inside `jax.shard_map`.
+
+    Raises:
+        ValueError: no such norm was traced, or the platform is none of these.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxnorm
+        >>> print(jaxnorm.explain(jaxnorm.layer_norm, jnp.ones((4, 8)), platform="cpu"))
+        operation   shape  dtype    runs  why, on cpu
+        layer_norm  4x8    float32  xla   no kernel: none is written for cpu
+    """
+    platform = jax.default_backend() if platform is None else platform
+    platform = {"gpu": "cuda"}.get(platform, platform)
+    if platform not in ("cpu", "cuda", "rocm", "tpu"):
+        raise ValueError(
+            f"explain: platform must be one of 'cpu', 'cuda', 'rocm' and 'tpu'; got {platform!r}. "
+            "Leave it at None for the default device's."
+        )
+    # A function that is compiled already for these shapes is not traced again.
+    plain = getattr(function, "__wrapped__", function) if hasattr(function, "lower") else function
+    leaves, tree = jax.tree.flatten((arguments, keywords))
+    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+
+    def run(arrays):
+        filled = list(leaves)
+        for i, array in zip(places, arrays):
+            filled[i] = array
+        given, named = tree.unflatten(filled)
+        return plain(*given, **named)
+
+    with recorded() as decisions:
+        jax.eval_shape(run, [leaves[i] for i in places])
+    if not decisions:
+        raise ValueError(
+            f"explain: no normalization was traced; got {plain!r}. Give a function that calls "
+            "layer_norm, rms_norm, group_norm or instance_norm; where it calls functions that were "
+            "compiled for these shapes before, call jax.clear_caches() first."
+        )
+    return Explanation(platform, tuple(decisions))

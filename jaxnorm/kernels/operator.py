@@ -1,0 +1,176 @@
+"""Kernels as operators that every JAX transformation can work on.
+
+Three primitives: a norm's value, the map of its tangents, and that map's transpose. Values and
+transposes are kernels; the tangents' map, and the derivatives of all three, are what `core` says,
+so that forward mode and derivatives of derivatives are as right as they are there. What is kept
+between the passes is `x`.
+
+A plain `custom_vjp` around a kernel would forbid forward mode.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching
+from jaxtyping import Array, Inexact
+
+from jaxnorm.kernels.held import Norm
+from jaxnorm.kernels.platforms import lowered
+
+
+@dataclass(frozen=True)
+class Call:
+    """The static half of a primitive's operands: which of them there are."""
+
+    norm: Norm
+    has_scale: bool
+    has_bias: bool
+    adds: bool
+    """Whether a residual is added first, so that the sum is a result too."""
+
+    def parameters(self, given) -> tuple[Array | None, Array | None]:
+        """Scale and bias, in their places."""
+        some = iter(given)
+        return (next(some) if self.has_scale else None, next(some) if self.has_bias else None)
+
+    @property
+    def count(self) -> int:
+        """How many parameters there are."""
+        return self.has_scale + self.has_bias
+
+    def behind(self) -> "Call":
+        """The same for arrays with one more axis in front."""
+        return Call(self.norm.behind(), self.has_scale, self.has_bias, self.adds)
+
+
+def normalize(
+    norm: Norm,
+    x: Inexact[Array, "*shape"],
+    residual: Inexact[Array, "*shape"] | None,
+    scale: Inexact[Array, "*#shape"] | None,
+    bias: Inexact[Array, "*#shape"] | None,
+) -> tuple[Array, ...]:
+    """``(y,)``, or ``(y, x + residual)``; parameters have the rank of `x`."""
+    call = Call(norm, scale is not None, bias is not None, residual is not None)
+    large = [x] if residual is None else [x, residual]
+    given = [p for p in (scale, bias) if p is not None]
+    return tuple(_value(call, large, given))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _value(call: Call, large, given):
+    return value_p.bind(*large, *given, call=call)
+
+
+@_value.defjvp
+def _value_jvp(call: Call, primals, tangents):
+    (large, given), (dlarge, dgiven) = primals, tangents
+    results = _value(call, large, given)
+    x, dx = (large[0], dlarge[0]) if not call.adds else (results[1], dlarge[0] + dlarge[1])
+    return results, push_p.bind(x, *given, dx, *dgiven, call=call)
+
+
+# What the primitives compute, in the words of `core`.
+
+
+def plain_value(call: Call, x: Array, *rest: Array) -> list[Array]:
+    """y, and the sum where there is one."""
+    if not call.adds:
+        return [call.norm.plain(x, *call.parameters(rest))]
+    total = x + rest[0]
+    return [call.norm.plain(total, *call.parameters(rest[1:])), total]
+
+
+def _of(call: Call, x: Array, *given: Array) -> Array:
+    return call.norm.plain(x, *call.parameters(given))
+
+
+def plain_push(call: Call, *operands: Array) -> list[Array]:
+    """From `x`, parameters and the tangents of all, dy, and dx where `x` is a result too."""
+    primals, tangents = operands[: call.count + 1], operands[call.count + 1 :]
+    dy = jax.jvp(partial(_of, call), primals, tangents)[1]
+    return [dy, tangents[0]] if call.adds else [dy]
+
+
+def plain_pull(call: Call, *operands: Array) -> list[Array]:
+    """From `x`, parameters and the cotangents of the results, those of `x` and the parameters."""
+    primals, (dy, *dtotal) = operands[: call.count + 1], operands[call.count + 1 :]
+    dx, *dgiven = jax.vjp(partial(_of, call), *primals)[1](dy)
+    return [dx + dtotal[0] if dtotal else dx, *dgiven]
+
+
+def _kernel_value(kernels, call: Call, x: Array, *rest: Array):
+    residual, given = (rest[0], rest[1:]) if call.adds else (None, rest)
+    return kernels.forward(call.norm, x, residual, *call.parameters(given))
+
+
+def _kernel_pull(kernels, call: Call, *operands: Array):
+    x, *given = operands[: call.count + 1]
+    dy, *dtotal = operands[call.count + 1 :]
+    return kernels.backward(call.norm, x, call.parameters(given), dy, *(dtotal or [None]))
+
+
+def _primitive(name: str, plain, kernel, results) -> Primitive:
+    primitive = Primitive(f"jaxnorm_{name}")
+    primitive.multiple_results = True
+    primitive.def_impl(lambda *operands, call: _compiled(primitive, call, *operands))
+    primitive.def_abstract_eval(lambda *avals, call: results(call, *avals))
+
+    def tangents(primals, tangents, *, call):
+        tangents = map(ad.instantiate_zeros, tangents)
+        return jax.jvp(partial(plain, call), tuple(primals), tuple(tangents))
+
+    def batched(operands, places, *, call):
+        (size,) = {o.shape[p] for o, p in zip(operands, places) if p is not None}
+        # Parameters too: each example then has its own, and its own derivatives of them.
+        operands = [
+            jnp.broadcast_to(o, (size, *o.shape)) if p is None
+            else jnp.moveaxis(o, p, 0)
+            for o, p in zip(operands, places)
+        ]  # fmt: skip
+        out = primitive.bind(*operands, call=call.behind())
+        return out, [0] * len(out)
+
+    ad.primitive_jvps[primitive] = tangents
+    batching.primitive_batchers[primitive] = batched
+    lowered(primitive, kernel, plain)
+    return primitive
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _compiled(primitive, call, *operands):
+    return primitive.bind(*operands, call=call)
+
+
+def _like(aval, dtype=None):
+    return aval.update(dtype=jnp.dtype(aval.dtype if dtype is None else dtype), weak_type=False)
+
+
+def _results(call: Call, x, *_) -> list[Any]:
+    y = _like(x, call.norm.finish.dtype)
+    return [y, _like(x)] if call.adds else [y]
+
+
+value_p = _primitive("value", plain_value, _kernel_value, _results)
+push_p = _primitive("push", plain_push, None, _results)
+pull_p = _primitive(
+    "pull", plain_pull, _kernel_pull,
+    lambda call, *avals: [_like(a) for a in avals[: call.count + 1]],
+)  # fmt: skip
+
+
+def _transposed(cotangents, *operands, call: Call):
+    primals = operands[: call.count + 1]
+    if call.adds and type(cotangents[1]) is ad.Zero:
+        call, cotangents = Call(call.norm, call.has_scale, call.has_bias, False), cotangents[:1]
+    out = pull_p.bind(*primals, *map(ad.instantiate_zeros, cotangents), call=call)
+    return [None] * len(primals) + [
+        d if ad.is_undefined_primal(o) else None for d, o in zip(out, operands[len(primals) :])
+    ]
+
+
+ad.primitive_transposes[push_p] = _transposed

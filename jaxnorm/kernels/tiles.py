@@ -1,0 +1,95 @@
+"""How an array is cut into blocks that fit into a TPU's on-chip memory.
+
+A block holds whole slices. What is left of its room is filled from the last axis to the first, so
+that a block is one piece of memory, or few.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+LANES = 128
+# Elements of a block: large enough for the bandwidth of a copy, small enough for two blocks of each
+# operand and what is computed of them in float32.
+_ROOM = 2**18
+# What a single slice may fill: a block of one slice has as many elements as the slice.
+MOST = 2**20
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Blocks of an array, one for each place of a grid that has one axis for each of the array."""
+
+    shape: tuple[int, ...]
+    block: tuple[int, ...]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """How many blocks lie along each axis."""
+        return tuple(-(-size // step) for size, step in zip(self.shape, self.block))
+
+    @property
+    def ragged(self) -> tuple[int, ...]:
+        """Axes whose last block reaches over the edge."""
+        sizes = zip(self.shape, self.block)
+        return tuple(a for a, (size, step) in enumerate(sizes) if size % step)
+
+    @property
+    def elements(self) -> int:
+        """Of a block as it lies in memory, filled up to whole registers."""
+        return _padded(self.block, 8)
+
+    def of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The block of an array that broadcasts to this one."""
+        return tuple(1 if size == 1 else step for size, step in zip(shape, self.block))
+
+    @staticmethod
+    def place(shape: tuple[int, ...], index: Sequence) -> tuple:
+        """Where in the grid of an array that broadcasts to this one the block at `index` lies."""
+        return tuple(0 if size == 1 else i for size, i in zip(shape, index))
+
+
+def tiles_of(
+    shape: tuple[int, ...], whole: tuple[int, ...], dtype, blocks: tuple[int, int] | None = None
+) -> Tiles:
+    """Blocks of an array of that shape that hold the axes `whole` undivided.
+
+    Args:
+        shape: of the array.
+        whole: axes that are reduced.
+        dtype: of the array; narrow ones are packed along the second to last axis.
+        blocks: an axis, and into how many groups it is split; a block holds whole groups.
+    """
+    rank = len(shape)
+    packed = 8 * max(1, 4 // jnp.dtype(dtype).itemsize)
+    block = [size if a in whole else 1 for a, size in enumerate(shape)]
+    unit = [1] * rank
+    unit[-1] = LANES
+    if rank > 1:
+        unit[-2] = packed
+    if blocks is not None:
+        axis, groups = blocks
+        unit[axis] = math.lcm(unit[axis], shape[axis] // groups)
+    for a in reversed(range(rank)):
+        if a in whole or (blocks is not None and a < rank - 1):
+            continue
+        room = _ROOM // _padded((*block[:a], min(unit[a], shape[a]), *block[a + 1 :]), packed)
+        fits = max(1, room) * min(unit[a], shape[a])
+        block[a] = shape[a] if fits >= shape[a] else fits // unit[a] * unit[a]
+        if block[a] < shape[a]:
+            # What lies before is cut into single entries, but for the axis that is packed.
+            if a == rank - 1 and rank > 1 and a - 1 not in whole:
+                block[a - 1] = min(unit[a - 1], shape[a - 1])
+            break
+    return Tiles(shape, tuple(block))
+
+
+def _padded(block: Sequence[int], packed: int) -> int:
+    *outer, last = block
+    elements = -(-last // LANES) * LANES
+    if outer:
+        *outer, rows = outer
+        elements *= -(-rows // packed) * packed
+    return elements * math.prod(outer)

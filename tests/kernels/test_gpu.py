@@ -1,0 +1,246 @@
+"""Kernels for GPUs: against the float64 oracle in Pallas's interpreter, and lowered for CUDA."""
+
+import contextlib
+import re
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnorm.core.finish import Activation, Finish
+from jaxnorm.core.measure import Reduction
+from jaxnorm.kernels import gpu
+from jaxnorm.kernels.held import Norm
+from jaxnorm.testing import assert_close, condition_number, oracle
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A norm on an array of one shape, and the oracle of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    parameters: tuple[int, ...]
+    blocks: tuple[int, int] | None = None
+    adds: bool = False
+    activation: Activation | None = None
+
+    def norm(self, dtype, *, interpreted: bool = True) -> Norm:
+        reduction = Reduction(self.axes, 1e-6, centered=self.name != "rms", blocks=self.blocks)
+        finish = Finish(jnp.dtype(dtype), activation=self.activation)
+        return Norm(
+            f"{self.name}_norm", reduction, finish, interpreted="cuda" if interpreted else None
+        )
+
+    def expected(self, x, scale, bias, dy):
+        """y, dx and the derivatives of the parameters, in float64."""
+        parameters = [p for p in (scale, bias) if p is not None]
+        options = {"axis": self.axes} if self.name in ("layer", "rms") else {}
+        options |= {"num_groups": self.blocks[1]} if self.blocks else {}
+        value, pull = (getattr(oracle, f"{self.name}_norm{end}") for end in ("", "_vjp"))
+        dx, *derived = pull(dy, x, *parameters, **options)
+        return value(x, *parameters, **options), dx, derived
+
+    def conditioning(self, x) -> float:
+        axes = self.axes
+        if self.blocks is not None:
+            x, axes = x.reshape(*x.shape[:-1], self.blocks[1], -1), (*axes, x.ndim)
+        return condition_number(x, axes, 1e-6, centered=self.name != "rms", terms=x.size)
+
+    def abstract(self, dtype):
+        x = jax.ShapeDtypeStruct(self.shape, dtype)
+        p = jax.ShapeDtypeStruct(self.parameters, jnp.float32)
+        return x, (p, None if self.name == "rms" else p)
+
+
+CASES = {
+    "layer, ragged": Case("layer", (7, 5, 33), (2,), (1, 1, 33)),
+    "layer, two axes": Case("layer", (9, 6, 5), (1, 2), (1, 6, 5)),
+    "layer, of each sample": Case("layer", (4, 6, 40), (2,), (4, 1, 40)),
+    "layer, of each row": Case("layer", (3, 2, 8), (2,), (3, 2, 8), adds=True),
+    "rms, sum": Case("rms", (3, 7, 130), (2,), (1, 1, 130), adds=True),
+    "group": Case("group", (5, 3, 2, 12), (1, 2), (1, 1, 1, 12), blocks=(3, 3)),
+    "group, one position": Case("group", (5, 12), (), (1, 12), blocks=(1, 3)),
+    "instance": Case("instance", (3, 5, 6, 10), (1, 2), (1, 1, 1, 10)),
+}
+
+
+def arrays(case: Case, dtype, offset: float):
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.normal(size=case.shape) + o, dtype) for o in (offset, 0))
+    scale, bias = (jnp.asarray(rng.normal(size=case.parameters) + 1, jnp.float32) for _ in range(2))
+    return x, dy, scale, None if case.name == "rms" else bias
+
+
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """So few registers that programs walk through several blocks also where arrays are small."""
+    monkeypatch.setattr(gpu, "_MULTIPROCESSORS", 1)
+    monkeypatch.setattr(gpu, "_SMALL", 64)
+    monkeypatch.setattr(gpu, "_ROOM", 64)
+    monkeypatch.setattr(gpu, "_ROOMY", 128)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_derivatives(name, dtype, small_gpu):
+    case = CASES[name]
+    norm = case.norm(dtype)
+    assert gpu.refusal(norm, case.shape, dtype, [case.parameters]) is None
+    value = jax.jit(partial(gpu.forward, norm))
+    pull = jax.jit(lambda x, p, *cotangents: gpu.backward(norm, x, p, *cotangents))
+    for offset in (0.0, 1e4):
+        x, dy, scale, bias = arrays(case, dtype, offset)
+        residual = jnp.flip(x, 0) if case.adds else None
+        y, *total = value(x, residual, scale, bias)
+        if case.adds:
+            wanted = (x.astype(jnp.float32) + residual.astype(jnp.float32)).astype(dtype)
+            np.testing.assert_array_equal(total[0], wanted)
+            x = wanted
+        dx, *derived = pull(x, (scale, bias), dy, dy if case.adds else None)
+        numbers = [None if a is None else np.asarray(a) for a in (x, scale, bias, dy)]
+        wanted_y, wanted_dx, wanted = case.expected(*numbers)
+        wanted_dx = wanted_dx + numbers[3].astype(np.float64) if case.adds else wanted_dx
+        conditioning = max(1.0, case.conditioning(numbers[0]))
+        assert y.dtype == dx.dtype == dtype
+        assert_close(y, wanted_y, floor=8.0, name=f"{name} {offset} y")
+        for what, got, want in zip(("dx", "dscale", "dbias"), (dx, *derived), (wanted_dx, *wanted)):
+            assert_close(
+                got, want, what="derivative", conditioning=conditioning,
+                floor=float(np.abs(want).max()), name=f"{name} {offset} {what}",
+            )  # fmt: skip
+        assert len(derived) == len(wanted)
+
+
+@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_programs_write_every_element_once_and_read_none_outside(
+    name, sums, small_gpu, monkeypatch
+):
+    """The interpreter would forgive a wrong place; a GPU would not."""
+    case = CASES[name]
+    norm = case.norm("bfloat16")
+    plan = gpu.plan_of(norm, case.shape, jnp.bfloat16, [case.parameters], sums=sums)
+
+    class Ref:
+        dtype = jnp.bfloat16
+        at = property(lambda self: self)
+
+        def __getitem__(self, index):
+            return index
+
+    def places(index, mask):
+        mask = True if mask is None else np.asarray(mask)
+        index = np.broadcast_arrays(*map(np.asarray, index), mask)
+        return tuple(i[index[-1]] for i in index[:-1])
+
+    written = np.zeros(plan.view, int)
+
+    def load(index, *, mask, **_):
+        for places_along, size in zip(places(index, mask), plan.view):
+            assert np.all((places_along >= 0) & (places_along < size))
+        return jnp.zeros(plan.block, jnp.bfloat16)
+
+    def store(index, block, *, mask):
+        np.add.at(written, places(index, mask), 1)
+
+    monkeypatch.setattr(gpu.plgpu, "load", load)
+    monkeypatch.setattr(gpu.plgpu, "store", store)
+    for row in range(plan.programs):
+        for group in range(-(-plan.view[2] // plan.block[2])):
+            for step in range(plan.steps):
+                place = plan.place((row, group), step)
+                place.store(Ref(), place.load(Ref()))
+            if plan.steps > 1:  # what is loaded while the last block is computed
+                assert not np.any(plan.place((row, group), plan.steps).inside)
+    assert np.all(written == 1)
+
+
+def test_what_fills_a_block_up_takes_no_part():
+    """A constant slice at the end of the range: zeros beside it would be infinitely far away."""
+    case = Case("group", (2, 3, 8), (1,), (1, 1, 8), blocks=(2, 2))
+    x = jnp.full(case.shape, 3e38, jnp.float32).at[1].multiply(-1)
+    dy, scale, bias = jnp.ones_like(x), jnp.ones((1, 1, 8)), jnp.arange(8.0).reshape(1, 1, 8)
+    norm = case.norm("float32")
+    (y,) = gpu.forward(norm, x, None, scale, bias)
+    np.testing.assert_array_equal(y, jnp.broadcast_to(bias, y.shape))
+    dx, dscale, dbias = gpu.backward(norm, x, (scale, bias), dy, None)
+    np.testing.assert_array_equal(dx, jnp.zeros_like(dx))
+    np.testing.assert_array_equal(dscale, jnp.zeros_like(dscale))
+    np.testing.assert_array_equal(dbias, jnp.full_like(dbias, 6.0))
+
+
+def on_hopper():
+    """What stands for a GPU where there is none; older JAX takes a Hopper by itself."""
+    if jax.__version_info__ < (0, 12):
+        return contextlib.nullcontext()
+    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+LOWERED = {
+    "narrow": Case("layer", (4096, 768), (1,), (1, 768)),
+    "wide, sum": Case("rms", (512, 32768), (1,), (1, 32768), adds=True),
+    "of each sample": Case("layer", (16, 256, 1152), (2,), (16, 1, 1152)),
+    "groups": Case("group", (64, 16, 16, 320), (1, 2), (1, 1, 1, 320), blocks=(3, 32)),
+    "activation": Case(
+        "instance", (8, 14, 14, 96), (1, 2), (1, 1, 1, 96),
+        activation=Activation("instance_norm", jax.nn.silu),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", LOWERED)
+def test_lowers_for_cuda(name):
+    case = LOWERED[name]
+    norm = case.norm("bfloat16", interpreted=False)
+    assert gpu.refusal(norm, case.shape, jnp.bfloat16, [case.parameters]) is None
+    x, parameters = case.abstract(jnp.bfloat16)
+    other = x if case.adds else None
+    runs = {
+        lambda x, other, p: gpu.forward(norm, x, other, *p): (x, other, parameters),
+        lambda x, p, *dy: gpu.backward(norm, x, p, *dy): (x, parameters, x, other),
+    }
+    for run, operands in runs.items():
+        with on_hopper():
+            text = jax.jit(run).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+        (call,) = re.findall(r"custom_call @__gpu\$xla.gpu.triton.*", text)
+        assert f'name = "{case.name}_norm"' in call
+        assert "atomic" not in call
+        assert "stablehlo.transpose" not in text
+
+
+@pytest.mark.parametrize("width", [1024, 4096, 16384, 32768])
+def test_programs_are_few_where_they_add_up_and_fill_the_gpu(width):
+    norm = Case("layer", (), (1,), ()).norm("bfloat16")
+    plan = gpu.plan_of(norm, (65536, width), jnp.bfloat16, [(1, width)], sums=True)
+    assert 120 <= plan.programs <= 528
+    assert plan.programs * plan.steps * plan.block[0] >= 65536
+    assert np.prod(plan.block) <= 1024 * 32 == gpu.MOST
+
+
+def test_refusals_tell_why():
+    def reason(shape, axes, parameters=(), dtype="bfloat16", blocks=None, **options):
+        norm = Case("layer", shape, axes, (), blocks, **options).norm("bfloat16")
+        return gpu.refusal(norm, shape, dtype, parameters)
+
+    assert "x is float64" in reason((4, 8), (1,), dtype="float64")
+    assert "x is complex64" in reason((4, 8), (1,), dtype="complex64")
+    assert "neighbouring axes" in reason((4, 5, 6, 7), (1, 3))
+    assert "last axis into groups" in reason((4, 8, 6), (2,), blocks=(1, 2))
+    assert "1 x 1 x 1 x 65536" in reason((4, 40000), (1,))
+    assert "only 16 bytes" in reason((2, 64, 64, 64), (1, 2))
+    assert "each feature or sample" in reason((2, 3, 8), (2,), [(1, 3, 8)])
+    assert "each feature or sample" in reason((2, 3, 8), (1,), [(1, 3, 8)])
+    erf = Activation("layer_norm", jax.scipy.special.erf)
+    assert "no erf" in reason((2, 8), (1,), activation=erf)
+    assert "positive sizes" in reason((0, 8), (1,))

@@ -1,0 +1,48 @@
+"""Blocks: whole slices, room in on-chip memory, shapes that a TPU can address."""
+
+import math
+
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxnorm.kernels.tiles import LANES, MOST, tiles_of
+
+SHAPES = st.lists(st.integers(1, 700), min_size=1, max_size=4).map(tuple)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SHAPES, st.data())
+def test_blocks_hold_whole_slices_and_are_addressable(shape, data):
+    axes = st.integers(0, len(shape) - 1)
+    whole = tuple(sorted(data.draw(st.sets(axes, min_size=1))))
+    dtype = data.draw(st.sampled_from([jnp.float32, jnp.bfloat16]))
+    tiles = tiles_of(shape, whole, dtype)
+    assert all(tiles.block[a] == shape[a] for a in whole)
+    assert all(1 <= b <= n for b, n in zip(tiles.block, shape))
+    packed = 8 if dtype == jnp.float32 else 16
+    # The two last axes of a block: all of the array's, or a multiple of what a register holds.
+    assert tiles.block[-1] in (shape[-1],) or tiles.block[-1] % LANES == 0
+    if len(shape) > 1:
+        assert tiles.block[-2] == shape[-2] or tiles.block[-2] % packed == 0
+    assert all(g * b >= n for g, b, n in zip(tiles.grid, tiles.block, shape))
+
+
+@pytest.mark.parametrize("shape", [(65536, 1024), (64, 197, 768), (8, 4096, 8192), (100000, 1)])
+def test_a_block_is_large_and_fits(shape):
+    tiles = tiles_of(shape, (len(shape) - 1,), jnp.bfloat16)
+    assert 2**16 < tiles.elements <= MOST
+    assert math.prod(tiles.grid) > 1
+
+
+def test_blocks_hold_whole_groups():
+    tiles = tiles_of((4, 112, 112, 960), (1, 2), jnp.float32, blocks=(3, 20))  # groups of 48
+    assert tiles.block[3] % 48 == 0 and tiles.block[3] % LANES == 0
+    assert tiles.block[:3] == (1, 112, 112)
+
+
+def test_the_blocks_of_what_broadcasts():
+    tiles = tiles_of((64, 256, 1024), (2,), jnp.float32)
+    assert tiles.of((1, 1, 1024)) == (1, 1, 1024)
+    assert tiles.place((64, 1, 1024), (3, 5, 0)) == (3, 0, 0)
