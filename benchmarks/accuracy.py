@@ -4,6 +4,7 @@ Errors are in units of rounding of the input's dtype: of `max(1, |y|)` for a val
 derivative for a derivative.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -11,11 +12,12 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks import peers as p
-from benchmarks.records import load_average, new_record
+from benchmarks.running import Plan, Unit
 from jaxnorm.testing import condition_number, rounding_units
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 NONFINITE = "nonfinite"
+PEERS = ("jaxnorm", "flax", "flax two-pass", "torch")
 MOST_CONDITIONING = 2.0  # what condition_number may say for a derivative to be judged
 
 
@@ -54,11 +56,10 @@ QUICK = Grid(
 OUTLIER = 1e4  # deviations
 
 
-def measure(command: str, *, quick: bool = False, peers: tuple[str, ...] | None = None) -> dict:
-    """The record of a run; `peers` are names, None for all that are installed."""
+def plan(*, quick: bool = False, peers: tuple[str, ...] = PEERS) -> Plan:
+    """Some minutes; the quick form, a few inputs. `peers` are names; who is missing is left out."""
     grid = QUICK if quick else Grid()
-    chosen = p.PEERS if peers is None else p.named(peers)
-    chosen = tuple(c for c in chosen if c is not p.TORCH or p.has_torch())
+    chosen = p.named(peers)
     settings = {
         "peers": [c.name for c in chosen],
         "columns": ["norm", "dtype", "layout", "offset", "deviation", "outlier", "units by peer"],
@@ -66,22 +67,29 @@ def measure(command: str, *, quick: bool = False, peers: tuple[str, ...] | None 
         "layouts": {layout.name: layout.shape for layout in grid.layouts},
         "outlier": f"one element off by {OUTLIER:g} deviations",
     }
-    record = new_record("accuracy", command, settings)
+    units = [
+        Unit(
+            f"{norm.name} {layout.name} {dtype}",
+            functools.partial(_rows, grid, norm, dtype, layout, chosen),
+        )
+        for layout, dtype in itertools.product(grid.layouts, grid.dtypes)
+        for norm in p.norms(layout.groups)
+    ]
+    special = Unit("edge", lambda: {"special": list(_special_rows(chosen))})
+    return Plan(settings, [*units, special])
+
+
+def _rows(grid: Grid, norm: p.Norm, dtype: str, layout: Layout, chosen) -> dict[str, list]:
     values, derivatives = [], []
-    for layout, dtype in itertools.product(grid.layouts, grid.dtypes):
-        for norm in p.norms(layout.groups):
-            for offset, deviation, outlier in itertools.product(
-                grid.offsets, grid.deviations, grid.outliers
-            ):
-                value, derivative = _sample(norm, dtype, layout, offset, deviation, outlier, chosen)
-                row = [norm.name, dtype, layout.name, offset, deviation, outlier]
-                values.append([*row, value])
-                if derivative is not None:
-                    derivatives.append([*row, derivative])
-    record["values"], record["derivatives"] = values, derivatives
-    record["special"] = list(_special_rows(chosen))
-    record["load_average"] = load_average()
-    return record
+    for offset, deviation, outlier in itertools.product(
+        grid.offsets, grid.deviations, grid.outliers
+    ):
+        value, derivative = _sample(norm, dtype, layout, offset, deviation, outlier, chosen)
+        row = [norm.name, dtype, layout.name, offset, deviation, outlier]
+        values.append([*row, value])
+        if derivative is not None:
+            derivatives.append([*row, derivative])
+    return {"values": values, "derivatives": derivatives}
 
 
 def _sample(norm, dtype, layout, offset, deviation, outlier, chosen):

@@ -1,25 +1,29 @@
 """Seconds to trace and to compile `jit(grad)` of a network with eight normalization layers."""
 
+import functools
 import random
 import time
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from benchmarks import peers as p
-from benchmarks.records import load_average, new_record
+from benchmarks.running import Plan, Unit
 
 LAYERS = 8
 REPEATS = 15
 CASES = (("layer", "MLP"), ("rms", "MLP"), ("batch", "convolutions"), ("group", "convolutions"))
 NO_NORM = "no norm"
+PEERS = (p.JAXNORM, p.FLAX)
 
 
 class Network(nn.Module):
     """`LAYERS` times dense layer or convolution, normalization, relu; then the mean square."""
 
-    make_norm: object
+    make_norm: Callable[[], Any]
     convolutional: bool
 
     @nn.compact
@@ -30,35 +34,31 @@ class Network(nn.Module):
         return jnp.mean(jnp.square(x))
 
 
-def measure(command: str, *, quick: bool = False) -> dict:
-    """The record of a run."""
+def plan(*, quick: bool = False) -> Plan:
+    """Some minutes; the quick form, one network twice."""
     repeats = 2 if quick else REPEATS
-    makers = {peer.name: peer for peer in (p.JAXNORM, p.FLAX)}
     settings = {
-        "peers": [*makers, NO_NORM],
+        "peers": [*(peer.name for peer in PEERS), NO_NORM],
         "layers": LAYERS,
         "columns": ["norm", "network", "repeat", "by peer [trace and lower, compile] in seconds"],
         "caches": "cleared before every sample; no persistent cache; peers in random order",
     }
-    record = new_record("compile", command, settings)
-    record["load_average"] = [load_average()]
-    norms = {norm.name: norm for norm in p.norms(8)}
-    order = random.Random(0)
-    samples = []
-    for name, network in CASES[:1] if quick else CASES:
-        runs = {
-            peer: _stage(makers.get(peer), norms[name], convolutional=network == "convolutions")
-            for peer in settings["peers"]
-        }
-        for repeat in range(-1, repeats):  # the first is thrown away: it loads modules
-            names = list(runs)
-            order.shuffle(names)
-            found = {peer: runs[peer]() for peer in names}
-            if repeat >= 0:
-                samples.append([name, network, repeat, [found[peer] for peer in runs]])
-    record["samples"] = samples
-    record["load_average"].append(load_average())
-    return record
+    units = [
+        Unit(f"{name} {network}", functools.partial(_rows, name, network, repeats))
+        for name, network in (CASES[:1] if quick else CASES)
+    ]
+    return Plan(settings, units)
+
+
+def _rows(name: str, network: str, repeats: int) -> dict[str, list]:
+    norm = next(norm for norm in p.norms(8) if norm.name == name)
+    runs = [_stage(peer, norm, convolutional=network == "convolutions") for peer in (*PEERS, None)]
+    order, samples = random.Random(0), []
+    for repeat in range(-1, repeats):  # the first is thrown away: it loads modules
+        found = {i: runs[i]() for i in order.sample(range(len(runs)), len(runs))}
+        if repeat >= 0:
+            samples.append([name, network, repeat, [found[i] for i in range(len(runs))]])
+    return {"samples": samples}
 
 
 def _stage(peer: p.Linen | None, norm: p.Norm, *, convolutional: bool):

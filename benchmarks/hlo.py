@@ -186,6 +186,34 @@ class Program:
             )
         return sum(self._moved(instruction) for instruction in self.entry.values())
 
+    @property
+    def on_chip_bytes(self) -> int:
+        """Of the entry computation's results that are put into on-chip memory, all together."""
+        return sum(
+            array.bytes
+            for instruction in self.entry.values()
+            if instruction.opcode not in _MOVE_NOTHING and not _continues(instruction)
+            for array in self._chain(instruction)[-1].results
+            if array.on_chip
+        )
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """How often each kind of kernel runs outside of branches: "fusion", other operations that
+        XLA schedules by themselves, and hand-written kernels by their names."""
+        found: dict[str, int] = {}
+        for instruction in self.entry.values():
+            if instruction.opcode in _MOVE_NOTHING - {"conditional"} or _continues(instruction):
+                continue
+            name = instruction.opcode
+            if name == "custom-call":
+                target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+                name = target[1] if target else name
+                if name == "tpu_custom_call":
+                    name = re.sub(r"\.\d+$", "", instruction.name)
+            found[name] = found.get(name, 0) + 1
+        return dict(sorted(found.items()))
+
     def _moved(self, instruction: Instruction) -> int:
         if (
             instruction.opcode in _MOVE_NOTHING

@@ -4,38 +4,46 @@ Counted in the traced program: the distinct arrays that the function returned by
 Parameters are float32, x and the results bfloat16.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks import peers as p
-from benchmarks.records import new_record
+from benchmarks.running import Plan, Unit
 
 SHAPES = ((4096, 1024), (32, 28, 28, 128))
 GROUPS = 32
+PEERS = (p.JAXNORM, p.FLAX)
 
 
-def measure(command: str, *, quick: bool = False) -> dict:
-    """The record of a run. Nothing is computed, only traced, so that the quick form is the full."""
+def plan(*, quick: bool = False) -> Plan:
+    """Nothing is computed, only traced, so that the quick form is the full."""
     del quick
     settings = {
-        "peers": [p.JAXNORM.name, p.FLAX.name],
+        "peers": [peer.name for peer in PEERS],
         "dtype": "bfloat16",
         "parameters": "float32",
         "columns": ["norm", "shape", "under jit", "kept bytes / bytes of x, by peer"],
     }
-    record = new_record("memory", command, settings)
-    samples = []
-    for shape in SHAPES:
-        for norm in p.norms(GROUPS):
-            if norm.name in ("instance", "group") and len(shape) == 2:
-                continue  # without spatial axes
-            for jit in (False, True):
-                kept = [_kept(peer, norm, shape, jit=jit) for peer in (p.JAXNORM, p.FLAX)]
-                samples.append([norm.name, list(shape), jit, kept])
-    record["samples"] = samples
-    return record
+    units = [
+        Unit(f"{norm.name} {shape}", functools.partial(_rows, norm, shape))
+        for shape in SHAPES
+        for norm in p.norms(GROUPS)
+        # The others are without spatial axes there.
+        if len(shape) > 2 or norm.name not in ("instance", "group")
+    ]
+    return Plan(settings, units)
+
+
+def _rows(norm: p.Norm, shape: tuple[int, ...]) -> dict[str, list]:
+    return {
+        "samples": [
+            [norm.name, list(shape), jit, [_kept(peer, norm, shape, jit=jit) for peer in PEERS]]
+            for jit in (False, True)
+        ]
+    }
 
 
 def _kept(peer: p.Linen, norm: p.Norm, shape, *, jit: bool) -> float:

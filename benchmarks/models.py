@@ -1,11 +1,14 @@
-"""Whole networks around a normalization: a ResNet and a pre-norm transformer, in Linen.
+"""Whole networks around a normalization, in Linen: a ResNet, a pre-norm transformer, a U-Net, and
+stacks of the blocks that these are made of.
 
-Activations are bfloat16 and parameters float32. `norm` makes a layer from its features' dtype, so
-that one network stands with any library's layer, or with none.
+Activations are bfloat16, where nothing else is asked for, and parameters float32. `norm` makes a
+layer, so that one network stands with any library's layer, or with none.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,10 +23,11 @@ class Bottleneck(nn.Module):
     norm: Callable[[], nn.Module]
     width: int
     stride: int
+    dtype: Any = DTYPE
 
     @nn.compact
     def __call__(self, x):
-        conv = partial(nn.Conv, use_bias=False, dtype=DTYPE)
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
         strides = (self.stride, self.stride)
         y = nn.relu(self.norm()(conv(self.width, (1, 1))(x)))
         y = nn.relu(self.norm()(conv(self.width, (3, 3), strides)(y)))
@@ -72,6 +76,113 @@ class Transformer(nn.Module):
             y = nn.gelu(nn.Dense(4 * self.width, dtype=DTYPE)(self.norm()(x)))
             x = x + nn.Dense(self.width, dtype=DTYPE)(y)
         return embed.attend(self.norm()(x)).astype(jnp.float32)
+
+
+class MLPBlocks(nn.Module):
+    """The half of a pre-norm transformer without attention: norm, dense, gelu, dense, add."""
+
+    norm: Callable[[], nn.Module]
+    blocks: int = 4
+    dtype: Any = DTYPE
+
+    @nn.compact
+    def __call__(self, x):
+        features = x.shape[-1]
+        for _ in range(self.blocks):
+            y = nn.gelu(nn.Dense(4 * features, dtype=self.dtype)(self.norm()(x)))
+            x = x + nn.Dense(features, dtype=self.dtype)(y)
+        return x
+
+
+class Bottlenecks(nn.Module):
+    """Bottlenecks in a row that keep their input's shape."""
+
+    norm: Callable[[], nn.Module]
+    blocks: int = 4
+    dtype: Any = DTYPE
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(self.blocks):
+            x = Bottleneck(self.norm, x.shape[-1] // 4, 1, self.dtype)(x)
+        return x
+
+
+class TransformerBlocks(nn.Module):
+    """Pre-norm blocks (Xiong et al. 2020): attention, then two dense layers."""
+
+    norm: Callable[[], nn.Module]
+    blocks: int = 2
+    heads: int = 8
+    dtype: Any = DTYPE
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(self.blocks):
+            attention = nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype)
+            x = x + attention(self.norm()(x))
+            x = MLPBlocks(self.norm, 1, self.dtype)(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Ronneberger et al. 2015, with norm, swish and convolution in residual blocks (Ho et al.
+    2020); halves the image once a stage."""
+
+    norm: Callable[[], nn.Module]
+    width: int = 64
+    stages: int = 2
+    dtype: Any = DTYPE
+
+    @nn.compact
+    def __call__(self, x):
+        conv = partial(nn.Conv, kernel_size=(3, 3), dtype=self.dtype)
+        channels, y, skips = x.shape[-1], conv(self.width)(x), []
+        for i in range(self.stages):
+            y = self._residual(y, self.width * 2**i)
+            skips.append(y)
+            y = conv(self.width * 2 ** (i + 1), strides=(2, 2))(y)
+        y = self._residual(y, y.shape[-1])
+        for i, skip in reversed(list(enumerate(skips))):
+            y = nn.ConvTranspose(self.width * 2**i, (2, 2), (2, 2), dtype=self.dtype)(y)
+            y = self._residual(jnp.concatenate([y, skip], -1), self.width * 2**i)
+        return conv(channels)(nn.swish(self.norm()(y)))
+
+    def _residual(self, x, features: int):
+        conv = partial(nn.Conv, kernel_size=(3, 3), dtype=self.dtype)
+        y = conv(features)(nn.swish(self.norm()(x)))
+        y = conv(features)(nn.swish(self.norm()(y)))
+        x = x if x.shape == y.shape else nn.Conv(features, (1, 1), dtype=self.dtype)(x)
+        return x + y
+
+
+class NoNorm(nn.Module):
+    """Stands where a normalization stands, and does nothing."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x
+
+
+def mean_squared_error(y: jax.Array, target: jax.Array) -> jax.Array:
+    """In float32."""
+    return jnp.mean(jnp.square(y.astype(jnp.float32) - target.astype(jnp.float32)))
+
+
+def normed(make: Callable[[Any], nn.Module], x: jax.ShapeDtypeStruct) -> list[int]:
+    """Bytes of the input of every norm layer in the network that `make` builds around a norm."""
+    seen = []
+
+    class Spy(nn.Module):
+        """Stands where the layers stand."""
+
+        @nn.compact
+        def __call__(self, x):
+            seen.append(math.prod(x.shape) * x.dtype.itemsize)
+            return x
+
+    jax.eval_shape(make(Spy).init, jax.random.key(0), x)
+    return seen
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

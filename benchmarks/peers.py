@@ -1,23 +1,33 @@
 """One normalization, several libraries: the same numbers in, the same quantities out.
 
-A `Norm` says what is to be computed and knows its float64 oracle; a peer computes it. Flax and
-jaxnorm are reached through the same Linen constructor call, so that only the module differs.
+A `Norm` says what is to be computed and knows its float64 oracle; a peer computes it. Peers in JAX
+are functions of (parameters, x) that return y and, of batch norm, the new statistics; PyTorch is in
+`benchmarks.pytorch`.
 """
 
 import functools
+import importlib
 import importlib.util
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any, ClassVar
 
-import flax.linen
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+import jaxnorm
 import jaxnorm.linen
+from benchmarks.pytorch import TORCH, TORCH_COMPILED, Torch
 from jaxnorm.testing import oracle
 
 OUTPUTS = ("y", "dx", "dscale", "dbias")
+# What the pure functions take as `implementation`: each is a peer of its own where a kernel may be
+# chosen.
+IMPLEMENTATIONS = ("xla", "pallas")
 
 
 @dataclass(frozen=True)
@@ -26,27 +36,33 @@ class Norm:
 
     name: str
     layer: str
-    """The class in Flax's Linen and in jaxnorm's."""
+    """The class in Flax's Linen and in jaxnorm's; "" where there is none."""
     groups: int | None = None
     has_bias: bool = True
 
     @property
     def epsilon(self) -> float:
-        """Flax's default."""
-        return 1e-5 if self.name == "batch" else 1e-6
+        """Flax's default, or jaxnorm's."""
+        return 1e-5 if self.name in ("batch", "weight") else 1e-6
 
     def axes(self, ndim: int) -> tuple[int, ...]:
         """The axes of one slice; a group's slice has a part of the last one."""
         if self.name in ("layer", "rms"):
             return (ndim - 1,)
         spatial = tuple(range(1, ndim - 1))
-        return {"batch": (0, *spatial), "group": (*spatial, ndim - 1), "instance": spatial}[
-            self.name
-        ]
+        return {
+            "batch": (0, *spatial),
+            "group": (*spatial, ndim - 1),
+            "instance": spatial,
+            "weight": (0, *spatial),
+        }[self.name]
 
-    def exact(self, x, scale, bias, dy, mask=None) -> dict[str, np.ndarray]:
+    def exact(self, x, scale, bias, dy, mask=None) -> dict[str, Any]:
         """The float64 oracle's `y`, `dx`, `dscale` and `dbias`."""
         arguments = [x, scale, bias] if self.has_bias else [x, scale]
+        if self.name == "weight":
+            y = oracle.standardize_weight(*arguments)
+            return dict(zip(OUTPUTS, (y, *oracle.standardize_weight_vjp(dy, *arguments))))
         options = {"mask": mask}
         if self.groups:
             options["num_groups"] = self.groups
@@ -61,27 +77,71 @@ class Norm:
         return dict(zip(OUTPUTS, (y, *backward(dy, *arguments, **options))))
 
 
+class _Jax:
+    """What peers in JAX share: `function` makes it, `run` takes it to NumPy."""
+
+    takes_masks: ClassVar[bool] = False
+
+    def has(self, norm: Norm) -> bool:
+        """Whether the peer has that normalization."""
+        del norm
+        return True
+
+    def function(self, norm: Norm, dtype) -> Callable:
+        """A function of (parameters, x) that returns y, in `dtype`, and the new statistics."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def _compiled(self) -> dict:
+        return {}
+
+    def run(self, norm: Norm, x, scale, bias, dy, mask=None) -> dict[str, np.ndarray] | None:
+        """`y`, `dx`, `dscale` and `dbias`, in NumPy; None where the peer has no such function."""
+        if not self.has(norm) or (mask is not None and not self.takes_masks):
+            return None
+        options = (mask,) if self.takes_masks else ()
+        key = (norm, x.dtype)
+        if key not in self._compiled:
+            function = self.function(norm, x.dtype)
+
+            @jax.jit
+            def both(parameters, x, dy, *options):
+                y, back, _ = jax.vjp(
+                    lambda p, x: function(p, x, *options), parameters, x, has_aux=True
+                )
+                return y, back(dy)
+
+            self._compiled[key] = both
+        parameters = parameters_of(norm, scale, bias)
+        y, (dparameters, dx) = self._compiled[key](parameters, x, dy, *options)
+        found = (y, dx, dparameters["scale"], dparameters.get("bias"))
+        return {k: np.asarray(v) for k, v in zip(OUTPUTS, found) if v is not None}
+
+
 @dataclass(frozen=True)
-class Linen:
+class Linen(_Jax):
     """Layers of a module with Flax's Linen interface."""
 
     name: str
     module: ModuleType
-    options: dict = field(default_factory=dict)
+    options: tuple[tuple[str, Any], ...] = ()
     takes_masks = True
 
-    def layer(self, norm: Norm, dtype):
+    def has(self, norm: Norm) -> bool:
+        return hasattr(self.module, norm.layer)
+
+    def layer(self, norm: Norm, dtype) -> nn.Module:
         """The module, training, with results in `dtype`."""
-        options = {**self.options, "dtype": dtype}
+        options = {**dict(self.options), "dtype": dtype}
         if norm.name == "batch":
             options["use_running_average"] = False
         if norm.groups:
             options["num_groups"] = norm.groups
         return getattr(self.module, norm.layer)(**options)
 
-    def function(self, norm: Norm, dtype):
-        """A function of (parameters, x, mask=None) that returns y."""
-        layer = self.layer(norm, dtype)
+    def function(self, norm: Norm, dtype) -> Callable:
+        """A function of (parameters, x, mask=None) that returns y and the new statistics."""
+        layer: Any = self.layer(norm, dtype)
 
         def apply(parameters, x, mask=None):
             variables = {"params": parameters}
@@ -89,90 +149,137 @@ class Linen:
                 stats = {"mean": jnp.zeros(x.shape[-1]), "var": jnp.ones(x.shape[-1])}
                 variables["batch_stats"] = stats
             # What a training step returns beside y: the new statistics must not be dead code.
-            y, state = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
-            return y, state
+            return layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
 
         return apply
-
-    @functools.cached_property
-    def _compiled(self) -> dict:
-        return {}
-
-    def run(self, norm: Norm, x, scale, bias, dy, mask=None) -> dict[str, np.ndarray]:
-        """`y`, `dx`, `dscale` and `dbias`, in NumPy."""
-        key = (norm, x.dtype)
-        if key not in self._compiled:
-            function = self.function(norm, x.dtype)
-
-            @jax.jit
-            def both(parameters, x, dy, mask):
-                y, back, _ = jax.vjp(lambda p, x: function(p, x, mask), parameters, x, has_aux=True)
-                return y, back(dy)
-
-            self._compiled[key] = both
-        parameters = parameters_of(norm, scale, bias)
-        y, (dparameters, dx) = self._compiled[key](parameters, x, dy, mask)
-        found = (y, dx, dparameters["scale"], dparameters.get("bias"))
-        return {k: np.asarray(v) for k, v in zip(OUTPUTS, found) if v is not None}
 
 
 @dataclass(frozen=True)
-class Torch:
-    """PyTorch's functional normalizations, on the same memory, features last.
+class Functional(_Jax):
+    """jaxnorm's pure functions, with the implementation that is asked for."""
 
-    PyTorch wants features second: batch, group and instance norm see a transposed view, which for
-    images is its channels-last format.
-    """
+    implementation: str | None
+    takes_masks = True
 
-    name: str = "torch"
-    takes_masks = False
+    @property
+    def name(self) -> str:
+        return f"jaxnorm {self.implementation or 'chosen'}"
 
-    def function(self, norm: Norm):
-        """A function of tensors (x, scale, bias) that returns y."""
-        import torch.nn.functional as F  # noqa: N812
+    def has(self, norm: Norm) -> bool:
+        if self.implementation == "pallas":
+            return norm.name in ("layer", "rms", "group", "instance")
+        return norm.name != "weight" or self.implementation is None
 
-        eps = norm.epsilon
+    def function(self, norm: Norm, dtype) -> Callable:
+        """A function of (parameters, x, mask=None) that returns y and the new statistics."""
+        given = {"dtype": dtype, "epsilon": norm.epsilon, "implementation": self.implementation}
 
-        def apply(x, scale, bias):
-            if norm.name == "layer":
-                return F.layer_norm(x, x.shape[-1:], scale, bias, eps)
+        def apply(parameters, x, mask=None):
+            scale, bias = parameters["scale"], parameters.get("bias")
+            options = {**given, "mask": mask}
+            if norm.name == "weight":
+                y = jaxnorm.standardize_weight(x, scale, epsilon=norm.epsilon)
+                return y.astype(dtype), {}
             if norm.name == "rms":
-                # Of its own dtype: it warns of any other.
-                return F.rms_norm(x, x.shape[-1:], scale.to(x.dtype), eps)
-            x = x.movedim(-1, 1)
+                return jaxnorm.rms_norm(x, scale, **options), {}
             if norm.name == "batch":
-                y = F.batch_norm(x, None, None, scale, bias, training=True, eps=eps)
-            elif norm.name == "group":
-                y = F.group_norm(x, norm.groups, scale, bias, eps)
-            else:
-                y = F.instance_norm(x, weight=scale, bias=bias, eps=eps)
-            return y.movedim(1, -1)
+                stats = jaxnorm.init_batch_stats(x.shape[-1])
+                return jaxnorm.batch_norm(x, scale, bias, stats, training=True, **options)
+            groups = {"num_groups": norm.groups} if norm.groups else {}
+            function = getattr(jaxnorm, f"{norm.name}_norm")
+            return function(x, scale, bias, **groups, **options), {}
 
         return apply
 
-    def run(self, norm: Norm, x, scale, bias, dy, mask=None) -> dict[str, np.ndarray] | None:
-        """`y`, `dx`, `dscale` and `dbias`, in NumPy; None where PyTorch has no such function."""
-        import torch
-
-        if mask is not None:
-            return None
-        dtype = getattr(torch, x.dtype.name)
-        x, dy = to_torch(x, dtype), to_torch(dy, dtype)
-        # In float32, as under autocast: with narrow parameters it stores narrow moments.
-        scale, bias = to_torch(scale, torch.float32), to_torch(bias, torch.float32)
-        inputs = [x, scale, bias] if norm.has_bias else [x, scale]
-        for a in inputs:
-            a.requires_grad_()
-        y = self.function(norm)(x, scale, bias)
-        found = (y, *torch.autograd.grad(y, inputs, dy))
-        return {k: v.detach().float().numpy() for k, v in zip(OUTPUTS, found)}
+    def layer(self, norm: Norm, dtype) -> nn.Module:
+        """A module around that function, to stand in a network."""
+        return _layer_named(norm.layer)(self.function(norm, dtype), norm)
 
 
-def to_torch(a: np.ndarray, dtype):
-    """A tensor with the numbers of `a`; NumPy's bfloat16 and PyTorch's meet in float32."""
-    import torch
+class _Layer(nn.Module):
+    """Parameters around a peer's function; the new statistics are kept as batch norm's are."""
 
-    return torch.tensor(a.astype(np.float32)).to(dtype)
+    function: Callable
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, x):
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        parameters = {"scale": self.param("scale", ones, x.shape[-1:])}
+        if self.norm.has_bias:
+            parameters["bias"] = self.param("bias", zeros, x.shape[-1:])
+        y, state = self.function(parameters, x)
+        if state:
+            self.variable("batch_stats", "new", lambda: state).value = state
+        return y
+
+
+@functools.cache
+def _layer_named(name: str) -> type[_Layer]:
+    """Parameters are named after the class: the same in every library's network."""
+    return type(name, (_Layer,), {})
+
+
+@dataclass(frozen=True)
+class Plain(_Jax):
+    """The textbook's formula in `jax.numpy`, in float32, as a user writes it down."""
+
+    name: str = "jnp"
+
+    def function(self, norm: Norm, dtype) -> Callable:
+        def apply(parameters, x):
+            scale, bias = parameters["scale"], parameters.get("bias", 0.0)
+            wide = x.astype(jnp.float32)
+            axes = norm.axes(x.ndim)
+            if norm.groups:
+                wide = wide.reshape(*x.shape[:-1], norm.groups, -1)
+                axes = (*axes[:-1], x.ndim)
+            if norm.name == "rms":
+                y = wide * lax.rsqrt(jnp.mean(wide**2, axes, keepdims=True) + norm.epsilon)
+                return (y * scale).astype(dtype), {}
+            mean = jnp.mean(wide, axes, keepdims=True)
+            var = jnp.var(wide, axes, keepdims=True)
+            y = ((wide - mean) * lax.rsqrt(var + norm.epsilon)).reshape(x.shape) * scale + bias
+            if norm.name != "batch":
+                return y.astype(dtype), {}
+            new = {"mean": 0.01 * mean.reshape(-1), "var": 0.99 + 0.01 * var.reshape(-1)}
+            return y.astype(dtype), lax.stop_gradient(new)
+
+        return apply
+
+
+@dataclass(frozen=True)
+class Tokamax(_Jax):
+    """Tokamax's layer norm, which is RMS norm without the mean; it has no others."""
+
+    name: str = "tokamax"
+
+    def has(self, norm: Norm) -> bool:
+        return norm.name in ("layer", "rms")
+
+    def function(self, norm: Norm, dtype) -> Callable:
+        tokamax: Any = importlib.import_module("tokamax")
+
+        def apply(parameters, x):
+            y = tokamax.layer_norm(
+                x, parameters["scale"], parameters.get("bias"), epsilon=norm.epsilon,
+                subtract_mean=norm.name == "layer",
+            )  # fmt: skip
+            return y.astype(dtype), {}
+
+        return apply
+
+
+@dataclass(frozen=True)
+class Jaxnorm(Linen):
+    """jaxnorm's Linen layers; weight standardization, which is no layer, by its function."""
+
+    def has(self, norm: Norm) -> bool:
+        return True
+
+    def function(self, norm: Norm, dtype) -> Callable:
+        of = Functional(None) if norm.name == "weight" else super()
+        return of.function(norm, dtype)
 
 
 def parameters_of(norm: Norm, scale, bias) -> dict:
@@ -180,25 +287,29 @@ def parameters_of(norm: Norm, scale, bias) -> dict:
     return {"scale": scale, "bias": bias} if norm.has_bias else {"scale": scale}
 
 
-def has_torch() -> bool:
-    """Whether the optional peer is installed."""
-    return importlib.util.find_spec("torch") is not None
+def installed(name: str) -> bool:
+    """Whether an optional peer is there."""
+    return importlib.util.find_spec(name) is not None
 
 
-JAXNORM = Linen("jaxnorm", jaxnorm.linen)
-FLAX = Linen("flax", flax.linen)
-FLAX_TWO_PASS = Linen("flax two-pass", flax.linen, {"use_fast_variance": False})
-TORCH = Torch()
-PEERS = (JAXNORM, FLAX, FLAX_TWO_PASS, TORCH)
+Peer = Linen | Functional | Plain | Tokamax | Torch
+JAXNORM = Jaxnorm("jaxnorm", jaxnorm.linen)
+FLAX = Linen("flax", nn)
+FLAX_TWO_PASS = Linen("flax two-pass", nn, (("use_fast_variance", False),))
+PLAIN = Plain()
+TOKAMAX = Tokamax()
+FORMS = tuple(Functional(name) for name in IMPLEMENTATIONS)
+PEERS = (JAXNORM, *FORMS, FLAX, FLAX_TWO_PASS, PLAIN, TOKAMAX, TORCH, TORCH_COMPILED)
 
 
-def named(names: tuple[str, ...]) -> tuple[Linen | Torch, ...]:
-    """The peers of these names, in the order of the tables."""
-    return tuple(p for p in PEERS if p.name in names)
+def named(names: tuple[str, ...]) -> tuple[Peer, ...]:
+    """The peers of these names that are installed, in the order of the tables."""
+    needs = {"tokamax": "tokamax", "torch": "torch", "torch.compile": "torch"}
+    return tuple(p for p in PEERS if p.name in names and installed(needs.get(p.name, "jax")))
 
 
 def norms(groups: int) -> tuple[Norm, ...]:
-    """All five, with that number of groups."""
+    """The five of activations, with that number of groups."""
     return (
         Norm("batch", "BatchNorm"),
         Norm("layer", "LayerNorm"),
@@ -206,3 +317,6 @@ def norms(groups: int) -> tuple[Norm, ...]:
         Norm("group", "GroupNorm", groups),
         Norm("instance", "InstanceNorm"),
     )
+
+
+WEIGHT = Norm("weight", "", has_bias=False)

@@ -42,7 +42,9 @@ def write(record: dict, folder: Path) -> Path:
             lines.append(f'"{key}": [\n{rows}\n]')
         else:
             lines.append(f'"{key}": {json.dumps(value, allow_nan=False)}')
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    new = path.with_suffix(".new")
+    new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    new.replace(path)  # at once: who reads meanwhile reads the old one
     return path
 
 
@@ -81,4 +83,6 @@ def _versions() -> dict:
                 return "not installed"
             return getattr(importlib.import_module(name), "__version__", "unknown")
 
-    return {n: version(n) for n in ("jaxnorm", "jax", "jaxlib", "flax", "numpy", "torch")}
+    return {
+        n: version(n) for n in ("jaxnorm", "jax", "jaxlib", "flax", "numpy", "tokamax", "torch")
+    }

@@ -1,28 +1,33 @@
 """Run a benchmark, or render the committed results.
 
-    python benchmarks/run.py accuracy|memory|compile|time|scaling [--quick] [--out DIR]
-    python benchmarks/run.py report [--readme] [--out DIR]
+    python benchmarks/run.py ops|blocks|tpu|memory|compile|scaling|accuracy [--quick] [--out DIR]
+    python benchmarks/run.py report [--readme|--evidence] [--results DIR] [--out DIR]
 
 A run prints its tables and writes every sample to `<DIR>/<name>.json`; DIR is
-`benchmarks/results` unless given. A quick run is a smoke test: it writes only where it is told.
-`report` prints the results in DIR as Markdown, `report --readme` the section that the README holds.
+`benchmarks/results` unless given. An interrupted run is continued by the same command, from
+`<DIR>/<name>.partial.jsonl`. A quick run is a smoke test: it writes only where it is told.
+`report` prints the results (those in `--results`) as Markdown, or writes that with its plots into
+`--out`; `report --readme` prints the section that the README holds, `report --evidence` what
+`jaxnorm/kernels/evidence.json` holds, by which implementations are chosen.
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks import accuracy, compiling, memory, records, report, scaling, timing
-
+# What each is called in the package; nothing of JAX is imported before it is needed.
 BENCHMARKS = {
-    "accuracy": accuracy,
-    "memory": memory,
-    "compile": compiling,
-    "time": timing,
-    "scaling": scaling,
+    "ops": "ops",
+    "blocks": "blocks",
+    "tpu": "tpu",
+    "memory": "memory",
+    "compile": "compiling",
+    "scaling": "scaling",
+    "accuracy": "accuracy",
 }
 
 
@@ -33,23 +38,47 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("what", choices=[*BENCHMARKS, "report"])
     parser.add_argument("--readme", action="store_true", help="report: the README's section")
-    parser.add_argument("--quick", action="store_true", help="a smoke test of a few seconds")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the JSON is")
+    parser.add_argument(
+        "--evidence", action="store_true", help="report: what kernels are chosen by"
+    )
+    parser.add_argument("--quick", action="store_true", help="a smoke test of seconds")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="report: where results are")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write")
     given = parser.parse_args(arguments)
     if given.what == "report":
-        shown = report.readme if given.readme else report.render
-        print(shown(given.out or records.RESULTS), end="")
-        return
+        _report(given)
+    else:
+        _measure(given)
+
+
+def _measure(given: argparse.Namespace) -> None:
+    from benchmarks import records, report, running
+
     command = f"python benchmarks/run.py {given.what}" + " --quick" * given.quick
-    record = BENCHMARKS[given.what].measure(command, quick=given.quick)
-    for table in report.TABLES[given.what](record):
+    folder = given.out or (None if given.quick else records.RESULTS)
+    module = importlib.import_module(f"benchmarks.{BENCHMARKS[given.what]}")
+    record = running.run(given.what, module.plan(quick=given.quick), command, folder)
+    for table in report.tables(record):
         table.show()
     print(report.origin(record))
-    if given.out or not given.quick:
-        written = records.write(record, given.out or records.RESULTS)
-        print(f"written: {written.name}")
+    if folder:
+        print(f"written: {given.what}.json")
     else:
         print("a quick run is not written; give --out DIR to keep it")
+
+
+def _report(given: argparse.Namespace) -> None:
+    from benchmarks import report
+
+    if given.readme:
+        print(report.readme(given.results), end="")
+    elif given.evidence:
+        print(report.evidence(given.results), end="")
+    elif given.out:
+        for path in report.write(given.out, given.results):
+            print(f"written: {path.name}")
+    else:
+        print(report.render(given.results), end="")
 
 
 if __name__ == "__main__":

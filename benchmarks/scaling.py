@@ -1,32 +1,27 @@
-"""One training step on TPU pods, compiled ahead of time by the real compiler: no TPU is needed.
+"""Time against rows and features, and one training step on TPU pods.
 
-Weak scaling: every device has the same share of the batch, so what a device does must not grow with
-their number. The step is forward, backward, statistics and SGD with momentum, its state donated;
-batches are spread over all devices, the state is on each.
+The step is compiled ahead of time by the real compiler: no TPU is needed. Weak scaling: every
+device has the same share of the batch, so what a device does must not grow with their number. The
+step is forward, backward, statistics and SGD with momentum, its state donated; batches are spread
+over all devices, the state is on each.
 """
 
 import functools
 import importlib.metadata
-import importlib.util
-import math
-import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm.linen as jnn
-from benchmarks import models
+from benchmarks import growth, models, tpu
 from benchmarks.hlo import Collective, Program
-from benchmarks.records import load_average, new_record
+from benchmarks.running import Plan, Unit
 from jaxnorm.training import create_train_state, make_train_step
 
 # Of each generation a board and, where the compiler knows it, a pod.
@@ -81,20 +76,18 @@ QUICK = tuple(
 )  # fmt: skip
 
 
-def measure(command: str, *, quick: bool = False) -> dict:
-    """The record of a run: half an hour of compiling; the quick form, a small network, seconds."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError(
-            "benchmarks: scaling compiles for TPUs with the compiler in libtpu; got an environment "
-            'without it. Install it: pip install "jax[tpu]".'
-        )
+def plan(*, quick: bool = False) -> Plan:
+    """Half an hour of compiling after some minutes of timing; the quick form, seconds."""
+    tpu.require_compiler("scaling")
     settings = {
+        **growth.settings(),
         "compiler": f"libtpu {importlib.metadata.version('libtpu')}",
         "activations": "bfloat16",
         "parameters": "float32",
         "step": "forward, backward, statistics, SGD with momentum; the state donated",
         "a device's inputs": {case.network: list(case.shape) for case in CASES},
         "columns": {
+            **growth.COLUMNS,
             "forward, backward": "all-reduces that a later collective waits for (sums within the "
             "network) outside of branches: their number, their arrays, bytes of these",
             "gradients": "all-reduces of what no collective waits for: number and bytes; where "
@@ -106,31 +99,35 @@ def measure(command: str, *, quick: bool = False) -> dict:
             "temp bytes": "temporary memory of one device",
         },
     }
-    record = new_record("scaling", command, settings)
-    record["load_average"] = [load_average()]
-    record["samples"] = []
-    for case in QUICK if quick else CASES:
-        for topology in case.topologies:
-            print(f"{case.network}, {case.norm}, {case.program}, {topology}", file=sys.stderr)
-            record["samples"].append(sample(case, topology))
-    record["load_average"].append(load_average())
-    return record
+    devices = [
+        Unit(
+            f"{case.network} {case.norm} {case.program} {topology}",
+            functools.partial(_sampled, case, topology),
+        )
+        for case in (QUICK if quick else CASES)
+        for topology in case.topologies
+    ]
+    return Plan(settings, [*growth.units(quick=quick), *devices])
+
+
+def _sampled(case: Case, topology: str) -> dict[str, list]:
+    return {"samples": [sample(case, topology)]}
 
 
 def sample(case: Case, topology: str) -> dict:
     """What the step of that case does on one device of that topology."""
-    mesh = mesh_of(topology)
+    mesh = tpu.mesh_of(topology)
     compiled = compile_step(case, mesh)
     program = Program(compiled.as_text())
     always = [c for c in program.collectives if not c.in_branch]
     branches = [c for c in program.collectives if c.in_branch]
     reduces = [c for c in always if c.kind == "all-reduce"]
     rest = [c for c in reduces if not all(c.awaited)]
-    layers, normed = _normed(case)
+    normed = models.normed(case.network_of, case.inputs(1)["x"])
     return {
         "network": case.network,
         "norm": case.norm,
-        "layers": layers,
+        "layers": len(normed),
         "program": case.program,
         "topology": topology,
         "devices": mesh.size,
@@ -140,19 +137,9 @@ def sample(case: Case, topology: str) -> dict:
         "other": sorted({c.kind for c in always} - {"all-reduce"}),
         "in branches": [len(branches), sum(c.bytes() for c in branches)],
         "hbm bytes": program.hbm_bytes,
-        "passes": round(program.hbm_bytes / normed, 2),
+        "passes": round(program.hbm_bytes / sum(normed), 2),
         "temp bytes": compiled.memory_analysis().temp_size_in_bytes,
     }
-
-
-@functools.cache
-def mesh_of(topology: str) -> Mesh:
-    """All devices of a TPU topology on one axis; the chips need not be there."""
-    # No chip is held: do not look for the machine that has it, nor keep other processes away.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return Mesh(np.array(devices), (AXIS,))
 
 
 def compile_step(case: Case, mesh: Mesh) -> Any:
@@ -189,19 +176,3 @@ def _sums(reduces: list[Collective]) -> list[int]:
     awaited = [c for c in reduces if any(c.awaited)]
     return [len(awaited), sum(sum(c.awaited) for c in awaited),
             sum(c.bytes(awaited=True) for c in awaited)]  # fmt: skip
-
-
-def _normed(case: Case) -> tuple[int, int]:
-    """Number of norm layers, and bytes of all their inputs on one device."""
-    seen = []
-
-    class Spy(nn.Module):
-        """Stands where the layers stand."""
-
-        @nn.compact
-        def __call__(self, x):
-            seen.append(math.prod(x.shape) * x.dtype.itemsize)
-            return x
-
-    jax.eval_shape(case.network_of(Spy).init, jax.random.key(0), case.inputs(1)["x"])
-    return len(seen), sum(seen)

@@ -1,211 +1,140 @@
-"""Milliseconds of forward, and of forward and backward, in float32.
+"""Interleaved samples of things that run for a while, and in which nothing but them runs.
 
 A fresh large buffer costs more than the arithmetic (page faults), so the process keeps the memory
-that it has freed, JAX runs in a compiled loop that feeds its output back, and PyTorch in a loop
-whose allocator finds the last iteration's buffers. Peers take turns; what is compared are ratios
-within a turn.
+that it has freed. A compiled loop would be no better: XLA copies what such a loop carries wherever
+it does not see that nobody reads the old value. Instead a few iterations are compiled in a row,
+each feeding the next, and all that they find is handed out. Peers take turns; what is compared are
+ratios within a turn.
 """
 
 import ctypes
-import os
+import functools
 import random
-import resource
+import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from benchmarks import peers as p
-from benchmarks.records import load_average, new_record
-from jaxnorm.testing import rounding_units, sum_conditioning
+try:
+    import resource
+except ImportError:  # a system without POSIX's limits
+    resource = None
 
-ROUNDS = 15
-SECONDS = 0.25  # of one sample
+CHAIN, DEVICE_CHAIN = 2, 8
 PAUSE = 0.02  # after a sample: threads of the last peer go to sleep
 
 
 @dataclass(frozen=True)
-class Case:
-    """A normalization, a shape, and the bias that puts the data at that offset."""
+class Loop:
+    """Something that runs many times."""
 
-    norm: p.Norm
-    shape: tuple[int, ...]
-    offset: float = 0.0
-    note: str = ""
-
-
-IMAGES = (32, 56, 56, 64)
-ROWS = (8192, 768)
-NORMS = {norm.name: norm for norm in p.norms(32)}
-CASES = (
-    Case(NORMS["layer"], ROWS),
-    Case(NORMS["rms"], ROWS),
-    Case(NORMS["batch"], IMAGES),
-    # A running mean five deviations away, as in the first steps of training: jaxnorm then takes
-    # the statistics again.
-    Case(NORMS["batch"], IMAGES, 5.0, "far from the running mean"),
-    Case(NORMS["group"], IMAGES),
-)
+    run: Callable[[int, Any], Any]
+    """Of a number of iterations and what `fresh` made; returns when they are done."""
+    fresh: Callable[[], Any] = lambda: None
+    """What a sample begins with; it is not timed."""
+    length: int = 1
+    """The number of iterations is a multiple of it."""
 
 
-def measure(command: str, *, quick: bool = False) -> dict:
-    """The record of a run."""
-    # Read when PyTorch is imported. Threads that spin at a barrier cost a scheduler's tick (8 ms
-    # here) whenever another process has one of the cores; with sleeping ones it is as fast alone.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    names = ("jaxnorm", "flax", "flax two-pass", "torch")
-    chosen = tuple(c for c in p.named(names) if c is not p.TORCH or p.has_torch())
-    settings = {
-        "peers": [c.name for c in chosen],
-        "dtype": "float32",
-        "freed memory kept": _keep_freed_memory(),
-        "columns": ["norm", "shape", "note", "pass", "round", "milliseconds by peer"],
-        "checked": "units of rounding of y and dx against the oracle, by peer, before timing",
-        "page faults": "of the median sample, per iteration, by peer",
-        "torch": {"threads": _torch_threads(), "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"]},
-    }
-    record = new_record("time", command, settings)
-    record["load_average"] = [load_average()]
-    record["checked"], record["page_faults"], record["samples"] = [], [], []
-    for case in (CASES[0],) if quick else CASES:
-        if quick:
-            case = Case(case.norm, (256, 768))
-        where = [case.norm.name, list(case.shape), case.note]
-        record["checked"].append([*where, _checked(case, chosen)])
-        for backward in (False, True):
-            rows, faults = _timed(case, chosen, backward, rounds=3 if quick else ROUNDS)
-            name = "forward and backward" if backward else "forward"
-            record["samples"] += [[*where, name, i, row] for i, row in enumerate(rows)]
-            record["page_faults"].append([*where, name, faults])
-    record["load_average"].append(load_average())
-    return record
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured."""
+
+    rounds: int
+    seconds: float
+    """Of one sample."""
 
 
-def _inputs(case: Case) -> dict:
-    rng = np.random.default_rng(0)
-    features = case.shape[-1:]
-    return {
-        "x": rng.normal(case.offset, size=case.shape).astype(np.float32),
-        "scale": np.ones(features, np.float32),
-        "bias": np.full(features, case.offset, np.float32),
-        "dy": rng.normal(size=case.shape).astype(np.float32),
-    }
+FULL, QUICK = Effort(7, 0.08), Effort(3, 0.005)
 
 
-def _checked(case: Case, chosen) -> list:
-    """Units by peer; raises where one computes something else."""
-    inputs = _inputs(case)
-    exact = case.norm.exact(**inputs)
-    terms = int(np.prod([case.shape[a] for a in case.norm.axes(len(case.shape))]))
-    conditioning = sum_conditioning(terms)
-    found = []
-    for peer in chosen:
-        got = peer.run(case.norm, **inputs)
-        units = [
-            rounding_units(got["y"], exact["y"], np.float32),
-            rounding_units(got["dx"], exact["dx"], np.float32, what="derivative"),
-        ]
-        limit = 64 * conditioning if peer is p.JAXNORM else 1e4
-        if max(units) > limit:
-            raise ValueError(f"{peer.name} on {case}: {units} units; nothing is timed.")
-        found.append([float(f"{u:.3g}") for u in units])
-    return found
-
-
-def _timed(case: Case, chosen, backward: bool, *, rounds: int):
-    """Milliseconds of one iteration, [round][peer], and page faults of the median sample."""
-    inputs = _inputs(case)
-    loops = [
-        (_torch_loop if c is p.TORCH else _jax_loop)(c, case, backward, inputs) for c in chosen
-    ]
-    for _ in range(3):  # compiles, and lets the heap grow to its size
+def interleaved(loops: Sequence[Loop], effort: Effort) -> tuple[list[list[float]], list[float]]:
+    """Milliseconds of one iteration, [round][loop], and page faults of the median sample."""
+    for _ in range(2):  # compiles, and lets the heap grow to its size
         for loop in loops:
-            loop(2)
-    seconds = [_seconds(loop, 2)[0] for loop in loops]
-    counts = [max(2, round(SECONDS / s)) for s in seconds]
+            loop.run(loop.length, loop.fresh())
+    counts = [
+        loop.length * max(1, round(effort.seconds / _seconds(loop, loop.length)[0] / loop.length))
+        for loop in loops
+    ]
     order = random.Random(0)
     rows, faults = [], []
-    for _ in range(rounds):
+    for _ in range(effort.rounds):
         row, fault = [0.0] * len(loops), [0.0] * len(loops)
         for i in order.sample(range(len(loops)), len(loops)):
             row[i], fault[i] = _seconds(loops[i], counts[i])
             time.sleep(PAUSE)
         rows.append([float(f"{1e3 * s:.4g}") for s in row])
         faults.append(fault)
-    return rows, [round(float(f), 1) for f in np.median(faults, axis=0)]
+    return rows, [round(statistics.median(column), 1) for column in zip(*faults)]
 
 
-def _seconds(loop, count: int) -> tuple[float, float]:
+def _seconds(loop: Loop, count: int) -> tuple[float, float]:
     """Seconds and page faults of one iteration."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    start = time.perf_counter()
-    loop(count)
+    state = loop.fresh()
+    before, start = _page_faults(), time.perf_counter()
+    loop.run(count, state)
     seconds = time.perf_counter() - start
-    return seconds / count, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / count
+    return seconds / count, (_page_faults() - before) / count
 
 
-def _jax_loop(peer: p.Linen, case: Case, backward: bool, inputs: dict):
-    """Each iteration normalizes the last one's `y`; its cotangent is the last one's `dx`."""
-    function = peer.function(case.norm, jnp.float32)
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else 0
+
+
+def chained(step: Callable, fixed, start: tuple) -> Loop:
+    """Iterations of ``(*start, *rest) = step(fixed, start)``; the rest is computed and kept."""
+    cpu = jax.default_backend() == "cpu"
+    # Where the host only asks for work, it must be ahead of the device.
+    length = CHAIN if cpu else DEVICE_CHAIN
 
     @jax.jit
-    def loop(count, parameters, x, dy):
-        def forward(_, carry):
-            x, _ = carry
-            # The state is carried, so that the update of the statistics is not dead code.
-            return function(parameters, x)
+    def chain(fixed, state):
+        outputs = []
+        for _ in range(length):
+            # Without the barrier one iteration would be fused with the next.
+            outputs.append(lax.optimization_barrier(tuple(step(fixed, state))))
+            state = outputs[-1][: len(start)]
+        return outputs
 
-        def both(_, carry):
-            x, dy, *_ = carry
-            y, back, state = jax.vjp(function, parameters, x, has_aux=True)
-            dparameters, dx = back(dy)
-            return y, dx, dparameters, state
+    def run(count, state):
+        for _ in range(-(-count // length)):
+            outputs = chain(fixed, state)
+            state = outputs[-1][: len(start)]
+            if cpu:  # many steps at once would take memory, and each other's cores
+                jax.block_until_ready(outputs)
+        jax.block_until_ready(state)
 
-        _, state = jax.eval_shape(function, parameters, x)
-        state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state)
-        if not backward:
-            return lax.fori_loop(0, count, forward, (x, state))
-        return lax.fori_loop(
-            0, count, both, (x, dy, jax.tree.map(jnp.zeros_like, parameters), state)
-        )
-
-    parameters = jax.device_put(p.parameters_of(case.norm, inputs["scale"], inputs["bias"]))
-    x, dy = jax.device_put((inputs["x"], inputs["dy"]))
-    return lambda count: jax.block_until_ready(loop(count, parameters, x, dy))
+    fixed, start = jax.device_put((fixed, start))
+    return Loop(run, lambda: start, length)
 
 
-def _torch_loop(peer: p.Torch, case: Case, backward: bool, inputs: dict):
-    import torch
+def updating(step: Callable, fixed, carry) -> Loop:
+    """A compiled loop of ``carry = step(fixed, carry)`` whose carry is updated in place."""
 
-    function = peer.function(case.norm)
-    start, scale, bias, gradient = (
-        p.to_torch(inputs[k], torch.float32) for k in ("x", "scale", "bias", "dy")
+    @functools.partial(jax.jit, donate_argnums=2)
+    def loop(count, fixed, carry):
+        return lax.fori_loop(0, count, lambda _, c: step(fixed, c), carry)
+
+    fixed, carry = jax.device_put((fixed, carry))
+    return Loop(
+        lambda count, state: jax.block_until_ready(loop(count, fixed, state)),
+        lambda: jax.block_until_ready(jax.tree.map(jnp.copy, carry)),
     )
-    parameters = [scale, bias] if case.norm.has_bias else [scale]
-
-    def forward(count):
-        x = start
-        with torch.no_grad():
-            for _ in range(count):
-                x = function(x, scale, bias)
-
-    def both(count):
-        x, dy = start, gradient
-        for a in parameters:
-            a.requires_grad_()
-        for _ in range(count):
-            x = x.detach().requires_grad_()
-            y = function(x, scale, bias)
-            dy, *_ = torch.autograd.grad(y, [x, *parameters], dy)
-            x = y
-
-    return both if backward else forward
 
 
-def _keep_freed_memory() -> bool:
+def copying(shape: tuple[int, ...], dtype) -> Loop:
+    """A loop that reads as many bytes as such an array has, and writes as many."""
+    integers = jnp.zeros(shape, f"uint{8 * jnp.dtype(dtype).itemsize}")
+    return chained(lambda _, state: (state[0] ^ 1,), (), (integers,))
+
+
+def keep_freed_memory() -> bool:
     """Ask glibc to serve large arrays from a heap that it never gives back; False elsewhere."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -216,11 +145,3 @@ def _keep_freed_memory() -> bool:
         mallopt(option, value)
         for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1))
     )
-
-
-def _torch_threads() -> int | None:
-    if not p.has_torch():
-        return None
-    import torch
-
-    return torch.get_num_threads()

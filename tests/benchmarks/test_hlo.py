@@ -101,6 +101,19 @@ def test_bytes_to_and_from_hbm():
     assert Program(TEXT).hbm_bytes == wanted
 
 
+def test_on_chip_memory_and_kernels():
+    from benchmarks.hlo import Program
+
+    program = Program(TEXT)
+    copied, sums = 16 * 4, (8 + 4) * 4
+    mean = 8 * 4  # of the all-reduce; the conditional's result is its branches'
+    assert program.on_chip_bytes == copied + sums + mean
+    assert program.kernels["fusion"] == 2 and program.kernels["Kernel"] == 1
+    assert program.kernels["conditional"] == 1
+    written_by_hand = TEXT.replace('"Kernel"', '"tpu_custom_call"').replace("%joined", "%norm.3")
+    assert Program(written_by_hand).kernels["norm"] == 1
+
+
 def test_a_loop_is_refused():
     from benchmarks.hlo import Program
 
@@ -115,7 +128,7 @@ def test_a_loop_is_refused():
 def test_the_tpu_compiler_counts_the_same():
     """One read and one write, and for a norm of Flax's, which has no branch, XLA's own count."""
     from benchmarks.hlo import Program
-    from benchmarks.scaling import mesh_of
+    from benchmarks.tpu import mesh_of
 
     device = jax.sharding.SingleDeviceSharding(mesh_of("v5e:2x2x1").devices[0])
     x = jax.ShapeDtypeStruct((16384, 4096), jnp.bfloat16, sharding=device)

@@ -15,24 +15,29 @@ def one_collective_each_way(row, layers, channels):
     for way in ("forward", "backward"):
         reduces, arrays, size = row[way]
         # XLA may merge two layers' into one, never split one. Two float32 numbers a channel.
-        assert 0 < reduces <= layers and arrays in (layers, 2 * layers), (row, way)
-        assert size == 2 * 4 * channels, (row, way)
+        assert 0 < reduces <= layers <= arrays <= 2 * layers, (row, way)
+        # Backward two layers that meet in a sum have one gradient, and may share its sum.
+        most = 2 * 4 * channels
+        assert size == most if way == "forward" else most / 2 < size <= most, (row, way)
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs: not installed"
 )
 def test_the_quick_form_finds_one_collective_each_way():
-    from benchmarks import report, scaling
+    from benchmarks import running, scaling
+    from benchmarks.report import programs, speed
 
-    found = scaling.measure("quick", quick=True)
+    found = running.run("scaling", scaling.plan(quick=True), "quick")
     block, stem = found["samples"]
     assert (block["program"], stem["program"]) == ("jit", "shard_map")
     assert block["devices"] == stem["devices"] == 256
     one_collective_each_way(block, layers=5, channels=8 + 6 * 8 + 4 * 8)
     one_collective_each_way(stem, layers=1, channels=8)
-    table = report.scaling(found)
+    table = programs.devices(found)
     assert [line[2:4] for line in table.rows] == [("v5e", "256")] * 2
+    assert len(found["growth"]) == 2 * 3
+    assert speed.growth(found).rows[0][:3] == ("LayerNorm", "rows", "64 to 128")
 
 
 @pytest.fixture(scope="module")

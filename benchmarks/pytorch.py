@@ -1,0 +1,110 @@
+"""The peer that is not JAX: PyTorch's functional normalizations, on the CPU or on a GPU."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Torch:
+    """PyTorch's functional normalizations, on the same memory, features last.
+
+    PyTorch wants features second: batch, group and instance norm see a transposed view, which for
+    images is its channels-last format.
+    """
+
+    name: str = "torch"
+    compiled: bool = False
+    takes_masks: ClassVar[bool] = False
+
+    def has(self, norm) -> bool:
+        """Whether the peer has that normalization; weight standardization is no function there."""
+        return norm.name != "weight"
+
+    def function(self, norm, dtype=None) -> Callable:
+        """A function of tensors (x, scale, bias) that returns y."""
+        import torch
+        import torch.nn.functional as F  # noqa: N812
+
+        del dtype  # x's
+        eps = norm.epsilon
+
+        def apply(x, scale, bias):
+            if norm.name == "layer":
+                if device() != "cpu":  # where the kernel takes one dtype
+                    scale, bias = scale.to(x.dtype), bias.to(x.dtype)
+                return F.layer_norm(x, x.shape[-1:], scale, bias, eps)
+            if norm.name == "rms":
+                # Of its own dtype: it warns of any other.
+                return F.rms_norm(x, x.shape[-1:], scale.to(x.dtype), eps)
+            x = x.movedim(-1, 1)
+            if norm.name == "batch":
+                y = F.batch_norm(x, None, None, scale, bias, training=True, eps=eps)
+            elif norm.name == "group":
+                y = F.group_norm(x, norm.groups, scale, bias, eps)
+            else:
+                y = F.instance_norm(x, weight=scale, bias=bias, eps=eps)
+            return y.movedim(1, -1)
+
+        return torch.compile(apply) if self.compiled else apply
+
+    def run(self, norm, x, scale, bias, dy, mask=None) -> dict[str, np.ndarray] | None:
+        """`y`, `dx`, `dscale` and `dbias`, in NumPy; None where PyTorch has no such function."""
+        import torch
+
+        if mask is not None or not self.has(norm):
+            return None
+        dtype = getattr(torch, x.dtype.name)
+        x, dy = to_torch(x, dtype), to_torch(dy, dtype)
+        # In float32, as under autocast: with narrow parameters it stores narrow moments.
+        scale, bias = to_torch(scale, torch.float32), to_torch(bias, torch.float32)
+        inputs = [x, scale, bias] if norm.has_bias else [x, scale]
+        for a in inputs:
+            a.requires_grad_()
+        y = self.function(norm)(x, scale, bias)
+        found = (y, *torch.autograd.grad(y, inputs, dy))
+        names = ("y", "dx", "dscale", "dbias")
+        return {k: v.detach().float().cpu().numpy() for k, v in zip(names, found)}
+
+
+def to_torch(a: np.ndarray, dtype) -> Any:
+    """A tensor with the numbers of `a`; NumPy's bfloat16 and PyTorch's meet in float32."""
+    import torch
+
+    return torch.tensor(a.astype(np.float32)).to(device(), dtype)
+
+
+def device() -> str:
+    """Where tensors are put: a GPU where PyTorch has one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def wait() -> None:
+    """Until everything that was asked for is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def threads() -> int | None:
+    """How many PyTorch computes with; None where it is not installed."""
+    if not has_torch():
+        return None
+    import torch
+
+    return torch.get_num_threads()
+
+
+def has_torch() -> bool:
+    """Whether the optional peer is installed."""
+    return importlib.util.find_spec("torch") is not None
+
+
+TORCH = Torch()
+TORCH_COMPILED = Torch("torch.compile", compiled=True)

@@ -1,0 +1,120 @@
+"""The README's section of measured figures: summaries only, each with its origin."""
+
+from collections.abc import Callable
+
+from benchmarks.report import accuracy, programs, speed
+from benchmarks.report.table import Table, origin, shape
+
+
+def section(read: dict[str, dict]) -> str:
+    """Of the records that are there, by name."""
+    parts = [part(read[name]) for name, part in _PARTS.items() if name in read]
+    ending = "`python benchmarks/run.py ops` (blocks, tpu, memory, compile, scaling, accuracy) in\n"
+    ending += "`.venv-test` measures them again; `python benchmarks/run.py report` shows all.\n"
+    return "\n" + "\n".join([*parts, ending])
+
+
+def _part(results: dict, *pieces: str | Table) -> str:
+    shown = [p if isinstance(p, str) else p.markdown().rstrip("\n") for p in pieces]
+    return "\n\n".join([*shown, origin(results)]) + "\n"
+
+
+def _ops(results: dict) -> str:
+    return _part(
+        results,
+        f"""Time of operations by themselves on this machine's {results["machine"]["backend"]}, over
+forward, training forward and forward with backward, in float32 and bfloat16: jaxnorm's over each
+peer's, geometric mean (worst cell), on shapes of real models, and bandwidth as a share of a
+copy's.""",
+        speed.summary(results, by="norm"),
+    )
+
+
+def _blocks(results: dict) -> str:
+    return _part(
+        results,
+        """Milliseconds of whole train steps, median and quartiles of interleaved rounds. The last
+column compares what the norms add to a step without any.""",
+        speed.blocks(results),
+    )
+
+
+def _tpu(results: dict) -> str:
+    return _part(
+        results,
+        f"""Passes over HBM in programs for TPUs, as the TPU compiler schedules them,
+{results["settings"]["compiler"]}; no TPU was needed. One operation alone, forward; forward and
+backward:""",
+        programs.alone(results, shapes=1),
+        """Whole blocks: extra passes for each norm layer over the same blocks without norms,
+gradient of a mean squared error:""",
+        programs.extra(results),
+    )
+
+
+def _memory(results: dict) -> str:
+    return _part(
+        results,
+        "Kept under `jit` from forward to backward for bfloat16 `x`, in bytes of `x`:",
+        programs.memory(results, traced=("jit",)),
+    )
+
+
+def _compile(results: dict) -> str:
+    return _part(
+        results,
+        "Seconds to trace and compile the gradient of eight layers:",
+        speed.compiling(results),
+    )
+
+
+def _scaling(results: dict) -> str:
+    shares = " or ".join(
+        f"{shape(sizes)} ({network})"
+        for network, sizes in results["settings"]["a device's inputs"].items()
+    )
+    grown: list[str | Table] = []
+    if "growth" in results:
+        grown = [
+            """Milliseconds against rows and features, with exponents fitted by least squares on
+logarithms; one is what memory traffic costs:""",
+            speed.growth(results),
+        ]
+    return _part(
+        results,
+        *grown,
+        f"""A training step on TPUs, from a board to a pod, as the TPU compiler schedules it. Each
+device has {shares}, however many there are, and nothing that it does
+grows with their number. "Statistics" are the all-reduces that the network waits for, forward +
+backward: for batch normalization one each way per layer, where XLA has not merged those of two.
+Nothing waits for the gradients', and there are no other collectives, except in branches of
+`lax.cond` that a layer takes when its batch is far from the running mean. ResNet-50 is missing for
+v6e and tpu7x, where this compiler overflows its stack on it (for v6e with Flax's layers too).""",
+        programs.devices(results),
+    )
+
+
+def _accuracy(results: dict) -> str:
+    return _part(
+        results,
+        """Worst error of `y` over batch, layer, RMS, group and instance norm in float32, by offset
+of the data, against a float64 oracle, in units of the dtype's rounding of max(1, |y|). "Two-pass"
+is Flax with `use_fast_variance=False`.""",
+        accuracy.accuracy(results, by="offset"),
+        """Worst error of any first derivative on the same inputs, where they are well conditioned,
+in units of rounding of the largest element:""",
+        accuracy.derivatives(results),
+        "Inputs at the edge:",
+        accuracy.special(results),
+    )
+
+
+_PARTS: dict[str, Callable[[dict], str]] = {
+    "accuracy": _accuracy,
+    "ops": _ops,
+    "blocks": _blocks,
+    "tpu": _tpu,
+    "memory": _memory,
+    "compile": _compile,
+    "scaling": _scaling,
+}
