@@ -15,7 +15,15 @@ from benchmarks.running import Plan, Unit
 
 LAYERS = 8
 REPEATS = 15
-CASES = (("layer", "MLP"), ("rms", "MLP"), ("batch", "convolutions"), ("group", "convolutions"))
+# Networks and their input; for large arrays jaxnorm compiles more, to make it faster.
+SMALL = {"MLP": (32, 64), "convolutions": (8, 16, 16, 3)}
+LARGE = {"MLP, large": (4096, 64), "convolutions, large": (32, 32, 32, 3)}
+CASES = [
+    (name, network)
+    for networks in (SMALL, LARGE)
+    for network in networks
+    for name in (("layer", "rms") if network.startswith("MLP") else ("batch", "group"))
+]
 NO_NORM = "no norm"
 PEERS = (p.JAXNORM, p.FLAX)
 
@@ -52,7 +60,8 @@ def plan(*, quick: bool = False) -> Plan:
 
 def _rows(name: str, network: str, repeats: int) -> dict[str, list]:
     norm = next(norm for norm in p.norms(8) if norm.name == name)
-    runs = [_stage(peer, norm, convolutional=network == "convolutions") for peer in (*PEERS, None)]
+    shape = {**SMALL, **LARGE}[network]
+    runs = [_stage(peer, norm, shape) for peer in (*PEERS, None)]
     order, samples = random.Random(0), []
     for repeat in range(-1, repeats):  # the first is thrown away: it loads modules
         found = {i: runs[i]() for i in order.sample(range(len(runs)), len(runs))}
@@ -61,14 +70,14 @@ def _rows(name: str, network: str, repeats: int) -> dict[str, list]:
     return {"samples": samples}
 
 
-def _stage(peer: p.Linen | None, norm: p.Norm, *, convolutional: bool):
+def _stage(peer: p.Linen | None, norm: p.Norm, shape: tuple[int, ...]):
     """A function that traces and compiles once, from nothing, and returns the seconds of both."""
 
     def make():
         return (lambda x: x) if peer is None else peer.layer(norm, None)
 
-    network = Network(make, convolutional)
-    x = jax.ShapeDtypeStruct((8, 16, 16, 3) if convolutional else (32, 64), jnp.float32)
+    network = Network(make, convolutional=len(shape) == 4)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), x)
     stats = variables.get("batch_stats", {})
 

@@ -24,17 +24,18 @@ class Bottleneck(nn.Module):
     width: int
     stride: int
     dtype: Any = DTYPE
+    activation: Callable = nn.relu
 
     @nn.compact
     def __call__(self, x):
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype)
         strides = (self.stride, self.stride)
-        y = nn.relu(self.norm()(conv(self.width, (1, 1))(x)))
-        y = nn.relu(self.norm()(conv(self.width, (3, 3), strides)(y)))
+        y = self.activation(self.norm()(conv(self.width, (1, 1))(x)))
+        y = self.activation(self.norm()(conv(self.width, (3, 3), strides)(y)))
         y = self.norm()(conv(4 * self.width, (1, 1))(y))
         if x.shape != y.shape:
             x = self.norm()(conv(4 * self.width, (1, 1), strides)(x))
-        return nn.relu(x + y)
+        return self.activation(x + y)
 
 
 class ResNet(nn.Module):
@@ -100,11 +101,12 @@ class Bottlenecks(nn.Module):
     norm: Callable[[], nn.Module]
     blocks: int = 4
     dtype: Any = DTYPE
+    activation: Callable = nn.relu
 
     @nn.compact
     def __call__(self, x):
         for _ in range(self.blocks):
-            x = Bottleneck(self.norm, x.shape[-1] // 4, 1, self.dtype)(x)
+            x = Bottleneck(self.norm, x.shape[-1] // 4, 1, self.dtype, self.activation)(x)
         return x
 
 

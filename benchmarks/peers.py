@@ -259,6 +259,9 @@ class Tokamax(_Jax):
 
     def function(self, norm: Norm, dtype) -> Callable:
         tokamax: Any = importlib.import_module("tokamax")
+        flags: Any = importlib.import_module("absl.flags")
+        if not flags.FLAGS.is_parsed():  # it would take this program's command line for its own
+            flags.FLAGS(["benchmarks"])
 
         def apply(parameters, x):
             y = tokamax.layer_norm(

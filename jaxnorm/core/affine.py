@@ -10,9 +10,10 @@ from jaxtyping import Array, Bool, Inexact
 
 from jaxnorm.core.blocks import placed_like
 from jaxnorm.core.finish import Finish
-from jaxnorm.core.measure import LocalMoments, Measured, Reduction
+from jaxnorm.core.measure import take
 from jaxnorm.core.moments import wide_dtype
-from jaxnorm.core.standardize import MOMENTS, standardize
+from jaxnorm.core.slices import LocalMoments, Measured, Reduction
+from jaxnorm.core.standardize import MOMENTS, push, standardize
 
 # Between the passes `x` is kept in its own dtype, and the moments, which bear this name. All else
 # is recomputed, in the wide dtype, and the gradient rounded once.
@@ -55,10 +56,12 @@ def normalize_held(
     bias: Inexact[Array, "*#shape"] | None,
     *,
     reduction: Reduction,
+    mask: Bool[Array, "*#shape"] | None,
     finish: Finish,
 ) -> Inexact[Array, "*shape"]:
     """The same of a block in fast memory, in which nothing is kept and all may be read again."""
-    return _normalized(replace(reduction, at_hand=True), finish, x, scale, bias, None, None)[0]
+    _, _, local = _held(reduction, x, mask)
+    return finish(local.standardize(x), scale, bias)
 
 
 def pull_back_held(
@@ -68,16 +71,24 @@ def pull_back_held(
     bias: Inexact[Array, "*#shape"] | None,
     *,
     reduction: Reduction,
+    mask: Bool[Array, "*#shape"] | None,
     finish: Finish,
 ):
     """From the cotangent of `normalize_held`'s result those of `x`, scale and bias, not rounded."""
-    held = replace(reduction, at_hand=True)
-    xhat, push = jax.linearize(lambda x: standardize(x, held)[0], x.astype(wide_dtype(x.dtype)))
+    wide, measured, local = _held(reduction, x, mask)
     given = [p if p is None else p.astype(wide_dtype(p.dtype)) for p in (scale, bias)]
-    _, pull = jax.vjp(finish, xhat, *given)
+    _, pull = jax.vjp(finish, local.standardize(wide), *given)
     dxhat, *dgiven = pull(dy)
+    count = None if mask is None else measured.count
     # The map of tangents is its own transpose.
-    return push(dxhat), *dgiven
+    return push(reduction, wide, mask, count, measured.local, dxhat), *dgiven
+
+
+def _held(reduction: Reduction, x, mask):
+    """The block widened, its moments, and these as they apply to each of its entries."""
+    wide = x.astype(wide_dtype(x.dtype))
+    measured = take(reduction, wide, mask, None)
+    return wide, measured, measured.local.over(reduction, wide)
 
 
 def _remembering(reduction: Reduction, finish: Finish, *arrays):

@@ -7,10 +7,10 @@ from jaxtyping import Array, Bool, Float, Inexact
 from jaxnorm.core import running
 from jaxnorm.core.affine import along, normalize, normalize_with
 from jaxnorm.core.finish import Finish
-from jaxnorm.core.measure import LocalMoments, Reduction
 from jaxnorm.core.moments import promoted
 from jaxnorm.core.replicas import Alone
 from jaxnorm.core.running import BatchStats
+from jaxnorm.core.slices import LocalMoments, Reduction
 
 
 def train(

@@ -5,8 +5,8 @@ from jaxtyping import Array, Bool, Inexact
 from jaxnorm.core.affine import along, normalize
 from jaxnorm.core.arguments import Save
 from jaxnorm.core.finish import Finish
-from jaxnorm.core.measure import Reduction
 from jaxnorm.core.output import normalize_keeping_output
+from jaxnorm.core.slices import Reduction
 
 
 def per_slice(

@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Inexact
 from jaxnorm.core.affine import standardized
 from jaxnorm.core.blocks import placed_like
 from jaxnorm.core.finish import Finish
-from jaxnorm.core.measure import Reduction
 from jaxnorm.core.moments import promoted, wide_dtype
+from jaxnorm.core.slices import Reduction
 from jaxnorm.core.standardize import means_of_tangent
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Inexact
 from jaxnorm.core import measure
 from jaxnorm.core.blocks import fold, settled, spread
 from jaxnorm.core.finish import affine
-from jaxnorm.core.measure import LocalMoments, Measured, Reduction
+from jaxnorm.core.slices import LocalMoments, Measured, Reduction
 
 # Of a forward pass only what bears this name is kept for the backward pass; see `core.affine`.
 MOMENTS = "jaxnorm_moments"
@@ -86,6 +86,12 @@ def _standardize_jvp(reduction: Reduction, primals, tangents):
         dmean = local.spread(reduction, dmean, x)
         dy = dy + _times(reduction, dmean * -rstd, factor, x).astype(y.dtype)
     return y, dy if shift is None else dy + dshift
+
+
+def push(reduction: Reduction, x, mask, count, local: LocalMoments, dx):
+    """The tangent of xhat from that of `x`, with moments that are known."""
+    tangents = (dx, None, None, None, None, None)
+    return _standardize_jvp(reduction, (x, mask, count, local, None, None), tangents)[1]
 
 
 def _times(reduction: Reduction, per_slice, factor, x):

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from jaxnorm.core.measure import Reduction
 from jaxnorm.core.replicas import ALONE
+from jaxnorm.core.slices import Reduction
 from jaxnorm.distributed.axes import NamedAxis, grouped
 
 

@@ -11,8 +11,8 @@ from jaxnorm.core import arguments as check
 from jaxnorm.core import batch
 from jaxnorm.core.arguments import Axes
 from jaxnorm.core.finish import Finish
-from jaxnorm.core.measure import Reduction
 from jaxnorm.core.running import BatchStats
+from jaxnorm.core.slices import Reduction
 from jaxnorm.distributed.axes import AxisName, check_synchronized, named_axis
 from jaxnorm.distributed.virtual import virtual_batches
 

@@ -6,8 +6,8 @@ from jaxtyping import Array, Inexact
 from jaxnorm.core import arguments as check
 from jaxnorm.core.affine import measure
 from jaxnorm.core.arguments import Axes
-from jaxnorm.core.measure import Reduction
 from jaxnorm.core.moments import Moments
+from jaxnorm.core.slices import Reduction
 from jaxnorm.distributed.axes import AxisName, named_axis
 
 

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxnorm.core import arguments as check
 from jaxnorm.core.arguments import Axes, Save
 from jaxnorm.core.finish import Finish
-from jaxnorm.core.measure import Reduction
+from jaxnorm.core.slices import Reduction
 from jaxnorm.distributed.axes import AxisName, named_axis
 from jaxnorm.kernels import choice
 

@@ -6,7 +6,7 @@ from jaxnorm.core import arguments as check
 from jaxnorm.core import layer
 from jaxnorm.core.arguments import Axes
 from jaxnorm.core.finish import Finish
-from jaxnorm.core.measure import Reduction
+from jaxnorm.core.slices import Reduction
 
 
 def standardize_weight(

@@ -25,7 +25,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array
 
 from jaxnorm.core.finish import Finish
-from jaxnorm.core.measure import Reduction
+from jaxnorm.core.slices import Reduction
 from jaxnorm.kernels.held import Norm
 
 Program = tuple[Any, Any]

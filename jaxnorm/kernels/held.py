@@ -1,7 +1,8 @@
 """The mathematics of `core`, as it runs on a block that is held in on-chip memory.
 
-A block holds whole slices, so what `core` does with an array it can do with a block: nothing is
-computed here that is not written there.
+A block holds whole slices, or pieces of slices whose sums are put together (`pieces`), so what
+`core` does with an array it can do with a block: nothing is computed here that is not written
+there.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from jaxtyping import Array, Inexact
 
 from jaxnorm.core import affine
 from jaxnorm.core.finish import Finish
-from jaxnorm.core.measure import Reduction
+from jaxnorm.core.replicas import Alone
+from jaxnorm.core.slices import Reduction
 from jaxnorm.kernels.tiles import Tiles, tiles_of
 
 Parameters = tuple[Array | None, Array | None]
@@ -37,6 +39,10 @@ class Norm:
         """The blocks that a TPU's kernel cuts an array of that shape into."""
         return tiles_of(shape, self.reduction.axes, dtype, self.reduction.blocks)
 
+    def among(self, replicas: Alone) -> "Norm":
+        """The same of blocks that share their slices with others."""
+        return replace(self, reduction=replace(self.reduction, replicas=replicas))
+
     def behind(self) -> "Norm":
         """The same for arrays with one more axis in front."""
         r = self.reduction
@@ -51,22 +57,25 @@ class Norm:
         )
         return y
 
-    def held(self, features: int, x: Array, *parameters: Array | None) -> Array:
-        """By `core`, of a block with that many entries along the last axis of the whole array."""
-        options = self._options(features, x)
-        return affine.normalize_held(x, *parameters, **options)
+    def held(self, features: int, x: Array, *parameters: Array | None, mask=None) -> Array:
+        """By `core`, of a block with that many entries along the last axis of the whole array.
 
-    def pulled_back(self, features: int, x: Array, dy: Array, *parameters: Array | None):
+        A mask says what of the block counts.
+        """
+        options = self._options(features, x)
+        return affine.normalize_held(x, *parameters, mask=mask, **options)
+
+    def pulled_back(self, features: int, x: Array, dy: Array, *parameters: Array | None, mask=None):
         """From the cotangent of `y` those of `x` and of the parameters, in float32."""
         options = self._options(features, x)
-        return affine.pull_back_held(x, dy, *parameters, **options)
+        return affine.pull_back_held(x, dy, *parameters, mask=mask, **options)
 
     def _options(self, features: int, x: Array) -> dict:
-        reduction = self.reduction
+        reduction = replace(self.reduction, at_hand=True)
         if reduction.blocks is not None:
             axis, groups = reduction.blocks
-            held = {**vars(reduction), "blocks": (axis, groups * x.shape[axis] // features)}
-            reduction = HeldGroups(**held)
+            blocks = axis, groups * x.shape[axis] // features
+            reduction = HeldGroups(**{**vars(reduction), "blocks": blocks})
         return {"reduction": reduction, "finish": self.finish}
 
 

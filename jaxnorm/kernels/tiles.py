@@ -1,7 +1,7 @@
 """How an array is cut into blocks that fit into a TPU's on-chip memory.
 
 A block holds whole slices. What is left of its room is filled from the last axis to the first, so
-that a block is one piece of memory, or few.
+that a block is one piece of memory, or few. Slices that are too large for that are cut into pieces.
 """
 
 import math
@@ -14,7 +14,7 @@ LANES = 128
 # Elements of a block: large enough for the bandwidth of a copy, small enough for two blocks of each
 # operand and what is computed of them in float32.
 _ROOM = 2**18
-# What a single slice may fill: a block of one slice has as many elements as the slice.
+# What a single slice may fill, before it is cut: a block of one slice has as many elements.
 MOST = 2**20
 
 
@@ -24,6 +24,8 @@ class Tiles:
 
     shape: tuple[int, ...]
     block: tuple[int, ...]
+    cut: tuple[int, ...] = ()
+    """Reduced axes of which a block holds but a piece."""
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -41,6 +43,11 @@ class Tiles:
         """Of a block as it lies in memory, filled up to whole registers."""
         return _padded(self.block, 8)
 
+    @property
+    def fits(self) -> bool:
+        """Whether on-chip memory has room for a block; for groups of very many channels not."""
+        return self.elements <= MOST
+
     def of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The block of an array that broadcasts to this one."""
         return tuple(1 if size == 1 else step for size, step in zip(shape, self.block))
@@ -54,7 +61,7 @@ class Tiles:
 def tiles_of(
     shape: tuple[int, ...], whole: tuple[int, ...], dtype, blocks: tuple[int, int] | None = None
 ) -> Tiles:
-    """Blocks of an array of that shape that hold the axes `whole` undivided.
+    """Blocks of an array of that shape that hold the axes `whole` undivided, if they can.
 
     Args:
         shape: of the array.
@@ -72,6 +79,16 @@ def tiles_of(
     if blocks is not None:
         axis, groups = blocks
         unit[axis] = math.lcm(unit[axis], shape[axis] // groups)
+    cut = []
+    least = [min(u, n) if a not in whole else n for a, (u, n) in enumerate(zip(unit, shape))]
+    for a in sorted(whole):
+        if _padded(least, packed) <= MOST:
+            break
+        step = min(unit[a], shape[a])
+        room = _ROOM // _padded((*least[:a], step, *least[a + 1 :]), packed)
+        least[a] = block[a] = min(max(1, room) * step, shape[a])
+        if block[a] < shape[a]:
+            cut.append(a)
     for a in reversed(range(rank)):
         if a in whole or (blocks is not None and a < rank - 1):
             continue
@@ -83,7 +100,7 @@ def tiles_of(
             if a == rank - 1 and rank > 1 and a - 1 not in whole:
                 block[a - 1] = min(unit[a - 1], shape[a - 1])
             break
-    return Tiles(shape, tuple(block))
+    return Tiles(shape, tuple(block), tuple(cut))
 
 
 def _padded(block: Sequence[int], packed: int) -> int:

@@ -136,11 +136,11 @@ def test_blocks_compare_gradients_before_they_are_timed():
     case = blocks.Case("small", blocks.models.MLPBlocks, (2, 3, 16), (2, 3, 16), ("layer",))
     chosen = (peers.Functional("xla"), peers.FLAX)  # kernels do not run here
     steps = [blocks.Step(case, peer, norm, case.cpu, jnp.float32) for peer in chosen]
-    *ours, flax = blocks._checked(["small"], steps, chosen, jnp.float32)
+    *ours, flax = blocks._checked(["small"], steps, chosen)
     assert flax == 0 and 0 < max(ours) < 1e-5
     bare = blocks.Step(case, peers.FLAX, peers.norms(4)[2], case.cpu, jnp.float32)
     with pytest.raises(ValueError, match=r"argument|gradients"):
-        blocks._checked(["small"], [bare, flax_step(steps)], chosen, jnp.float32)
+        blocks._checked(["small"], [bare, flax_step(steps)], chosen)
 
 
 def flax_step(steps):

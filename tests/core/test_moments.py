@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import jaxnorm
 from jaxnorm import BatchStats, Moments
-from jaxnorm.core.measure import Reduction
+from jaxnorm.core.slices import Reduction
 from jaxnorm.core.standardize import standardize
 from jaxnorm.testing import assert_close, oracle
 

@@ -8,7 +8,8 @@ import pytest
 import jaxnorm
 from jaxnorm.core import narrow
 from jaxnorm.core.layout import in_order
-from jaxnorm.core.measure import Reduction, take
+from jaxnorm.core.measure import take
+from jaxnorm.core.slices import Reduction
 
 OFFSETS = {"bfloat16": (0, 3, 1e2, 1e5, 1e30, 1e36), "float16": (0, 3, 1e2, 1e3, 6e4)}
 

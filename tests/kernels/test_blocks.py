@@ -1,4 +1,7 @@
-"""Arrays of many blocks, the last of them reaching over the edge, against the float64 oracle."""
+"""Arrays of many blocks, the last of them reaching over the edge, against the float64 oracle.
+
+Slices, too, where they are larger than a block may be.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,8 @@ from jaxnorm.kernels import tiles
 from jaxnorm.kernels.choice import interpreted
 from jaxnorm.testing import assert_close, condition_number, oracle
 
-# Norm, shape, shape of the parameters, reduced axes, options; with a room of 2048 elements.
+# Norm, shape, shape of the parameters, reduced axes, options; with a room of 2048 elements, and of
+# 4096 for a slice.
 CASES = {
     "ragged rows": ("layer", (50, 33), (33,), (1,), {}),
     "rows of images": ("layer", (3, 37, 20), (20,), (2,), {}),
@@ -18,12 +22,18 @@ CASES = {
     "of each sample": ("layer", (5, 30, 16), (5, 1, 16), (2,), {}),
     "cut channels": ("instance", (3, 5, 300), (300,), (1,), {}),
     "groups": ("group", (3, 4, 2, 12), (12,), (1, 2), {"num_groups": 4}),
+    "pieces of rows": ("layer", (20, 2000), (2000,), (1,), {}),
+    "pieces of a vector": ("layer", (9000,), (9000,), (0,), {}),
+    "equal pieces": ("layer", (3, 64, 256), (64, 256), (1, 2), {"axis": (1, 2)}),
+    "pieces of an image": ("instance", (2, 9, 50, 60), (60,), (1, 2), {}),
+    "pieces of groups": ("group", (2, 9, 50, 60), (60,), (1, 2), {"num_groups": 6}),
 }
 
 
 @pytest.fixture
 def little_room(monkeypatch):
     monkeypatch.setattr(tiles, "_ROOM", 2**11)
+    monkeypatch.setattr(tiles, "MOST", 2**12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -54,8 +64,62 @@ def test_many_blocks(name, dtype, little_room):
         )  # fmt: skip
 
 
+def _pieces(first, second, size=9000):
+    """Rows that begin with the one and go on with the other, by less than a piece."""
+    rng = np.random.default_rng(1)
+    rows = np.full((2, size), second, np.float64)
+    rows[:, :100] = first
+    return jnp.asarray(rows * (1 + 1e-3 * rng.normal(size=rows.shape)), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [_pieces(0, 1e4), _pieces(1e4, 1), _pieces(-1e30, 1e30), _pieces(0, 1e-15)],
+    ids=["far", "farther", "huge", "tiny"],
+)
+def test_pieces_that_lie_apart(x, little_room):
+    with interpreted():
+        y = jaxnorm.layer_norm(x, implementation="pallas", epsilon=0.0)
+        dx = jax.grad(lambda x: jnp.sum(
+            jaxnorm.layer_norm(x, implementation="pallas", epsilon=0.0)[:, :50]
+        ))(x)  # fmt: skip
+    assert_close(y, oracle.layer_norm(np.asarray(x, np.float64), epsilon=0.0), floor=4.0)
+    assert jnp.isfinite(dx).all()
+
+
+def test_a_constant_slice_in_pieces_is_its_bias(little_room):
+    bias = jnp.arange(9000.0)
+    with interpreted():
+        y = jaxnorm.layer_norm(jnp.full((3, 9000), 10000.1), None, bias, implementation="pallas")
+    np.testing.assert_array_equal(y, jnp.broadcast_to(bias, y.shape))
+
+
+def test_pieces_of_a_sum(little_room):
+    rng = np.random.default_rng(0)
+    large = (jnp.asarray(rng.normal(size=(20, 3000)), jnp.float32) for _ in range(4))
+    x, residual, dy, dtotal = large
+    scale = jnp.asarray(rng.normal(size=3000), jnp.float32)
+    with interpreted():
+        (y, total), pull = jax.vjp(
+            lambda *a: jaxnorm.add_rms_norm(*a, implementation="pallas"), x, residual, scale
+        )
+        derivatives = pull((dy, dtotal))
+    np.testing.assert_array_equal(total, x + residual)
+    numbers = np.asarray(total, np.float64), np.asarray(scale, np.float64)
+    assert_close(y, oracle.rms_norm(*numbers), floor=4.0)
+    dx, dscale = oracle.rms_norm_vjp(np.asarray(dy, np.float64), *numbers)
+    dx = dx + np.asarray(dtotal, np.float64)
+    for got, want in zip(derivatives, (dx, dx, dscale)):
+        assert_close(got, want, what="derivative", floor=float(np.abs(want).max()))
+
+
 def test_the_cases_are_what_they_are_called(little_room):
     ragged = tiles.tiles_of((50, 33), (1,), jnp.float32)
     assert ragged.grid[0] > 1 and ragged.ragged == (0,)
     cut = tiles.tiles_of((3, 5, 300), (1,), jnp.float32)
     assert cut.grid[2] > 1 and cut.ragged == (2,)
+    for name, (_, shape, _, axes, options) in CASES.items():
+        blocks = (len(shape) - 1, options["num_groups"]) if options.get("num_groups") else None
+        pieces = tiles.tiles_of(shape, axes, jnp.float32, blocks)
+        assert bool(pieces.cut) == ("pieces" in name), name
+        assert bool(set(pieces.cut) & set(pieces.ragged)) == name.startswith("pieces"), name

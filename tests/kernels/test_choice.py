@@ -95,10 +95,10 @@ def test_what_has_no_kernel_is_refused_with_the_reason(name):
     assert reason in str(jaxnorm.explain(lambda x: function(x, {}), X, platform="tpu"))
 
 
-def test_a_slice_that_does_not_fit():
-    x = jax.ShapeDtypeStruct((8, 2**21), jnp.float32)
-    with pytest.raises(ValueError, match="a slice fills 16777216 elements of on-chip memory"):
-        jax.eval_shape(lambda x: jaxnorm.layer_norm(x, implementation="pallas"), x)
+def test_groups_that_do_not_fit():
+    x = jax.ShapeDtypeStruct((2, 8, 2**21), jnp.float32)
+    with pytest.raises(ValueError, match=r"a block of \(1, 8, 1048576\) does not fit"):
+        jax.eval_shape(lambda x: jaxnorm.group_norm(x, num_groups=2, implementation="pallas"), x)
 
 
 def test_no_kernel_for_this_platform():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxnorm.core.finish import Activation, Finish
-from jaxnorm.core.measure import Reduction
+from jaxnorm.core.slices import Reduction
 from jaxnorm.kernels import gpu
 from jaxnorm.kernels.held import Norm
 from jaxnorm.testing import assert_close, condition_number, oracle

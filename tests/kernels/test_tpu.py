@@ -115,6 +115,21 @@ def test_every_element_crosses_the_bus_once_each_way(case, topology):
         assert len(kernels) == (1 if function == case.forward else 2)
 
 
+CUT = (
+    Case("layer_norm", (64, 2**21)),
+    Case("add_rms_norm", (24, 3000001), "float32"),
+    Case("group_norm", (8, 300, 300, 256), options={"activation": jax.nn.silu}),
+)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("case", CUT, ids=str)
+def test_slices_larger_than_the_chip_have_kernels_too(case, topology):
+    arguments = case.arguments(mesh(topology, 1, AxisType.Auto))
+    compiled = jax.jit(case.both).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("manual", [False, True])
 @pytest.mark.parametrize("name", ["layer_norm", "group_norm"])
