@@ -36,8 +36,11 @@ def little_room(monkeypatch):
     monkeypatch.setattr(tiles, "MOST", 2**12)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "float32") for name in CASES]
+    + [(name, "bfloat16") for name in ("ragged rows", "groups", "pieces of rows")],
+)
 def test_many_blocks(name, dtype, little_room):
     norm, shape, sizes, axes, options = CASES[name]
     rng = np.random.default_rng(0)
