@@ -69,13 +69,15 @@ def test_no_file_is_two_ideas():
 
 PROBE = """
 import json, sys, time
+start = time.process_time()
 import jax
-start = time.perf_counter()
+jax_at = time.process_time()
 import jaxnorm
-seconds = time.perf_counter() - start
+ours_at = time.process_time()
 from jax._src import xla_bridge
 print(json.dumps({
-    "seconds": seconds,
+    "jax": jax_at - start,
+    "jaxnorm": ours_at - jax_at,
     "flax": [m for m in sys.modules if m.split(".")[0] in ("flax", "optax")],
     "backends": list(xla_bridge._backends),
 }))
@@ -90,7 +92,9 @@ def test_importing_is_cheap_loads_no_flax_and_starts_no_backend():
         for _ in range(3)
     ]
     assert runs[0]["flax"] == [] and runs[0]["backends"] == []
-    assert min(r["seconds"] for r in runs) < 0.1, runs
+    # Of the processor's time, and as a share: machines differ, and may be busy.
+    least = {name: min(r[name] for r in runs) for name in ("jax", "jaxnorm")}
+    assert least["jaxnorm"] < 0.2 * least["jax"], runs
 
 
 @pytest.mark.parametrize("name", jaxnorm.__all__)
