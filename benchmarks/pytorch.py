@@ -27,7 +27,7 @@ class Torch:
     def function(self, norm, dtype=None) -> Callable:
         """A function of tensors (x, scale, bias) that returns y."""
         import torch
-        import torch.nn.functional as F  # noqa: N812
+        from torch.nn import functional
 
         del dtype  # x's
         eps = norm.epsilon
@@ -36,17 +36,17 @@ class Torch:
             if norm.name == "layer":
                 if device() != "cpu":  # where the kernel takes one dtype
                     scale, bias = scale.to(x.dtype), bias.to(x.dtype)
-                return F.layer_norm(x, x.shape[-1:], scale, bias, eps)
+                return functional.layer_norm(x, x.shape[-1:], scale, bias, eps)
             if norm.name == "rms":
                 # Of its own dtype: it warns of any other.
-                return F.rms_norm(x, x.shape[-1:], scale.to(x.dtype), eps)
+                return functional.rms_norm(x, x.shape[-1:], scale.to(x.dtype), eps)
             x = x.movedim(-1, 1)
             if norm.name == "batch":
-                y = F.batch_norm(x, None, None, scale, bias, training=True, eps=eps)
+                y = functional.batch_norm(x, None, None, scale, bias, training=True, eps=eps)
             elif norm.name == "group":
-                y = F.group_norm(x, norm.groups, scale, bias, eps)
+                y = functional.group_norm(x, norm.groups, scale, bias, eps)
             else:
-                y = F.instance_norm(x, weight=scale, bias=bias, eps=eps)
+                y = functional.instance_norm(x, weight=scale, bias=bias, eps=eps)
             return y.movedim(1, -1)
 
         return torch.compile(apply) if self.compiled else apply
@@ -94,16 +94,11 @@ def wait() -> None:
 
 def threads() -> int | None:
     """How many PyTorch computes with; None where it is not installed."""
-    if not has_torch():
+    if importlib.util.find_spec("torch") is None:
         return None
     import torch
 
     return torch.get_num_threads()
-
-
-def has_torch() -> bool:
-    """Whether the optional peer is installed."""
-    return importlib.util.find_spec("torch") is not None
 
 
 TORCH = Torch()

@@ -18,8 +18,6 @@ from jaxnorm.core.replicas import Alone
 from jaxnorm.core.slices import Reduction
 from jaxnorm.kernels.tiles import Tiles, tiles_of
 
-Parameters = tuple[Array | None, Array | None]
-
 
 @dataclass(frozen=True)
 class Norm:
