@@ -51,7 +51,7 @@ def compiled(function, topology: str, spec: P) -> Any:
     return jax.jit(both).trace(x, x).lower(lowering_platforms=("tpu",)).compile().as_text()
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2x1", "v6e:2x2x1"])
+@pytest.mark.parametrize("topology", ["v5e:2x2x1", "v6e:2x2x1", "v5p:4x4x4"])
 @pytest.mark.parametrize("name", NORMS)
 def test_compiles_over_a_sharded_batch_without_a_gather(name, topology):
     collectives = Program(compiled(NORMS[name], topology, P("data"))).collectives

@@ -11,8 +11,9 @@ from jaxtyping import Array
 def in_order(x: Array, axes: Sequence[int]) -> Array:
     """The same array; on TPUs with its axes in memory in that order, the last one contiguous.
 
-    Other compilers are told nothing: theirs lie so anyway, and XLA for CPUs gathers what such a
-    constraint is put on. It has no derivative, and is for what computes moments only.
+    Other compilers are told nothing: theirs lie so anyway. Nor is it said where there is more than
+    one device: XLA for CPUs, and that for pods of TPU v5p, gathers what such a constraint is put
+    on. It has no derivative, and is for what computes moments only.
     """
     return _primitive().bind(x, axes=tuple(axes))
 
@@ -32,8 +33,11 @@ def _primitive():
 
 
 def _constrained(context, x, *, axes):
-    if context.module_context.lowering_parameters.for_export:
+    module = context.module_context
+    if module.lowering_parameters.for_export:
         return [x]  # what is exported must be stable, which JAX does not promise of a constraint
+    if getattr(module.axis_context, "num_devices", None) != 1:
+        return [x]
 
     def constrain(x, axes):
         return with_layout_constraint(x, Layout(axes))
