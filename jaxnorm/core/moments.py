@@ -65,6 +65,30 @@ class Moments(NamedTuple):
         between = abs_squared(half * (2 * weight).astype(half.dtype))
         return Moments(count, mean, saturate(self.m2 + other.m2 + between))
 
+    def pooled(self) -> "Moments":
+        """Moments of the union of all the sets that the leading axis goes over.
+
+        ``mean = sum_i n_i mean_i / n`` and ``m2 = sum_i m2_i + n_i |mean_i - mean|^2``, the means
+        taken from the first one's on.
+
+        Returns:
+            Moments of the shape that is left without that axis.
+
+        Example:
+            >>> import jax.numpy as jnp, jaxnorm
+            >>> parts = jaxnorm.moments(jnp.array([[1.0, 2.0], [3.0, 6.0]]), 1)
+            >>> whole = parts.pooled()
+            >>> whole.mean.item(), whole.m2.item()
+            (3.0, 14.0)
+        """
+        count = self.count.sum(0)
+        weight = (self.count / jnp.maximum(count, 1)).astype(self.mean.dtype)
+        origin = jnp.where(self.count[0] > 0, self.mean[0], self.mean.max(0))
+        mean = (weight * (self.mean - origin)).sum(0)
+        apart = self.mean - origin - mean
+        m2 = self.m2 + self.count * abs_squared(apart)
+        return Moments(count, origin + mean, saturate(m2.sum(0)))
+
     @classmethod
     def empty(cls, shape: tuple[int, ...] = (), dtype: jax.typing.DTypeLike = jnp.float32):
         """The identity of `merge`: no element at all.

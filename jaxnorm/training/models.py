@@ -110,7 +110,7 @@ def initialize(
         # instance as it was.
         fresh = nnx.merge(*nnx.split(model))
     else:
-        fresh = _build(operation, model, key)
+        fresh = build(operation, model, nnx.Rngs(key))
     nnx.pop(fresh, nnx.Intermediate)
     return _split(fresh)[2]
 
@@ -284,7 +284,7 @@ class _NNXModel:
             if isinstance(model, nnx.Module):
                 fresh = nnx.merge(*nnx.split(model))
             else:
-                fresh = _build(operation, model, jax.random.key(0))
+                fresh = build(operation, model, nnx.Rngs(jax.random.key(0)))
             nnx.pop(fresh, nnx.Intermediate)
             classes.append(type(fresh))
             return _split(fresh)
@@ -367,7 +367,7 @@ def _split(model: Any) -> tuple[Any, Any, Variables]:
     return graphdef, rngs, Variables(params, batch_stats, rest)
 
 
-def _build(operation: str, factory: Callable[..., Any], key: jax.Array) -> Any:
+def build(operation: str, factory: Callable[..., Any], rngs: nnx.Rngs) -> Any:
     """Calls a factory of NNX modules, `factory(rngs)` or `factory(*, rngs)`."""
     hint = (
         "Pass an instance, such as Net(features=8), or for NNX a function that builds one: "
@@ -385,7 +385,6 @@ def _build(operation: str, factory: Callable[..., Any], key: jax.Array) -> Any:
     except (TypeError, ValueError):
         parameter = None
     by_name = parameter is not None and parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    rngs = nnx.Rngs(key)
     model = factory(rngs=rngs) if by_name else factory(rngs)
     if not isinstance(model, nnx.Module):
         raise TypeError(

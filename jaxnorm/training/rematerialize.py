@@ -64,12 +64,17 @@ class _Stretch(NamedTuple):
     def compute(self, *args: Any) -> list[Any]:
         values = dict(zip(self.inputs, args))
         for eqn in self.equations:
-            primitive = eqn.primitive
             given = [values[v] if isinstance(v, Var) else v.val for v in eqn.invars]
-            with eqn.ctx.manager:  # the mesh and the options that the equation was traced under
-                made = primitive.bind(*given, **primitive.get_bind_params(eqn.params))
-            values |= dict(zip(eqn.outvars, made if primitive.multiple_results else [made]))
+            values |= dict(zip(eqn.outvars, evaluate(eqn, given)))
         return [values[v] for v in self.outputs]
+
+
+def evaluate(eqn: JaxprEqn, given: list[Any]) -> list[Any]:
+    """What an equation makes of these operands."""
+    primitive = eqn.primitive
+    with eqn.ctx.manager:  # the mesh and the options that the equation was traced under
+        made = primitive.bind(*given, **primitive.get_bind_params(eqn.params))
+    return list(made) if primitive.multiple_results else [made]
 
 
 def _stretches(jaxpr: Jaxpr) -> list[_Stretch]:

@@ -46,6 +46,7 @@ class TrainState(struct.PyTreeNode):
         run that resumes from a stored state continues with the numbers it would have drawn.
       nonfinite_step: the first step whose loss was not finite, or -1. int32, shape (). See
         `check_finite`.
+      monitor: what `jaxnorm.monitor` saw and nobody has read yet; None without a monitor.
 
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp, optax
@@ -63,6 +64,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: optax.OptState
     rng: jax.Array  # typed key, ()
     nonfinite_step: jax.Array  # int32, ()
+    monitor: Any = None
 
     @property
     def variables(self) -> Variables:

@@ -1,44 +1,30 @@
-"""Compiled training and evaluation steps of one run.
-
-The functions here build pure functions `(state, batch) -> ...` and jit them; `sweep.py` maps the
-same pure functions over members, so that a member of a sweep and a run alone are one computation.
-"""
+"""Compiled training and evaluation steps of one run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
-from jaxnorm.training.layout import (
-    Layout,
-    check_layout,
-    check_placed,
-    keep_batch,
-    keep_parameters,
-    keep_state,
-    place_batch,
+from jaxnorm.training.layout import Layout, check_layout
+from jaxnorm.training.models import adapt
+from jaxnorm.training.objective import InputsFn, LossFn, Objective, Policy
+from jaxnorm.training.precision import compute_dtype_of
+from jaxnorm.training.prepared import PreparedStep
+from jaxnorm.training.programs import (
+    EvalStep,
+    MetricsFn,
+    Monitor,
+    Step,
+    build_eval_step,
+    build_loop,
+    build_train_step,
+    watched,
 )
-from jaxnorm.training.models import Model, adapt
-from jaxnorm.training.objective import (
-    Batch,
-    InputsFn,
-    LossFn,
-    Metrics,
-    Objective,
-    Policy,
-    take_inputs,
-)
-from jaxnorm.training.precision import compute_dtype_of, narrowed, widened
-from jaxnorm.training.state import TrainState, check_optimizer, same_kind
-
-MetricsFn = Callable[[Any, Batch], Mapping[str, Any]]
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-EvalStep = Callable[[TrainState, Batch], Metrics]
+from jaxnorm.training.state import check_optimizer
 
 
 def make_train_step(
@@ -56,6 +42,7 @@ def make_train_step(
     statistics: str = "micro_batch",
     remat: bool | Policy = False,
     compute_dtype: Any = None,
+    monitor: Monitor | None = None,
 ) -> Step:
     """A compiled training step: `step(state, batch) -> (state, metrics)`.
 
@@ -158,7 +145,7 @@ def make_train_step(
     compute_dtype = compute_dtype_of(operation, compute_dtype)
     objective = Objective(
         operation,
-        adapt(operation, model, train_kwargs, compute_dtype),
+        (monitor.adapt if monitor else adapt)(operation, model, train_kwargs, compute_dtype),
         loss_fn,
         inputs,
         layout=check_layout(operation, layout),
@@ -167,10 +154,14 @@ def make_train_step(
         remat=remat,
         compute_dtype=compute_dtype,
     )
-    step = build_train_step(objective, optimizer, skip_nonfinite)
+    made = build_train_step(objective, optimizer, skip_nonfinite)
+    step = watched(made, monitor, layout)
     step = build_loop(operation, step) if scan else step
     compiled = jax.jit(step, donate_argnums=(0,) if donate else ())
-    return compiled if layout is None else _PlacedStep(operation, layout, compiled, scan)
+    if layout is None and monitor is None:
+        return compiled
+    buffer = functools.partial(monitor.buffer, made) if monitor else None
+    return PreparedStep(operation, compiled, layout, scan=scan, buffer=buffer)
 
 
 def make_eval_step(
@@ -220,147 +211,4 @@ def make_eval_step(
     adapted = adapt(operation, model, eval_kwargs, dtype)
     layout = check_layout(operation, layout)
     compiled = jax.jit(build_eval_step(operation, adapted, metrics_fn, inputs, layout, dtype))
-    return compiled if layout is None else _PlacedStep(operation, layout, compiled)
-
-
-class _PlacedStep:
-    """A compiled step that first sees to it that its arguments lie where the layout has them."""
-
-    def __init__(self, operation: str, layout: Layout, compiled: Any, scan: bool = False) -> None:
-        self._operation = operation
-        self._layout = layout
-        self._compiled = compiled
-        self._scan = scan
-
-    def __call__(self, state: TrainState, batch: Batch) -> Any:
-        return self._on_mesh(self._compiled, state, batch)
-
-    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-        """The step before compilation; arguments may be `jax.ShapeDtypeStruct`s."""
-        return self._on_mesh(self._compiled.lower, state, batch)
-
-    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
-        """The step before lowering; arguments may be `jax.ShapeDtypeStruct`s."""
-        return self._on_mesh(self._compiled.trace, state, batch)
-
-    def _on_mesh(self, function: Callable[..., Any], state: Any, batch: Any) -> Any:
-        check_single(self._operation, state)
-        leaves = jax.tree.leaves((state, batch))
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-            state = self._layout.place(state)
-        if not any(isinstance(leaf, Tracer) for leaf in leaves):
-            check_placed(self._operation, self._layout, state)
-            batch = place_batch(self._operation, self._layout, batch, self._scan)
-        with self._layout.context():
-            return function(state, batch)
-
-
-def build_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, skip_nonfinite: bool
-) -> Step:
-    """The pure function that `make_train_step` and `make_sweep_step` compile."""
-    operation, layout = objective.operation, objective.layout
-    update = optax.with_extra_args_support(optimizer).update
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        check_single(operation, state)
-        batch = keep_batch(operation, layout, batch, objective.accumulate)
-        key = jax.random.fold_in(state.rng, state.step)
-        result, grads = objective.value_and_grad(state.variables, key, batch)
-        loss, (metrics, written) = result
-        grads = keep_parameters(layout, grads)
-        updates, opt_state = update(
-            grads,
-            state.opt_state,
-            state.params,
-            value=loss,
-            grad=grads,
-            value_fn=lambda params: objective.value(params, state.variables, key, batch),
-        )
-        finite = jnp.isfinite(loss)
-        new = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=written.batch_stats,
-            model_state=written.model_state,
-            opt_state=opt_state,
-            nonfinite_step=jnp.where(
-                finite | (state.nonfinite_step >= 0), state.nonfinite_step, state.step
-            ),
-        )
-        new = same_kind(operation, state, new)
-        if skip_nonfinite:
-            kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-            new = kept.replace(step=new.step, nonfinite_step=new.nonfinite_step)
-        return keep_state(layout, new), {"loss": loss, **metrics}
-
-    return step
-
-
-def build_eval_step(
-    operation: str,
-    model: Model,
-    metrics_fn: MetricsFn,
-    inputs: InputsFn | None,
-    layout: Layout | None = None,
-    compute_dtype: Any = None,
-) -> EvalStep:
-    """The pure function that `make_eval_step` and `make_sweep_eval_step` compile."""
-
-    def evaluate(state: TrainState, batch: Batch) -> Metrics:
-        check_single(operation, state)
-        batch = keep_batch(operation, layout, batch)
-        args, kwargs = narrowed(take_inputs(operation, inputs, batch), compute_dtype)
-        params = keep_parameters(layout, narrowed(state.params, compute_dtype), gathered=True)
-        key = jax.random.fold_in(state.rng, state.step)
-        variables = state.variables._replace(params=params)
-        outputs = model.evaluate(variables, key, args, kwargs)
-        metrics = metrics_fn(widened(outputs) if compute_dtype else outputs, batch)
-        if not isinstance(metrics, Mapping):
-            raise TypeError(
-                f"{operation}: metrics_fn must return a dict of arrays; got "
-                f"{type(metrics).__name__}. Return one, such as "
-                '{"accuracy": (outputs.argmax(-1) == batch["y"]).mean()}.'
-            )
-        return dict(metrics)
-
-    return evaluate
-
-
-def build_loop(operation: str, step: Step) -> Step:
-    """`step` over batches stacked on a leading axis, in one `lax.scan`."""
-
-    def loop(state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
-        leading_size(operation, batches, "with scan=True, steps")
-        return jax.lax.scan(step, state, batches)
-
-    return loop
-
-
-def leading_size(operation: str, batch: Batch, what: str) -> int:
-    """The common size of the leading axis of all leaves; three-part ValueError if none."""
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
-    sizes = {shape[0] if shape else None for shape in shapes}
-    if len(sizes) == 1 and None not in sizes:
-        return shapes[0][0]
-    raise ValueError(
-        f"{operation}: every leaf of the batch must have the same leading axis, {what}; got leaves "
-        f"of shape {', '.join(map(str, shapes)) or '(none)'}. Stack the batches: "
-        "jax.tree.map(lambda *x: jnp.stack(x), *batches)."
-    )
-
-
-def check_single(operation: str, state: Any) -> None:
-    """Three-part TypeError for anything but the state of one run."""
-    if not isinstance(state, TrainState):
-        raise TypeError(
-            f"{operation}: the first argument of the step must be a TrainState; got "
-            f"{type(state).__name__}. Make one with create_train_state or create_sweep_state and "
-            "call step(state, batch)."
-        )
-    if state.step.ndim:
-        raise TypeError(
-            f"{operation}: the state must be that of one run; got a sweep of "
-            f"{state.step.shape[0]} members. Use make_sweep_step and make_sweep_eval_step, or take "
-            "one run out with sweep_member."
-        )
+    return compiled if layout is None else PreparedStep(operation, compiled, layout)

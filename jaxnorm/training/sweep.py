@@ -7,6 +7,7 @@ Small models leave most of a machine idle; a sweep of them costs little more tha
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,18 @@ from flax import nnx
 
 from jaxnorm.training.models import adapt
 from jaxnorm.training.objective import Batch, InputsFn, LossFn, Metrics, Objective
+from jaxnorm.training.prepared import PreparedStep
+from jaxnorm.training.programs import (
+    EvalStep,
+    MetricsFn,
+    Monitor,
+    Step,
+    build_eval_step,
+    build_loop,
+    build_train_step,
+    leading_size,
+    watched,
+)
 from jaxnorm.training.state import (
     TrainState,
     as_key,
@@ -29,17 +42,9 @@ from jaxnorm.training.state import (
     own,
     strong,
 )
-from jaxnorm.training.steps import (
-    EvalStep,
-    MetricsFn,
-    Step,
-    build_eval_step,
-    build_loop,
-    build_train_step,
-    leading_size,
-)
 
 MakeOptimizer = Callable[..., optax.GradientTransformation]
+_MEMBERS = "jaxnorm_members"  # the mapped axis
 
 
 def grid(
@@ -143,6 +148,7 @@ def make_sweep_step(
     skip_nonfinite: bool = False,
     scan: bool = False,
     donate: bool = True,
+    monitor: Monitor | None = None,
 ) -> Step:
     """A compiled step of all runs of a sweep: `step(state, batch) -> (state, metrics)`.
 
@@ -162,6 +168,7 @@ def make_sweep_step(
       scan: run many steps in one compiled loop. Leaves of the batch are (steps, ...), or
         (members, steps, ...) with `batch_per_member`; metrics are (members, steps).
       donate: as for `make_train_step`.
+      monitor: as for `make_train_step`; every member has a buffer of its own.
 
     Returns:
       The step, a `jax.jit` function. Every metric has a leading axis of members.
@@ -182,16 +189,32 @@ def make_sweep_step(
     """
     operation = "make_sweep_step"
     _check_factory(operation, make_optimizer)
-    objective = Objective(operation, adapt(operation, model, train_kwargs), loss_fn, inputs)
+    adapted = (monitor.adapt if monitor else adapt)(operation, model, train_kwargs)
+    objective = Objective(operation, adapted, loss_fn, inputs)
 
-    def member(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def made(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Any]:
         swept = dict.fromkeys(state.opt_state.hyperparams, 0.0)  # type: ignore[union-attr]
         optimizer = _injected(operation, make_optimizer, swept)
-        step = build_train_step(objective, optimizer, skip_nonfinite)
-        return (build_loop(operation, step) if scan else step)(state, batch)
+        return build_train_step(objective, optimizer, skip_nonfinite)(state, batch)
 
-    mapped = _over_members(operation, member, batch_per_member)
-    return jax.jit(mapped, donate_argnums=(0,) if donate else ())
+    step = watched(made, monitor, members=_MEMBERS)
+    step = build_loop(operation, step) if scan else step
+    mapped = _over_members(operation, step, batch_per_member)
+    compiled = jax.jit(mapped, donate_argnums=(0,) if donate else ())
+    if monitor is None:
+        return compiled
+
+    def buffers(state: TrainState, batch: Batch) -> Any:
+        """One for each member."""
+
+        def buffer(state: TrainState, batch: Batch) -> Any:
+            first = jax.tree.map(lambda x: x[0], batch) if scan else batch
+            return monitor.buffer(made, state, first)
+
+        return jax.vmap(buffer, in_axes=_axes(batch_per_member))(state, batch)
+
+    check = functools.partial(_check_sweep, operation, batch_per_member)
+    return PreparedStep(operation, compiled, None, buffer=buffers, check=check)
 
 
 def make_sweep_eval_step(
@@ -266,31 +289,41 @@ def sweep_member(state: TrainState, member: int) -> TrainState:
 
 def _over_members(operation: str, function: Any, batch_per_member: bool) -> Any:
     """`function(state, batch)` under `jax.vmap`, its arguments checked first."""
+    axes = _axes(batch_per_member)
 
     def mapped(state: TrainState, batch: Batch) -> Any:
-        swept = isinstance(state, TrainState) and state.step.ndim == 1
-        if not swept or not hasattr(state.opt_state, "hyperparams"):
-            shown = (
-                f"a TrainState with step of shape {state.step.shape}"
-                if isinstance(state, TrainState)
-                else type(state).__name__
-            )
-            raise TypeError(
-                f"{operation}: the first argument must be the state of a sweep; got {shown}. Make "
-                "one with create_sweep_state."
-            )
-        members = state.step.shape[0]
-        if batch_per_member:
-            size = leading_size(operation, batch, "with batch_per_member=True, members")
-            if size != members:
-                raise ValueError(
-                    f"{operation}: with batch_per_member=True the batch must have one entry for "
-                    f"each of the {members} members; its leaves have a leading axis of {size}. "
-                    "Give each member its own, or batch_per_member=False to share one."
-                )
-        return jax.vmap(function, in_axes=(0, 0 if batch_per_member else None))(state, batch)
+        _check_sweep(operation, batch_per_member, state, batch)
+        return jax.vmap(function, in_axes=axes, axis_name=_MEMBERS)(state, batch)
 
     return mapped
+
+
+def _axes(batch_per_member: bool) -> tuple[int, int | None]:
+    return 0, 0 if batch_per_member else None
+
+
+def _check_sweep(operation: str, batch_per_member: bool, state: Any, batch: Batch) -> None:
+    """Three-part error unless the state is that of a sweep, and the batch one for it."""
+    swept = isinstance(state, TrainState) and state.step.ndim == 1
+    if not swept or not hasattr(state.opt_state, "hyperparams"):
+        shown = (
+            f"a TrainState with step of shape {state.step.shape}"
+            if isinstance(state, TrainState)
+            else type(state).__name__
+        )
+        raise TypeError(
+            f"{operation}: the first argument must be the state of a sweep; got {shown}. Make "
+            "one with create_sweep_state."
+        )
+    members = state.step.shape[0]
+    if batch_per_member:
+        size = leading_size(operation, batch, "with batch_per_member=True, members")
+        if size != members:
+            raise ValueError(
+                f"{operation}: with batch_per_member=True the batch must have one entry for "
+                f"each of the {members} members; its leaves have a leading axis of {size}. "
+                "Give each member its own, or batch_per_member=False to share one."
+            )
 
 
 def _check_factory(operation: str, make_optimizer: Any) -> None:

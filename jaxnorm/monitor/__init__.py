@@ -1,0 +1,51 @@
+"""Instruments: what happens inside a network as it trains.
+
+    step = make_train_step(model, optimizer, loss, monitor=Monitor(every=64))
+
+looks at every normalization layer and every nonlinearity of a model that is left as it is, inside
+the compiled step. For training loops of one's own there are `attach` and `observe`. The measures of
+shift are pure functions.
+"""
+
+from jaxnorm.monitor.attach import attach
+from jaxnorm.monitor.gradients import (
+    GradientShift,
+    Landscape,
+    internal_covariate_shift,
+    loss_landscape,
+)
+from jaxnorm.monitor.monitor import Monitor
+from jaxnorm.monitor.observe import observe
+from jaxnorm.monitor.shift import (
+    excess_kurtosis,
+    kl_divergence,
+    mean_drift,
+    population_stability_index,
+    skewness,
+    track_covariate_shift,
+    variance_ratio,
+)
+from jaxnorm.monitor.sights import Sight, Sights
+from jaxnorm.monitor.summary import EDGES, BatchSummary, Summary
+
+__all__ = [
+    "EDGES",
+    "BatchSummary",
+    "GradientShift",
+    "Landscape",
+    "Monitor",
+    "Sight",
+    "Sights",
+    "Summary",
+    "attach",
+    "excess_kurtosis",
+    "internal_covariate_shift",
+    "kl_divergence",
+    "loss_landscape",
+    "mean_drift",
+    "observe",
+    "population_stability_index",
+    "skewness",
+    "track_covariate_shift",
+    "variance_ratio",
+]

@@ -1,0 +1,141 @@
+"""Samples wait on the device, in a ring, until somebody reads them all at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxnorm.monitor.marks import Place
+from jaxnorm.monitor.sights import Sights
+
+
+class ParameterSummary(NamedTuple):
+    """Euclidean norms of an array of parameters in one step."""
+
+    weight: Float[Array, ""]
+    gradient: Float[Array, ""]
+    update: Float[Array, ""]
+
+
+class Sample(NamedTuple):
+    """All that was seen in one step."""
+
+    sights: Sights
+    parameters: ParameterSummary
+    """With an axis of arrays of parameters."""
+    metrics: dict[str, Float[Array, ""]]
+    """The loss, and what else of the step's metrics is a number."""
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What the numbers of a sample are."""
+
+    columns: tuple[tuple[str, tuple[int, ...]], ...]
+    """Path and shape of each array, in the order in which they lie one behind the other."""
+    places: tuple[Place, ...]
+    """In the order in which a forward pass comes by."""
+    with_gradient: tuple[str, ...]
+    """Names of the places whose gradients were looked at."""
+    parameters: tuple[str, ...]
+    """Paths of the arrays of parameters."""
+
+    @property
+    def width(self) -> int:
+        """Numbers in a sample."""
+        return sum(math.prod(shape) for _, shape in self.columns)
+
+    @classmethod
+    def of(cls, sample: Sample, params: Any) -> Schema:
+        """Of a sample, or of its shapes, of a model with these parameters."""
+        leaves = jax.tree_util.tree_leaves_with_path(sample)
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        return cls(
+            tuple((_path(path, "|"), jnp.shape(leaf)) for path, leaf in leaves),
+            sample.sights.places,
+            sample.sights.with_gradient,
+            tuple(_path(path, "/") for path, _ in paths),
+        )
+
+    def split(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays of many samples, of shape (samples, width), by their paths."""
+        arrays, start = {}, 0
+        for path, shape in self.columns:
+            size = math.prod(shape)
+            arrays[path] = rows[:, start : start + size].reshape(len(rows), *shape)
+            start += size
+        return arrays
+
+
+class Buffer(struct.PyTreeNode):
+    """The last samples of a run, on the device."""
+
+    rows: Float[Array, "rows width"]
+    """One more than samples are kept: the next one's is free."""
+    steps: Int[Array, " rows"]
+    """The step of each row."""
+    written: Int[Array, ""]
+    """Samples ever taken."""
+    schema: Schema = struct.field(pytree_node=False)
+
+    @classmethod
+    def empty(cls, schema: Schema, capacity: int) -> Buffer:
+        """With room for so many samples."""
+        return cls(
+            jnp.zeros((capacity + 1, schema.width), jnp.float32),
+            jnp.zeros((capacity + 1,), jnp.int32),
+            jnp.zeros((), jnp.int32),
+            schema,
+        )
+
+    @property
+    def capacity(self) -> int:
+        """How many samples are kept."""
+        return self.steps.shape[0] - 1
+
+    def push(self, step: Int[Array, ""], row: Float[Array, " width"], taken: Any) -> Buffer:
+        """With one more sample, in place of the oldest where there is no room.
+
+        One that was not taken is written all the same, where no sample is: of a buffer that goes
+        through a branch, compilers make a copy at every step.
+        """
+        place = self.written % self.steps.shape[0]
+        return self.replace(
+            rows=lax.dynamic_update_index_in_dim(self.rows, row, place, 0),
+            steps=lax.dynamic_update_index_in_dim(self.steps, step.astype(jnp.int32), place, 0),
+            written=self.written + jnp.asarray(taken, jnp.int32),
+        )
+
+    def read(self, since: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
+        """Samples from the `since`-th on: their steps, their rows, and how many were overwritten.
+
+        Waits for the device, and copies all at once.
+        """
+        written = int(_here(self.written))
+        first = max(since, written - self.capacity)
+        order = np.arange(first, written) % self.steps.shape[0]
+        return _here(self.steps)[order], _here(self.rows)[order], max(0, first - since)
+
+
+def row_of(sample: Sample) -> Float[Array, " width"]:
+    """All numbers of a sample, one behind the other."""
+    return jnp.concatenate([jnp.ravel(a).astype(jnp.float32) for a in jax.tree.leaves(sample)])
+
+
+def _here(array: Array) -> np.ndarray:
+    """An array that is whole on every device, of which this process may see but some."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = array.addressable_data(0)
+    return np.asarray(array)
+
+
+def _path(path: Any, separator: str) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=separator)

@@ -1,0 +1,222 @@
+"""Shift as the gradient sees it, and the shape of the loss along it (Santurkar et al. 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Var, jaxprs_in_params
+from jaxtyping import Array, Float
+
+Loss = Callable[[Any], Any]
+"""From parameters to a scalar, on one batch."""
+
+
+class GradientShift(NamedTuple):
+    """Internal covariate shift, layer by layer."""
+
+    layers: tuple[str, ...]
+    """Paths of the layers, in the order in which the loss uses them."""
+    l2: Float[Array, " layers"]
+    """How far the gradient of a layer moves when the layers before it take their step."""
+    cosine: Float[Array, " layers"]
+    """Of the angle between the two: 1 where the gradient keeps its direction."""
+
+
+class Landscape(NamedTuple):
+    """The loss along a direction."""
+
+    step_sizes: Float[Array, " steps"]
+    losses: Float[Array, " steps"]
+    """At ``params - step_size * direction``."""
+    gradient_change: Float[Array, " steps"]
+    """Euclidean distance of the gradient there from that at `params`."""
+    smoothness: Float[Array, " steps"]
+    """That distance over the length of the step."""
+
+    @property
+    def loss_variation(self) -> Float[Array, ""]:
+        """Largest less smallest loss."""
+        return self.losses.max() - self.losses.min()
+
+    @property
+    def gradient_predictiveness(self) -> Float[Array, ""]:
+        """The largest change of the gradient; what is small here is predictable."""
+        return self.gradient_change.max()
+
+    @property
+    def effective_smoothness(self) -> Float[Array, ""]:
+        """The largest change of the gradient for the length of a step ("effective beta")."""
+        return self.smoothness.max()
+
+
+def internal_covariate_shift(
+    loss: Loss, params: Any, new_params: Any, *, batch_size: int | None = None
+) -> GradientShift:
+    r"""How much the layers before a layer change what that layer has to learn.
+
+    .. math::
+        \|G_i - G_i'\|_2, \quad \cos(G_i, G_i'), \quad
+        G_i = \nabla_{W_i} L(W_1, \ldots, W_k), \quad
+        G_i' = \nabla_{W_i} L(W_1', \ldots, W_{i-1}', W_i, \ldots, W_k)
+
+    where W' are the parameters after a step, on the same batch. A layer is what holds arrays of
+    parameters itself, and layers come in the order in which the loss first uses their parameters.
+    The first has nothing before it, and a shift of 0.
+
+    Args:
+        loss: of the parameters, on one batch, in training mode.
+        params: before the step; a pytree of floating arrays.
+        new_params: after it.
+        batch_size: how many layers' gradients to evaluate at once; None for all.
+
+    Returns:
+        A `GradientShift`. The cosine is 1 where both gradients are zero, and 0 where one is.
+
+    Raises:
+        ValueError: the two sets of parameters have different structures or shapes.
+
+    Source: Santurkar, Tsipras, Ilyas & Madry 2018, Definition 2.1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> w = {"first": {"w": jnp.float32(2.0)}, "second": {"w": jnp.float32(3.0)}}
+        >>> loss = lambda p: p["first"]["w"] * p["second"]["w"] * 5.0
+        >>> new = {"first": {"w": jnp.float32(1.0)}, "second": {"w": jnp.float32(1.0)}}
+        >>> internal_covariate_shift(loss, w, new).l2.tolist()
+        [0.0, 5.0]
+    """
+    op = "internal_covariate_shift"
+    _check_alike(op, params, new_params)
+    order, layers = _layers(loss, params)
+    old, structure = jax.tree.flatten(params)
+    new = jax.tree.leaves(new_params)
+    here = jax.tree.leaves(jax.grad(loss)(params))
+
+    def of_layer(i):
+        mixed = [jnp.where(layer < i, b, a) for layer, a, b in zip(order, old, new)]
+        there = jax.tree.leaves(jax.grad(loss)(jax.tree.unflatten(structure, mixed)))
+        own = [(layer == i, a, b) for layer, a, b in zip(order, here, there)]
+        sums = [
+            jnp.where(mine, jnp.stack([_dot(a, a), _dot(b, b), _dot(a, b), _dot(a - b, a - b)]), 0)
+            for mine, a, b in own
+        ]
+        return jnp.stack(sums).sum(0)
+
+    index = jnp.arange(len(layers))
+    aa, bb, ab, apart = lax.map(of_layer, index, batch_size=batch_size or len(layers)).T
+    length = jnp.sqrt(aa) * jnp.sqrt(bb)
+    none = (aa == 0) & (bb == 0)
+    cosine = jnp.where(none, 1.0, ab / jnp.where(length > 0, length, 1))
+    return GradientShift(tuple(layers), jnp.sqrt(apart), jnp.clip(cosine, -1, 1))
+
+
+def loss_landscape(
+    loss: Loss,
+    params: Any,
+    step_sizes: Sequence[float] | Array,
+    direction: Any = None,
+    *,
+    batch_size: int | None = None,
+) -> Landscape:
+    r"""The loss and its gradient along the gradient, which normalization is found to smooth.
+
+    .. math::
+        L(W - \eta g), \quad \|\nabla L(W) - \nabla L(W - \eta g)\|_2, \quad
+        \frac{\|\nabla L(W) - \nabla L(W - \eta g)\|_2}{\|\eta g\|_2}
+
+    Args:
+        loss: of the parameters, on one batch, in training mode.
+        params: a pytree of floating arrays.
+        step_sizes: the values of eta, shape (steps,); none of them 0.
+        direction: g, of the structure of the parameters; None for the gradient itself.
+        batch_size: how many of them to evaluate at once; None for all, in one vmapped program.
+
+    Returns:
+        A `Landscape`.
+
+    Raises:
+        ValueError: the direction is not of the parameters' structure, or `step_sizes` no list of
+            numbers.
+
+    Source: Santurkar, Tsipras, Ilyas & Madry 2018, section 3.1 and Figure 4.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> found = loss_landscape(lambda w: 2 * (w**2).sum(), jnp.array([1.0]), [0.1, 0.5])
+        >>> [f"{loss:.2f}" for loss in found.losses], f"{found.effective_smoothness:.2f}"
+        (['0.72', '2.00'], '4.00')
+    """
+    op = "loss_landscape"
+    etas = jnp.asarray(step_sizes, jnp.float32)
+    if etas.ndim != 1 or not etas.size:
+        raise ValueError(
+            f"{op}: step_sizes must be a list of numbers; got shape {etas.shape}. For example "
+            "jnp.linspace(0.1, 1, 10)."
+        )
+    here = jax.grad(loss)(params)
+    along = here if direction is None else direction
+    _check_alike(op, params, along)
+
+    def at(eta):
+        moved = jax.tree.map(lambda w, g: w - (eta * g).astype(w.dtype), params, along)
+        value, there = jax.value_and_grad(loss)(moved)
+        return value, _norm(jax.tree.map(jnp.subtract, there, here))
+
+    losses, change = lax.map(at, etas, batch_size=batch_size or etas.size)
+    length = jnp.abs(etas) * _norm(along)
+    return Landscape(etas, losses, change, change / jnp.where(length > 0, length, 1))
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.vdot(a.astype(jnp.float32), b.astype(jnp.float32))
+
+
+def _norm(tree: Any) -> Array:
+    return jnp.sqrt(sum(_dot(a, a) for a in jax.tree.leaves(tree)))
+
+
+def _check_alike(op: str, params: Any, others: Any) -> None:
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (params, others)]
+    if jax.tree.structure(params) != jax.tree.structure(others) or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{op}: both trees must be of the parameters' structure and shapes; got {shapes[0]} "
+            f"and {shapes[1]}. Take both from the same model."
+        )
+
+
+def _layers(loss: Loss, params: Any) -> tuple[list[int], list[str]]:
+    """For each array of parameters the number of its layer, and the layers' paths in order."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    owners = [jax.tree_util.keystr(path[:-1], simple=True, separator="/") for path in paths]
+    jaxpr = jax.make_jaxpr(loss)(params).jaxpr
+    first = _first_uses(jaxpr)
+    last = len(first)
+    rank = {v: i for i, v in enumerate(first)}
+    order: dict[str, int] = {}
+    for owner, v in zip(owners, jaxpr.invars):
+        order[owner] = min(order.get(owner, last), rank.get(v, last))
+    layers = sorted(order, key=lambda owner: order[owner])
+    return [layers.index(owner) for owner in owners], layers
+
+
+def _first_uses(jaxpr: Any) -> list[Var]:
+    """The inputs of a program in the order in which something is computed with them."""
+    stands_for = {v: v for v in jaxpr.invars}
+    used: dict[Var, None] = {}
+    for eqn in jaxpr.eqns:
+        given = [stands_for.get(v) if isinstance(v, Var) else None for v in eqn.invars]
+        inner = list(jaxprs_in_params(eqn.params))
+        if len(eqn.invars) == 1 and given[0] is not None and not inner:
+            # What reshapes or casts a parameter does not use it yet.
+            stands_for |= dict.fromkeys(eqn.outvars, given[0])
+            continue
+        if len(inner) == 1 and len(inner[0].invars) == len(eqn.invars):
+            within = dict(zip(inner[0].invars, given))
+            used |= dict.fromkeys(u for v in _first_uses(inner[0]) if (u := within[v]) is not None)
+        else:
+            used |= dict.fromkeys(u for u in given if u is not None)
+    return list(used)

@@ -1,0 +1,170 @@
+"""Marks on the layers of a Flax model that is left as it is.
+
+A Linen module's calls are intercepted while it is traced. Of an NNX module a copy is made whose
+layers are of classes derived from their own, since classes are what NNX carries into `scan`,
+`vmap` and `remat`. In both, every layer that is wanted gets a mark on its input and on its output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+
+from jaxnorm.monitor.marks import FENCE, VALUE, Place, mark
+
+NORMS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+NORM_TYPES = tuple(getattr(flax, name) for flax in (linen, nnx) for name in NORMS)
+# Whose bias a following batch norm takes away again.
+AFFINE_TYPES = (
+    *(linen.Dense, linen.DenseGeneral, linen.Conv, linen.ConvTranspose, linen.ConvLocal),
+    *(nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose),
+)
+# What of a layer's fields is worth knowing beside a figure, where it has them.
+FIELDS = ("epsilon", "momentum", "use_running_average", "num_groups", "group_size", "dtype",
+          "param_dtype", "virtual_batch_size")  # fmt: skip
+
+Wanted = Callable[[str, Any], bool]
+"""Whether a layer of that path, which is that module, is to be marked."""
+
+
+class _Trace(threading.local):
+    """What is known while a model is traced."""
+
+    def __init__(self) -> None:
+        self.path: tuple[str, ...] = ()
+        self.layers: list[str] = []
+        self.fed: dict[int, tuple[Any, str, bool]] = {}
+        """By its identity, what an affine layer returned (kept, so that the identity is its own),
+        the layer's path, and whether it has a bias."""
+
+
+_trace = _Trace()
+
+
+@contextlib.contextmanager
+def seen_layers() -> Iterator[list[str]]:
+    """Within it, the paths of all layers that are called are collected, wanted or not."""
+    outer = _trace.layers, _trace.fed
+    _trace.layers, _trace.fed = [], {}
+    try:
+        yield _trace.layers
+    finally:
+        _trace.layers, _trace.fed = outer
+
+
+@contextlib.contextmanager
+def intercepted(wanted: Wanted) -> Iterator[None]:
+    """Within it, calls of Linen modules are marked as they are traced."""
+
+    def intercept(call, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
+        path = "/".join(module.path) or type(module).__name__
+        return _called(call, path, module, wanted(path, module), args, kwargs)
+
+    with linen.intercept_methods(intercept):
+        yield
+
+
+def derived(model: nnx.Module, wanted: Wanted) -> nnx.Module:
+    """A copy of an NNX module whose layers mark what they are given and what they return."""
+    copy = nnx.merge(*nnx.split(model))
+    for path, module in nnx.iter_modules(copy):
+        if "__call__" in dir(type(module)):
+            name = "/".join(map(str, path)) or type(module).__name__
+            # Not through NNX, which would take it for an attribute.
+            object.__setattr__(module, "__class__", _subclass(type(module), name, wanted))
+    return copy
+
+
+@functools.cache
+def _subclass(kind: type, path: str, wanted: Wanted) -> type:
+    original = kind.__call__
+
+    @functools.wraps(original)
+    def call(self, *args, **kwargs):
+        outer = _trace.path
+        names = tuple(path.split("/"))
+        _trace.path = names
+        # Each name once: the scopes of the modules around this one are there already.
+        inner = names[len(outer) :] if names[: len(outer)] == outer else names
+        with contextlib.ExitStack() as scopes:
+            scopes.callback(setattr, _trace, "path", outer)
+            scopes.enter_context(jax.named_scope("/".join(inner) or path))
+            run = functools.partial(original, self)
+            return _called(run, path, self, wanted(path, self), args, kwargs)
+
+    # Of the same name, which errors and the choice of a layer by its type show.
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+
+
+def _called(call, path: str, module: Any, wanted: bool, args, kwargs):
+    """Call a layer, with marks on its first argument and on its result."""
+    _trace.layers.append(path)
+    if not args and "x" in kwargs:
+        kwargs = dict(kwargs)
+        args = (kwargs.pop("x"),)
+    role = VALUE if wanted else FENCE
+    place = Place(path, type(module).__name__, "input", is_norm=isinstance(module, NORM_TYPES))
+    marked = (wanted or place.is_norm) and bool(args) and _is_floating(args[0])
+    if marked:
+        place, beside = _place(place, module, args[0], kwargs)
+        args = (mark(args[0], place, *beside, role=role), *args[1:])
+    result = call(*args, **kwargs)
+    if isinstance(module, AFFINE_TYPES) and _is_floating(result):
+        _trace.fed[id(result)] = result, path, bool(getattr(module, "use_bias", False))
+    first, *rest = result if isinstance(result, tuple) else (result,)
+    if not marked or not _is_floating(first):
+        return result
+    first = mark(first, replace(place, side="output"), role=role)
+    return (first, *rest) if isinstance(result, tuple) else first
+
+
+def _place(place: Place, module: Any, x: Any, kwargs: dict[str, Any]) -> tuple[Place, list[Any]]:
+    """The place with what is known of the layer, and its running statistics if it has any."""
+    facts = {name: _plain(getattr(module, name)) for name in FIELDS if hasattr(module, name)}
+    if kwargs.get("use_running_average") is not None:
+        facts["use_running_average"] = bool(kwargs["use_running_average"])
+    if id(x) in _trace.fed:
+        _, facts["fed_by"], facts["fed_by_bias"] = _trace.fed[id(x)]
+    beside = []
+    if isinstance(module, linen.BatchNorm | nnx.BatchNorm):
+        axes = module.axis if isinstance(module.axis, tuple) else (module.axis,)
+        facts["feature_axes"] = tuple(a % x.ndim for a in axes)
+        beside = _running(module)
+        if beside:
+            facts["running_dtype"] = jnp.dtype(beside[0].dtype).name
+    return replace(place, facts=tuple(facts.items())), beside
+
+
+def _running(module: Any) -> list[Any]:
+    """Running mean and variance, before the call changes them."""
+    if isinstance(module, nnx.BatchNorm):
+        return [module.mean[...], module.var[...]]
+    # At initialization there are none yet.
+    if not module.has_variable("batch_stats", "mean"):
+        return []
+    return [module.get_variable("batch_stats", name) for name in ("mean", "var")]
+
+
+def _is_floating(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) and jnp.ndim(x) > 0
+
+
+def _plain(value: Any) -> Any:
+    """What can be written down as it is; of anything else its name."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    try:
+        return jnp.dtype(value).name
+    except TypeError:
+        return getattr(value, "__name__", type(value).__name__)

@@ -1,0 +1,92 @@
+"""Marks: places in a program where somebody may want to look.
+
+A mark is an identity that every transformation carries along and that leaves nothing behind in a
+compiled program. It stands for two things to be seen: the value there and, once the program has
+been differentiated, the gradient of the loss with respect to it, because the transpose of a mark on
+a tangent is a mark on a cotangent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Inexact
+
+VALUE, TANGENT, GRADIENT = "value", "tangent", "gradient"
+FENCE = "fence"  # of a norm layer that nobody looks at: what is in it is no place either
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a mark is: a layer or a nonlinearity, and which side of it."""
+
+    layer: str
+    """Its path in the model, such as "Block_1/BatchNorm_0" or "Block_1/relu_0"."""
+    kind: str
+    """Its class or function, such as "BatchNorm" or "relu"."""
+    side: str
+    """"input" or "output"."""
+    order: int = 0
+    """Rank among the places of a forward pass, from the first to the last."""
+    is_norm: bool = False
+    """Whether it is a normalization layer, in which nothing else is a place."""
+    scans: tuple[tuple[int, bool], ...] = ()
+    """The scans around it, from the outermost: their lengths, and whether they are over layers."""
+    facts: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
+    """What is known of the layer: its epsilon and the like."""
+
+    @property
+    def name(self) -> str:
+        """Unique in a model."""
+        return f"{self.layer}:{self.side}"
+
+
+def mark(
+    x: Inexact[Array, "*shape"], place: Place, *beside: Array, role: str = VALUE
+) -> Inexact[Array, "*shape"]:
+    """`x` itself, marked.
+
+    Args:
+        x: any floating array.
+        place: what to call it.
+        beside: arrays that belong to what is seen there, such as running statistics.
+        role: `VALUE` or `FENCE`.
+
+    Returns:
+        `x`.
+    """
+    return mark_p.bind(x, *map(jax.lax.stop_gradient, beside), place=place, role=role)
+
+
+mark_p = Primitive("jaxnorm_mark")
+mark_p.def_impl(lambda x, *beside, place, role: x)
+mark_p.def_abstract_eval(lambda x, *beside, place, role: x)
+mlir.register_lowering(mark_p, lambda context, x, *beside, place, role: [x])
+
+
+def _jvp(primals, tangents, *, place, role):
+    x = mark_p.bind(*primals, place=place, role=role)
+    dx = tangents[0]
+    if role == VALUE and type(dx) is not ad.Zero:
+        # Only of the first derivative is anything to be seen.
+        dx = mark_p.bind(dx, place=place, role=TANGENT)
+    return x, dx
+
+
+def _transpose(cotangent, *operands, place, role):
+    if type(cotangent) is not ad.Zero and role == TANGENT:
+        cotangent = mark_p.bind(cotangent, place=place, role=GRADIENT)
+    return [cotangent, *(None for _ in operands[1:])]
+
+
+def _batched(operands, axes, *, place, role):
+    return mark_p.bind(*operands, place=place, role=role), axes[0]
+
+
+ad.primitive_jvps[mark_p] = _jvp
+ad.primitive_transposes[mark_p] = _transpose
+batching.primitive_batchers[mark_p] = _batched

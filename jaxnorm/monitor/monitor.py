@@ -1,0 +1,164 @@
+"""What to look at while a model trains, and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import jaxpr_as_fun
+
+from jaxnorm.monitor.attach import Selection, adapted
+from jaxnorm.monitor.buffer import Buffer, ParameterSummary, Sample, Schema, row_of
+from jaxnorm.monitor.observe import look
+from jaxnorm.training.models import Model
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """What `make_train_step(..., monitor=...)` looks at, and how often.
+
+    Args:
+        every: look at each step whose number is a multiple of this. The other steps run the
+            program that they would run without a monitor.
+        capacity: samples that wait on the device until they are read; older ones are lost.
+        layers: which layers and nonlinearities to look at: a pattern of their paths with * for
+            anything, a class of layers, several of these, or a function of a path and the name of
+            a class or nonlinearity. None: all normalization layers and all nonlinearities.
+        elements: about how many elements of an array to look at, evenly spread; None for all.
+            Statistics of a batch norm's channels are taken of all in any case.
+        gradients: whether to look at gradients.
+
+    Raises:
+        TypeError, ValueError: an argument is none of those above.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> from jaxnorm.monitor import Monitor
+        >>> from jaxnorm.training import create_train_state, make_train_step
+        >>> model, optimizer = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(1)]), optax.sgd(0.1)
+        >>> x = jnp.arange(6.0).reshape(3, 2)
+        >>> state = create_train_state(model, optimizer, 0, x)
+        >>> step = make_train_step(
+        ...     model, optimizer, lambda y, b: (y**2).mean(), monitor=Monitor(every=2)
+        ... )
+        >>> for _ in range(5):
+        ...     state, metrics = step(state, x)
+        >>> steps, rows, lost = state.monitor.read()
+        >>> steps.tolist(), lost
+        ([0, 2, 4], 0)
+    """
+
+    every: int = 64
+    capacity: int = 256
+    layers: Any = None
+    elements: int | None = 4096
+    gradients: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("every", "capacity", "elements"):
+            value = getattr(self, name)
+            optional = name == "elements" and value is None
+            if not optional and (type(value) is not int or value < 1):
+                raise ValueError(
+                    f"Monitor: {name} must be an int of at least 1; got {name}={value!r}. "
+                    f"For example {name}={type(self).__dataclass_fields__[name].default}."
+                )
+        Selection.of("Monitor", self.layers)
+
+    def adapt(
+        self,
+        operation: str,
+        model: Any,
+        mode_kwargs: Mapping[str, Any] | None = None,
+        compute_dtype: Any = None,
+    ) -> Model:
+        """The model as a training step takes it, with marks."""
+        selection = Selection.of("Monitor", self.layers)
+        return adapted(operation, selection, model, mode_kwargs, compute_dtype)
+
+    def watched(self, made: Callable, members: str | None = None) -> Callable:
+        """A step that takes a sample when it is time.
+
+        Args:
+            made: `(state, batch) -> (state, metrics, (gradient, update))`.
+            members: the axis of a `vmap` around it whose members all make the same step.
+
+        Returns:
+            `(state, batch) -> (state, metrics)`; the state has a buffer.
+        """
+
+        def step(state: Any, batch: Any) -> Any:
+            bare = state.replace(monitor=None)
+            closed, shape = jax.make_jaxpr(made, return_shape=True)(bare, batch)
+            leaves, structure = jax.tree.leaves((bare, batch)), jax.tree.structure(shape)
+
+            def plain(leaves: list[Any]) -> Any:
+                new, metrics, _ = jax.tree.unflatten(structure, jaxpr_as_fun(closed)(*leaves))
+                return new, metrics, jnp.zeros(schema.width, jnp.float32)
+
+            def looking(leaves: list[Any]) -> Any:
+                new, metrics, sample = self._look(closed, structure, leaves, state.params)
+                _check_same(schema, Schema.of(sample, state.params))
+                return new, metrics, row_of(sample)
+
+            schema = state.monitor.schema
+            now = state.step if members is None else lax.pmax(state.step, members)
+            taken = now % self.every == 0
+            if self.every == 1:
+                new, metrics, row = looking(leaves)
+            else:
+                new, metrics, row = lax.cond(taken, looking, plain, leaves)
+            return new.replace(monitor=state.monitor.push(state.step, row, taken)), metrics
+
+        return step
+
+    def buffer(self, made: Callable, state: Any, batch: Any) -> Buffer:
+        """An empty buffer for the samples of a step; nothing is computed."""
+
+        def look(state: Any, batch: Any) -> Sample:
+            closed, shape = jax.make_jaxpr(made, return_shape=True)(state, batch)
+            leaves, structure = jax.tree.leaves((state, batch)), jax.tree.structure(shape)
+            return self._look(closed, structure, leaves, state.params)[2]
+
+        sample = jax.eval_shape(look, state, batch)
+        return Buffer.empty(Schema.of(sample, state.params), self.capacity)
+
+    def _look(self, closed, structure, leaves, params) -> tuple[Any, Any, Sample]:
+        """The step's results, and a sample of what went on in it."""
+        made, sights = look(closed, leaves, self.elements, self.gradients)
+        new, metrics, (gradient, update) = jax.tree.unflatten(structure, made)
+        numbers = {name: m for name, m in metrics.items() if jnp.ndim(m) == 0}
+        return new, metrics, Sample(sights, _norms(params, gradient, update), numbers)
+
+
+def _norms(*trees: Any) -> ParameterSummary:
+    """Euclidean norms of all arrays of parameters, of their gradient and of their update."""
+    rows = [_squares(*arrays) for arrays in zip(*map(jax.tree.leaves, trees))]
+    return ParameterSummary(*jnp.sqrt(jnp.stack(rows, 1))) if rows else ParameterSummary(*_NONE)
+
+
+def _squares(*arrays: Any) -> Any:
+    wide = [jnp.abs(a).astype(jnp.float32).reshape(-1) for a in arrays]
+    if arrays[0].size > _SMALL:
+        return jnp.stack([jnp.vdot(a, a) for a in wide])
+    return lax.square(jnp.stack(wide)).sum(1)
+
+
+_SMALL = 2**12  # up to here one operation on three copies costs less than three
+_NONE = (jnp.zeros(0),) * 3
+
+
+def _check_same(was: Schema, now: Schema) -> None:
+    if was == now:
+        return
+    before, after = dict(was.columns), dict(now.columns)
+    differing = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    raise ValueError(
+        "Monitor: every sample of a run must show the same; the state's buffer and this step "
+        f"differ in {', '.join(differing[:4])}. Take the buffer out, state.replace(monitor=None), "
+        "and the step makes a new one."
+    )

@@ -1,0 +1,366 @@
+"""Run a function, and tell what was seen at the marks in it.
+
+The function is traced and evaluated again, equation by equation, with a summary taken at each mark.
+What is seen in inner programs is handed out of these: out of a scan, a branch, a part of a mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import JaxprEqn, Literal, jaxprs_in_params
+from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxnorm.monitor.marks import GRADIENT, VALUE, Place, mark_p
+from jaxnorm.monitor.sights import Sights
+from jaxnorm.monitor.summary import (
+    FLAT_ENDS,
+    BatchSummary,
+    Excerpt,
+    Summary,
+    excerpt,
+    joined,
+    summarize,
+    summarize_batches,
+)
+from jaxnorm.training.rematerialize import evaluate
+
+
+def observe(
+    function: Callable[..., Any], *, elements: int | None = None, gradients: bool = True
+) -> Callable[..., tuple[Any, Sights]]:
+    """`function`, which also tells what was seen at the marks in it.
+
+    Args:
+        function: pure, with models that `attach` has marked in it. Gradients are seen where it
+            takes them itself. Arguments that are no arrays are static.
+        elements: as in `Monitor`.
+        gradients: whether to look at them.
+
+    Returns:
+        A function of the same arguments: what `function` returns, and `Sights`. Loops over
+        micro-batches and devices of a `shard_map` are pooled; of a loop over layers, each is a
+        place of its own.
+
+    Raises:
+        ValueError: when traced: there is no mark; a marked layer runs in a `while_loop`.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Any, Sights]:
+        of_arrays, arrays = on_arrays(function, args, kwargs)
+        closed, shape = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
+        outputs, sights = look(closed, arrays, elements, gradients)
+        return jax.tree.unflatten(jax.tree.structure(shape), outputs), sights
+
+    return run
+
+
+def on_arrays(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Callable, list[Any]]:
+    """A function of the arrays among some arguments, all else as it is; and these arrays."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+
+    def run(arrays: list[Any]) -> Any:
+        filled = list(leaves)
+        for i, array in zip(places, arrays):
+            filled[i] = array
+        args, kwargs = tree.unflatten(filled)
+        return function(*args, **kwargs)
+
+    return run, [leaves[i] for i in places]
+
+
+def look(
+    closed: Any, args: Sequence[Any], elements: int | None, gradients: bool
+) -> tuple[list[Any], Sights]:
+    """What a traced program returns, and what is seen in it."""
+    watch = _Watch(elements, gradients)
+    outputs, found = watch.run(closed.jaxpr, closed.consts, args)
+    values = [part for part in found if part.role == VALUE]
+    if not values:
+        raise ValueError(
+            "observe: a program must have marks to be looked at; this one has none. Run a model "
+            "that jaxnorm.monitor.attach returned."
+        )
+    places = [watch.places[key] for part in values for key in part.names]
+    order = np.argsort([place.order for place in places], kind="stable")
+    slopes = [part for part in found if part.role == GRADIENT]
+    sights = Sights(
+        values=joined([part.summary for part in values]).take(order),
+        gradients=joined([part.summary for part in slopes]) if slopes else None,
+        batches={name: b for part in values for name, b in part.batches.items()},
+        places=tuple(places[i] for i in order),
+        with_gradient=tuple(name for part in slopes for name in part.names),
+    )
+    return outputs, sights
+
+
+class _Part(NamedTuple):
+    """What some places showed together."""
+
+    role: str
+    names: tuple[str, ...]
+    summary: Summary
+    batches: dict[str, BatchSummary]
+
+    @property
+    def arrays(self) -> tuple[Summary, dict[str, BatchSummary]]:
+        return self.summary, self.batches
+
+    def of(self, arrays: tuple[Summary, dict[str, BatchSummary]]) -> _Part:
+        return self._replace(summary=arrays[0], batches=arrays[1])
+
+    def pooled(self) -> _Part:
+        """Over an axis that came before that of the places."""
+        batches = {name: batch.pooled() for name, batch in self.batches.items()}
+        return self._replace(summary=self.summary.pooled(), batches=batches)
+
+    def without(self, known: set[tuple[str, str]]) -> _Part:
+        """Only what is not known yet."""
+        keep = [i for i, name in enumerate(self.names) if (name, self.role) not in known]
+        names = tuple(self.names[i] for i in keep)
+        batches = {name: b for name, b in self.batches.items() if name in names}
+        return _Part(self.role, names, self.summary.take(keep), batches)
+
+
+class _Watch:
+    """One run of a program, and of the programs in it."""
+
+    def __init__(self, elements: int | None, gradients: bool):
+        self.elements = elements
+        self.gradients = gradients
+        self.places: dict[str, Place] = {}
+
+    def run(self, jaxpr: Any, consts: Any, args: Any) -> tuple[list[Any], list[_Part]]:
+        """Results of a program, and what was seen in it."""
+        values = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
+        found: list[_Part] = []
+        marked: dict[tuple[str, str], list[Any]] = {}
+
+        def read(v):
+            return v.val if isinstance(v, Literal) else values[v]
+
+        for eqn in jaxpr.eqns:
+            given = [read(v) for v in eqn.invars]
+            if eqn.primitive is mark_p:
+                made = given[:1]
+                place, role = eqn.params["place"], eqn.params["role"]
+                if role == VALUE or (role == GRADIENT and self.gradients):
+                    self.places[place.name] = place
+                    marked.setdefault((place.name, role), given)
+            elif any(map(_is_marked, jaxprs_in_params(eqn.params))):
+                made, within = self._inside(eqn, given)
+                found += within
+            else:
+                made = evaluate(eqn, given)
+            values |= dict(zip(eqn.outvars, made))
+        known: set[tuple[str, str]] = set()
+        parts = []
+        for part in [*self._summaries(marked), *found]:
+            # What is computed again for the backward pass has been seen.
+            part = part.without(known)
+            known |= {(name, part.role) for name in part.names}
+            parts += [part] if part.names else []
+        return [read(v) for v in jaxpr.outvars], parts
+
+    def _summaries(self, marked: dict[tuple[str, str], list[Any]]) -> list[_Part]:
+        """All that was marked in one program, looked at together."""
+        parts = []
+        for role in (VALUE, GRADIENT):
+            keys = [key for key in marked if key[1] == role]
+            if not keys:
+                continue
+            # An array between two layers is the output of one and the input of the other.
+            excerpts: dict[tuple[int, str], Excerpt] = {}
+            which = []
+            for key in keys:
+                place, x = self.places[key[0]], marked[key][0]
+                kind = place.kind if place.side == "output" and place.kind in FLAT_ENDS else ""
+                which.append((id(x), kind if role == VALUE else ""))
+                if which[-1] not in excerpts:
+                    excerpts[which[-1]] = excerpt(x, self.elements, kind)
+            summary = summarize(list(excerpts.values()), values=role == VALUE)
+            rows = list(excerpts)
+            summary = summary.take([rows.index(w) for w in which])
+            batches = self._batches(marked) if role == VALUE else {}
+            parts.append(_Part(role, tuple(name for name, _ in keys), summary, batches))
+        return parts
+
+    def _batches(self, marked: dict[tuple[str, str], list[Any]]) -> dict[str, BatchSummary]:
+        given = {name: g for (name, role), g in marked.items() if role == VALUE and len(g) > 1}
+        inputs = [
+            excerpt(x, self.elements, "", dict(self.places[name].facts)["feature_axes"])
+            for name, (x, *_) in given.items()
+        ]
+        running = [(mean, var) for _, mean, var in given.values()]
+        return dict(zip(given, summarize_batches(inputs, running)))
+
+    def _inside(self, eqn: JaxprEqn, given: list[Any]) -> tuple[list[Any], list[_Part]]:
+        """An equation whose inner programs have marks."""
+        kind, params = eqn.primitive.name, eqn.params
+        with eqn.ctx.manager:
+            if kind in ("jit", "pjit"):
+                return self._jit(params, given)
+            if kind in ("checkpoint", "remat", "remat2"):
+                if params["differentiated"] and params["prevent_cse"]:
+                    # As JAX does: else the compiler sees that it was all computed before.
+                    given = list(lax.optimization_barrier(tuple(given)))
+                return self.run(params["jaxpr"], (), given)
+            if kind in ("custom_jvp_call", "custom_vjp_call"):
+                closed = params["call_jaxpr"]
+                return self.run(closed.jaxpr, closed.consts, given)
+            if kind == "scan":
+                return self._scan(params, given)
+            if kind == "cond":
+                return self._cond(params, given)
+            if kind == "shard_map":
+                return self._shard_map(params, given)
+        raise ValueError(
+            f"observe: a marked layer must not run inside of '{kind}', whose turns cannot be told "
+            f"apart from outside; got {', '.join(sorted(_names(eqn)))}. Leave these out with "
+            "layers=, or use jax.lax.scan."
+        )
+
+    def _jit(self, params, given):
+        given = [_constrained(x, s) for x, s in zip(given, params["in_shardings"])]
+        closed = params["jaxpr"]
+        made, parts = self.run(closed.jaxpr, closed.consts, given)
+        return [_constrained(x, s) for x, s in zip(made, params["out_shardings"])], parts
+
+    def _scan(self, params, given):
+        consts, carries, length = params["num_consts"], params["num_carry"], params["length"]
+        closed = params["jaxpr"]
+        seen: list[_Part] = []
+
+        def body(carry, xs):
+            made, seen[:] = self.run(closed.jaxpr, closed.consts, [*given[:consts], *carry, *xs])
+            return made[:carries], (made[carries:], [part.arrays for part in seen])
+
+        carry, (ys, every) = lax.scan(
+            body,
+            given[consts : consts + carries],
+            given[consts + carries :],
+            length=length,
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
+        parts = [part.of(arrays) for part, arrays in zip(seen, every)]
+        return [*carry, *ys], [self._turns(part, length) for part in parts]
+
+    def _turns(self, part: _Part, length: int) -> _Part:
+        """What the turns of a scan showed: of layers each, of all else together."""
+        places = [self.places[name] for name in part.names]
+        scans = places[0].scans
+        if not scans or not scans[-1][1]:
+            for place in places:
+                self.places[place.name] = replace(place, scans=place.scans[:-1])
+            return part.pooled()
+        names = []
+        for i in range(length):
+            for place in places:
+                own = replace(place, layer=f"{place.layer}[{i}]", scans=place.scans[:-1])
+                self.places[own.name] = own
+                names.append(own.name)
+        batches = {
+            f"{place.layer}[{i}]:{place.side}": jax.tree.map(lambda a, i=i: a[i], batch)
+            for place in places
+            if (batch := part.batches.get(place.name)) is not None
+            for i in range(length)
+        }
+        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), part.summary)
+        return _Part(part.role, tuple(names), flat, batches)
+
+    def _cond(self, params, given):
+        index, *operands = given
+        parts: list[list[_Part]] = [[] for _ in params["branches"]]
+
+        def branch(i, closed):
+            def run(*operands):
+                made, parts[i] = self.run(closed.jaxpr, closed.consts, operands)
+                return made, _by_name(parts[i])
+
+            return run
+
+        branches = [branch(i, closed) for i, closed in enumerate(params["branches"])]
+        shapes = [jax.eval_shape(b, *operands)[1] for b in branches]
+        every = {key: shape for found in shapes for key, shape in found.items()}
+
+        def filled(run):
+            def filling(*operands):
+                made, found = run(*operands)
+                return made, {k: found.get(k, _nothing(s)) for k, s in every.items()}
+
+            return filling
+
+        made, found = lax.switch(index, [filled(b) for b in branches], *operands)
+        return made, [
+            _Part(role, (name,), summary, {} if batch is None else {name: batch})
+            for (name, role), (summary, batch) in found.items()
+        ]
+
+    def _shard_map(self, params, given):
+        mesh, names = params["mesh"], tuple(sorted(params["newly_manual_axes"]))
+        parts: list[_Part] = []
+
+        def on_device(*operands):
+            made, parts[:] = self.run(params["jaxpr"], (), operands)
+            flat, unravel = ravel_pytree([part.arrays for part in parts])
+            # All devices' numbers in one collective, whatever is to be done with them.
+            size = lax.axis_size(names)
+            every = jnp.zeros((size, flat.size), flat.dtype).at[lax.axis_index(names)].set(flat)
+            every = jax.vmap(unravel)(lax.psum(every, names))
+            return made, [part.of(a).pooled().arrays for part, a in zip(parts, every)]
+
+        made, arrays = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=tuple(params["in_specs"]),
+            out_specs=(list(params["out_specs"]), P()),
+            check_vma=params["check_vma"],
+            axis_names=set(names),
+        )(*given)
+        return made, [part.of(a) for part, a in zip(parts, arrays)]
+
+
+def _is_marked(jaxpr: Any) -> bool:
+    return any(
+        eqn.primitive is mark_p or any(map(_is_marked, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _names(eqn: JaxprEqn) -> set[str]:
+    """Names of the marked layers in an equation."""
+    if eqn.primitive is mark_p:
+        return {eqn.params["place"].layer}
+    inner = (e for jaxpr in jaxprs_in_params(eqn.params) for e in jaxpr.eqns)
+    return {name for e in inner for name in _names(e)}
+
+
+def _constrained(x: Any, sharding: Any) -> Any:
+    return lax.with_sharding_constraint(x, sharding) if isinstance(sharding, NamedSharding) else x
+
+
+def _by_name(parts: list[_Part]) -> dict[tuple[str, str], Any]:
+    return {
+        (name, part.role): (part.summary.take([i]), part.batches.get(name))
+        for part in parts
+        for i, name in enumerate(part.names)
+    }
+
+
+def _nothing(shape: Any) -> Any:
+    """What a branch shows that has no such place: a summary of no elements."""
+    summary, batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+    return summary._replace(
+        minimum=jnp.full_like(summary.minimum, jnp.inf),
+        maximum=jnp.full_like(summary.maximum, -jnp.inf),
+    ), batch

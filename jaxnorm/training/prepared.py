@@ -1,0 +1,68 @@
+"""What happens on the host before a compiled step runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+from jaxnorm.training.layout import Layout, check_placed, place_batch
+from jaxnorm.training.objective import Batch
+from jaxnorm.training.programs import check_single
+from jaxnorm.training.state import TrainState
+
+
+class PreparedStep:
+    """A compiled step that first sees to its arguments.
+
+    The state gets a buffer where there is a monitor; state and batch lie where the layout has them.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        compiled: Any,
+        layout: Layout | None,
+        *,
+        scan: bool = False,
+        buffer: Callable[[TrainState, Batch], Any] | None = None,
+        check: Callable[[Any, Batch], None] | None = None,
+    ) -> None:
+        self._operation = operation
+        self._compiled = compiled
+        self._layout = layout
+        self._scan = scan
+        self._buffer = buffer
+        self._check = check or (lambda state, batch: check_single(operation, state))
+
+    def __call__(self, state: TrainState, batch: Batch) -> Any:
+        """New state and metrics, or metrics alone."""
+        return self._run(self._compiled, state, batch)
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """The step before compilation; arguments may be `jax.ShapeDtypeStruct`s."""
+        return self._run(self._compiled.lower, state, batch)
+
+    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
+        """The step before lowering; arguments may be `jax.ShapeDtypeStruct`s."""
+        return self._run(self._compiled.trace, state, batch)
+
+    def _run(self, function: Callable[..., Any], state: Any, batch: Any) -> Any:
+        self._check(state, batch)
+        layout, given = self._layout, jax.tree.leaves((state, batch))
+        abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in given)
+        with contextlib.nullcontext() if layout is None else layout.context():
+            if self._buffer is not None and state.monitor is None:
+                first = jax.tree.map(lambda x: x[0], batch) if self._scan else batch
+                state = state.replace(monitor=self._buffer(state, first))
+                if layout is not None and not abstract:
+                    state = layout.place(state)
+            if layout is not None:
+                state = layout.place(state) if abstract else state
+                if not any(isinstance(leaf, Tracer) for leaf in given):
+                    check_placed(self._operation, layout, state)
+                    batch = place_batch(self._operation, layout, batch, self._scan)
+            return function(state, batch)

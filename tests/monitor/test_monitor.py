@@ -1,0 +1,235 @@
+"""The monitor inside a training step: it looks when it should, and changes nothing."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxnorm.monitor import Monitor, attach, observe
+from jaxnorm.training import (
+    Layout,
+    create_sweep_state,
+    create_train_state,
+    make_sweep_step,
+    make_train_step,
+    sweep_member,
+)
+
+
+class Net(nn.Module):
+    """Without a batch norm, so that halves of a batch show what the whole shows."""
+
+    norm: type[nn.Module] = nn.LayerNorm
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        options = {"use_running_average": not train} if self.norm is nn.BatchNorm else {}
+        x = nn.relu(self.norm(**options)(nn.Dense(5)(x)))
+        return nn.Dense(2)(x)
+
+
+RNG = np.random.default_rng(0)
+BATCH = {
+    "x": jnp.asarray(RNG.normal(size=(16, 3)), jnp.float32),
+    "y": jnp.asarray(RNG.normal(size=(16, 2)), jnp.float32),
+}
+
+
+TRACES = []
+
+
+def loss(y, batch):
+    TRACES.append(y.shape)
+    return ((y - batch["y"]) ** 2).mean()
+
+
+def run(steps, monitor, *, model=None, batch=BATCH, **options):
+    model, optimizer = model or Net(), optax.sgd(0.1)
+    layout = options.get("layout")
+    state = create_train_state(model, optimizer, 0, BATCH["x"], layout=layout)
+    step = make_train_step(model, optimizer, loss, monitor=monitor, **options)
+    for i in range(steps):
+        traces = len(TRACES)
+        state, metrics = step(state, batch)
+        assert i == 0 or len(TRACES) == traces, "traced again"
+    return state, metrics, step
+
+
+def columns(state):
+    """What was seen, by path, and the steps at which it was."""
+    steps, rows, lost = state.monitor.read()
+    return state.monitor.schema.split(rows), steps.tolist(), lost
+
+
+def same(a, b, rtol=1e-4, atol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_it_looks_every_so_often_and_changes_nothing(every):
+    plain, metrics, _ = run(7, None)
+    state, watched, _ = run(7, Monitor(every=every))
+    same(plain.params, state.params, rtol=1e-6, atol=1e-7)
+    same(metrics, watched, rtol=1e-6)
+    assert columns(state)[1] == list(range(0, 7, every))
+
+
+def test_the_other_steps_run_the_plain_program():
+    _, _, step = run(1, Monitor(every=3))
+    state = create_train_state(Net(), optax.sgd(0.1), 0, BATCH["x"])
+    (eqn,) = [e for e in step.trace(state, BATCH).jaxpr.eqns if e.primitive.name == "cond"]
+    plain, looking = ([e.primitive.name for e in b.jaxpr.eqns] for b in eqn.params["branches"])
+    alone = make_train_step(Net(), optax.sgd(0.1), loss).trace(state, BATCH).jaxpr
+    names = [e.primitive.name for e in alone.eqns]
+    # And the row of zeros that it leaves in place of a sample.
+    assert [n for n in plain if n != "jaxnorm_mark"] == [*names, "broadcast_in_dim"]
+    assert len(looking) > len(names) + 20
+
+
+def test_a_full_ring_loses_the_oldest_and_says_so():
+    state, _, _ = run(7, Monitor(every=1, capacity=4))
+    steps, rows, lost = state.monitor.read()
+    assert steps.tolist() == [3, 4, 5, 6] and lost == 3 and len(rows) == 4
+    steps, _, lost = state.monitor.read(since=5)
+    assert steps.tolist() == [5, 6] and lost == 0
+    everything, _, _ = run(7, Monitor(every=1))
+    np.testing.assert_allclose(everything.monitor.read()[1][3:], rows, rtol=1e-5)
+
+
+def test_norms_of_parameters_gradients_and_updates():
+    before, _, _ = run(0 + 1, None)
+    state, _, _ = run(2, Monitor(every=1))
+    seen, _, _ = columns(state)
+    grads = jax.grad(lambda p: loss(Net().apply({"params": p}, BATCH["x"], True), BATCH))(
+        before.params
+    )
+    paths = state.monitor.schema.parameters
+    assert paths[0] == "Dense_0/bias"
+    for i, (w, g) in enumerate(zip(jax.tree.leaves(before.params), jax.tree.leaves(grads))):
+        for name, expected in (("weight", w), ("gradient", g), ("update", 0.1 * g)):
+            norm = np.linalg.norm(np.asarray(expected))
+            np.testing.assert_allclose(
+                seen[f"parameters|{name}"][1, i], norm, rtol=1e-4, atol=1e-7, err_msg=paths[i]
+            )
+
+
+def test_micro_batches_show_what_the_whole_batch_shows():
+    # But for gradients, which are those of the micro-batches' own losses: twice as large here.
+    whole, _, _ = run(2, Monitor(every=1))
+    halves, _, _ = run(2, Monitor(every=1), accumulate=2)
+    a, b = columns(whole)[0], columns(halves)[0]
+    for name in a:
+        if "sights|values" in name or name == "metrics|loss":
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    mean = "sights|gradients|moments|mean"
+    np.testing.assert_allclose(2 * a[mean], b[mean], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm])
+def test_a_mesh_shows_what_one_device_shows(norm):
+    one, _, _ = run(3, Monitor(every=2), model=Net(norm))
+    many, _, _ = run(3, Monitor(every=2), model=Net(norm), layout=Layout.data_parallel())
+    same(columns(one)[0], columns(many)[0])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_every_member_of_a_sweep_is_looked_at(scan):
+    rates, monitor = {"learning_rate": [0.1, 0.3]}, Monitor(every=2)
+    state = create_sweep_state(Net(), optax.sgd, [0, 0], rates, BATCH["x"])
+    step = make_sweep_step(Net(), optax.sgd, loss, monitor=monitor, scan=scan)
+    if scan:
+        state, _ = step(state, jax.tree.map(lambda x: jnp.stack([x] * 3), BATCH))
+    else:
+        for _ in range(3):
+            state, _ = step(state, BATCH)
+    single, _, _ = run(3, monitor)
+    alone, member = columns(single), columns(sweep_member(state, 0))
+    assert member[1:] == alone[1:] == ([0, 2], 0)
+    same(member[0], alone[0], rtol=1e-3)
+    other, _, _ = columns(sweep_member(state, 1))
+    assert not np.allclose(other["metrics|loss"][1], member[0]["metrics|loss"][1])
+    # What is looked at is looked at in a branch, and not thrown away afterwards.
+    text = str(jax.make_jaxpr(step._compiled)(state, BATCH)) if not scan else "cond["
+    assert "cond[" in text
+
+
+def test_many_steps_in_one_loop():
+    batches = jax.tree.map(lambda x: jnp.stack([x] * 5), BATCH)
+    looped, _, _ = run(1, Monitor(every=2), scan=True, batch=batches)
+    single, _, _ = run(5, Monitor(every=2))
+    assert columns(looped)[1] == [0, 2, 4]
+    same(columns(looped)[0], columns(single)[0])
+
+
+def test_a_shard_map_of_ones_own_is_pooled_by_count():
+    model = attach(Net())
+    variables = model.init(jax.random.key(0), BATCH["x"], True)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+
+    def step(variables, x):
+        return jax.grad(lambda x: model.apply(variables, x, True).sum())(x)
+
+    def spread(variables, x):
+        none = jax.sharding.PartitionSpec()
+        mapped = jax.shard_map(step, mesh=mesh, in_specs=(none, spec), out_specs=spec)
+        return mapped(variables, x)
+
+    whole, expected = jax.jit(observe(step))(variables, BATCH["x"])
+    parts, seen = jax.jit(observe(spread))(variables, BATCH["x"])
+    same(whole, parts)
+    same(expected.values, seen.values)
+    same(expected.gradients, seen.gradients)
+    # In one collective.
+    text = jax.jit(observe(spread)).lower(variables, BATCH["x"]).as_text()
+    assert text.count("stablehlo.all_reduce") == 1
+
+
+@pytest.mark.parametrize("elements", [None, 512])
+def test_a_part_of_the_elements_tells_about_the_whole(elements):
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(2.0, 3.0, (24, 10, 10, 8)), jnp.float32)
+    model = attach(nn.Sequential([nn.LayerNorm(), nn.relu]))
+    variables = model.init(jax.random.key(0), x)
+    _, seen = observe(model.apply, elements=elements)(variables, x)
+    value = seen["layers_0:input"].value
+    assert value.size == x.size
+    if elements is None:
+        assert value.moments.count == x.size
+        np.testing.assert_allclose(value.maximum, x.max(), rtol=1e-6)
+    assert value.moments.count <= 2 * (elements or x.size)
+    n = float(value.moments.count)
+    np.testing.assert_allclose(value.moments.mean, 2.0, atol=5 * 3 / n**0.5)
+    np.testing.assert_allclose(value.moments.var, 9.0, rtol=5 * (2 / n) ** 0.5)
+
+
+def test_layers_can_be_chosen():
+    def seen(layers):
+        model = attach(Net(nn.BatchNorm), layers)
+        v = model.init(jax.random.key(0), BATCH["x"], True)
+        return list(observe(model.apply)(v, BATCH["x"], False)[1])
+
+    assert seen("Dense_*") == ["Dense_0:input", "Dense_0:output", "Dense_1:input", "Dense_1:output"]
+    assert seen((nn.BatchNorm,)) == ["BatchNorm_0:input", "BatchNorm_0:output"]
+    assert seen(("relu_*", nn.BatchNorm)) == [
+        "BatchNorm_0:input", "BatchNorm_0:output", "relu_0:input", "relu_0:output"
+    ]  # fmt: skip
+    assert seen(lambda path, kind: kind == "relu") == ["relu_0:input", "relu_0:output"]
+    with pytest.raises(ValueError, match=r"Dense_0, BatchNorm_0, Dense_1, relu_0"):
+        seen("Conv_*")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"every": 0}, ValueError, "every=0"),
+        ({"capacity": 1.5}, ValueError, "capacity=1.5"),
+        ({"elements": 0}, ValueError, "elements=0"),
+        ({"layers": 3}, TypeError, "got 3"),
+    ],
+)
+def test_refused(options, error, says):
+    with pytest.raises(error, match=says):
+        Monitor(**options)

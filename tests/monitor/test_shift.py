@@ -1,0 +1,170 @@
+"""Measures of shift against SciPy-free closed forms in NumPy, and at their edges."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxnorm
+from jaxnorm.monitor import (
+    EDGES,
+    excess_kurtosis,
+    internal_covariate_shift,
+    kl_divergence,
+    loss_landscape,
+    mean_drift,
+    population_stability_index,
+    skewness,
+    track_covariate_shift,
+    variance_ratio,
+)
+
+RNG = np.random.default_rng(0)
+BEFORE, NOW = RNG.normal(0.3, 1.5, (40, 7)), RNG.gamma(2.0, 1.0, (40, 7))
+
+
+def floats(*arrays):
+    return [jnp.asarray(a, jnp.float32) for a in arrays]
+
+
+def test_drift_ratio_and_divergence_of_arrays():
+    now, before = floats(NOW, BEFORE)
+    np.testing.assert_allclose(mean_drift(now, before), abs(NOW.mean() - BEFORE.mean()), rtol=1e-5)
+    np.testing.assert_allclose(variance_ratio(now, before), NOW.var() / BEFORE.var(), rtol=1e-5)
+    # The divergence as an integral of p ln(p / q), on a fine grid.
+    x = np.linspace(-40, 40, 400001)
+
+    def density(data):
+        return np.exp(-((x - data.mean()) ** 2) / (2 * data.var())) / np.sqrt(
+            2 * np.pi * data.var()
+        )
+
+    p, q = density(NOW), density(BEFORE)
+    inside = p > 0
+    integral = (p[inside] * np.log(p[inside] / q[inside])).sum() * (x[1] - x[0])
+    np.testing.assert_allclose(kl_divergence(now, before), integral, rtol=1e-4)
+
+
+def test_moments_of_channels_are_compared_one_by_one():
+    now, before = (jaxnorm.moments(a, 0) for a in floats(NOW, BEFORE))
+    drift = abs(NOW.mean(0) - BEFORE.mean(0))
+    np.testing.assert_allclose(mean_drift(now, before), drift, rtol=1e-4)
+    np.testing.assert_allclose(variance_ratio(now, before), NOW.var(0) / BEFORE.var(0), rtol=1e-4)
+    for i in range(7):
+        alone = kl_divergence(*floats(NOW[:, i], BEFORE[:, i]))
+        np.testing.assert_allclose(kl_divergence(now, before)[i], alone, rtol=1e-4)
+
+
+def test_histograms():
+    p, q = RNG.integers(0, 50, (3, 20)), RNG.integers(0, 50, (3, 20))
+    p[:, 3] = 0
+    shares = [(h + 0.5) / (h + 0.5).sum(-1, keepdims=True) for h in (p, q)]
+    forth = (shares[0] * np.log(shares[0] / shares[1])).sum(-1)
+    back = (shares[1] * np.log(shares[1] / shares[0])).sum(-1)
+    np.testing.assert_allclose(kl_divergence(p, q, histograms=True), forth, rtol=1e-5)
+    np.testing.assert_allclose(population_stability_index(p, q), forth + back, rtol=1e-5)
+    assert np.isfinite(kl_divergence(p, 0 * q, histograms=True, smoothing=0.0)).all()
+
+
+def test_shape_of_a_distribution():
+    for data in (NOW, BEFORE, 100 + NOW):
+        z = (data - data.mean()) / data.std()
+        np.testing.assert_allclose(skewness(*floats(data)), (z**3).mean(), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            excess_kurtosis(*floats(data)), (z**4).mean() - 3, rtol=1e-3, atol=1e-5
+        )
+    many = RNG.gamma(2.0, 1.0, 200000)
+    counts = np.histogram(many, [-np.inf, *EDGES, np.inf])[0]
+    np.testing.assert_allclose(skewness(counts, edges=EDGES), np.sqrt(2), rtol=0.05)
+    np.testing.assert_allclose(excess_kurtosis(counts, edges=EDGES), 3.0, rtol=0.15)
+
+
+def test_what_has_no_variance():
+    still, moving = jnp.ones(4), jnp.arange(4.0)
+    assert variance_ratio(still, still) == 1 and variance_ratio(still, moving) == 0
+    assert np.isinf(variance_ratio(moving, still))
+    assert kl_divergence(still, still) == 0 and np.isinf(kl_divergence(moving, still))
+    assert skewness(still) == 0 and excess_kurtosis(still) == 0
+
+
+def test_tracking_a_history():
+    history = {0: NOW, 10: 2 * NOW + 1, 25: 2 * NOW + 1}
+    rows = track_covariate_shift({step: floats(a)[0] for step, a in history.items()})
+    assert [row["step"] for row in rows] == [10, 25]
+    np.testing.assert_allclose(rows[0]["mean_shift"], NOW.mean() + 1, rtol=1e-4)
+    np.testing.assert_allclose(rows[0]["variance_ratio"], 4, rtol=1e-4)
+    assert rows[1] == {"step": 25, "mean_shift": 0.0, "variance_ratio": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: mean_drift(jnp.arange(3), jnp.ones(3)), TypeError, "int32"),
+        (lambda: variance_ratio(jnp.ones(0), jnp.ones(3)), ValueError, "an element"),
+        (lambda: kl_divergence(np.ones(3), np.ones(4), histograms=True), ValueError, "share"),
+        (lambda: population_stability_index([1, 2], [1, 2], smoothing=-1), ValueError, "negative"),
+        (lambda: skewness(jnp.ones(3), edges=[1.0]), ValueError, "one bin more"),
+        (lambda: track_covariate_shift([jnp.ones(3)]), ValueError, "two steps"),
+        (lambda: loss_landscape(jnp.sum, jnp.ones(2), 0.1), ValueError, "a list"),
+        (
+            lambda: internal_covariate_shift(jnp.sum, {"a": jnp.ones(2)}, {"b": jnp.ones(2)}),
+            ValueError,
+            "structure",
+        ),
+    ],
+)
+def test_refused(call, error, says):
+    with pytest.raises(error, match=says) as raised:
+        call()
+    assert str(raised.value).split(":")[0] in globals()
+
+
+def layers(params, x):
+    """Named so that their alphabetical order is not that in which they are used."""
+    h = jnp.tanh(x @ params["third"]["kernel"] + params["third"]["bias"])
+    h = jnp.tanh(h @ params["first"]["kernel"])
+    return h @ params["second"]["kernel"]
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2])
+def test_internal_covariate_shift_is_definition_two_point_one(batch_size):
+    rng = np.random.default_rng(1)
+
+    def draw():
+        shapes = {"third": (4, 5), "first": (5, 6), "second": (6, 2)}
+        tree = {k: {"kernel": rng.normal(size=s)} for k, s in shapes.items()}
+        tree["third"]["bias"] = rng.normal(size=5)
+        return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
+
+    x, old, new = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32), draw(), draw()
+    loss = lambda p: (layers(p, x) ** 2).mean()  # noqa: E731
+    found = internal_covariate_shift(loss, old, new, batch_size=batch_size)
+    assert found.layers == ("third", "first", "second")
+    before = jax.grad(loss)(old)
+    for i, name in enumerate(found.layers):
+        mixed = {k: new[k] if k in found.layers[:i] else old[k] for k in old}
+        a, b = (
+            np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g[name])])
+            for g in (before, jax.grad(loss)(mixed))
+        )
+        np.testing.assert_allclose(found.l2[i], np.linalg.norm(a - b), rtol=1e-4, atol=1e-6)
+        angle = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        np.testing.assert_allclose(found.cosine[i], angle, rtol=1e-4)
+
+
+def test_landscape_of_a_quadratic():
+    rng = np.random.default_rng(2)
+    a = rng.normal(size=(5, 5))
+    a, w = a @ a.T, rng.normal(size=5)
+    matrix, start = floats(a, w)
+    etas = np.array([0.01, 0.05, 0.2])
+    found = loss_landscape(lambda p: 0.5 * p["w"] @ matrix @ p["w"], {"w": start}, etas)
+    g = a @ w
+    losses = [0.5 * (w - e * g) @ a @ (w - e * g) for e in etas]
+    change = [e * np.linalg.norm(a @ g) for e in etas]
+    np.testing.assert_allclose(found.losses, losses, rtol=1e-4)
+    np.testing.assert_allclose(found.gradient_change, change, rtol=1e-4)
+    smoothness = np.linalg.norm(a @ g) / np.linalg.norm(g)
+    np.testing.assert_allclose(found.effective_smoothness, smoothness, rtol=1e-4)
+    np.testing.assert_allclose(found.loss_variation, max(losses) - min(losses), rtol=1e-4)
+    np.testing.assert_allclose(found.gradient_predictiveness, max(change), rtol=1e-4)
