@@ -19,8 +19,9 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def test_the_examples_run_and_learn():
-    example, *_, over_devices = blocks("python")
+def test_the_examples_run_and_learn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    example, _, _, over_devices, watched = blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 21
     names: dict = {"__name__": "readme"}
     exec(compile(example, "README.md", "exec"), names)
@@ -32,10 +33,14 @@ def test_the_examples_run_and_learn():
     loss = alone(first, names["batch"])[1]["loss"]
     assert_close(names["metrics"]["loss"], np.asarray(loss, np.float64), what="derivative")
     assert len(names["state"].params["Dense_0"]["kernel"].sharding.device_set) == 8
+    exec(compile(watched, "README.md", "exec"), names)
+    assert names["recording"].steps.tolist() == [0, 64, 128, 192]
+    mean = names["recording"]["BatchNorm_0:input"].value.moments.mean
+    np.testing.assert_allclose(mean, 1e4, rtol=1e-3)
 
 
 def test_the_fused_forms_and_the_explanation_run(capsys):
-    _, fused, explained, _ = blocks("python")
+    _, fused, explained, *_ = blocks("python")
     rng = np.random.default_rng(0)
     shapes = {"x": (2, 3, 64), "residual": (2, 3, 64), "scale": (64,), "bias": (64,)}
     shapes |= {"gamma": (2, 64), "beta": (2, 64)}

@@ -16,6 +16,7 @@ from jaxnorm.monitor.gradients import (
 )
 from jaxnorm.monitor.monitor import Monitor
 from jaxnorm.monitor.observe import observe
+from jaxnorm.monitor.recording import Recording, RecordingError
 from jaxnorm.monitor.shift import (
     excess_kurtosis,
     kl_divergence,
@@ -34,6 +35,8 @@ __all__ = [
     "GradientShift",
     "Landscape",
     "Monitor",
+    "Recording",
+    "RecordingError",
     "Sight",
     "Sights",
     "Summary",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,66 +11,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxnorm.monitor.marks import Place
-from jaxnorm.monitor.sights import Sights
-
-
-class ParameterSummary(NamedTuple):
-    """Euclidean norms of an array of parameters in one step."""
-
-    weight: Float[Array, ""]
-    gradient: Float[Array, ""]
-    update: Float[Array, ""]
-
-
-class Sample(NamedTuple):
-    """All that was seen in one step."""
-
-    sights: Sights
-    parameters: ParameterSummary
-    """With an axis of arrays of parameters."""
-    metrics: dict[str, Float[Array, ""]]
-    """The loss, and what else of the step's metrics is a number."""
-
-
-@dataclass(frozen=True)
-class Schema:
-    """What the numbers of a sample are."""
-
-    columns: tuple[tuple[str, tuple[int, ...]], ...]
-    """Path and shape of each array, in the order in which they lie one behind the other."""
-    places: tuple[Place, ...]
-    """In the order in which a forward pass comes by."""
-    with_gradient: tuple[str, ...]
-    """Names of the places whose gradients were looked at."""
-    parameters: tuple[str, ...]
-    """Paths of the arrays of parameters."""
-
-    @property
-    def width(self) -> int:
-        """Numbers in a sample."""
-        return sum(math.prod(shape) for _, shape in self.columns)
-
-    @classmethod
-    def of(cls, sample: Sample, params: Any) -> Schema:
-        """Of a sample, or of its shapes, of a model with these parameters."""
-        leaves = jax.tree_util.tree_leaves_with_path(sample)
-        paths = jax.tree_util.tree_leaves_with_path(params)
-        return cls(
-            tuple((_path(path, "|"), jnp.shape(leaf)) for path, leaf in leaves),
-            sample.sights.places,
-            sample.sights.with_gradient,
-            tuple(_path(path, "/") for path, _ in paths),
-        )
-
-    def split(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The arrays of many samples, of shape (samples, width), by their paths."""
-        arrays, start = {}, 0
-        for path, shape in self.columns:
-            size = math.prod(shape)
-            arrays[path] = rows[:, start : start + size].reshape(len(rows), *shape)
-            start += size
-        return arrays
+from jaxnorm.monitor.schema import Sample, Schema
 
 
 class Buffer(struct.PyTreeNode):
@@ -135,7 +74,3 @@ def _here(array: Array) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = array.addressable_data(0)
     return np.asarray(array)
-
-
-def _path(path: Any, separator: str) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=separator)

@@ -12,8 +12,9 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
 from jaxnorm.monitor.attach import Selection, adapted
-from jaxnorm.monitor.buffer import Buffer, ParameterSummary, Sample, Schema, row_of
+from jaxnorm.monitor.buffer import Buffer, row_of
 from jaxnorm.monitor.observe import look
+from jaxnorm.monitor.schema import ParameterSummary, Sample, Schema
 from jaxnorm.training.models import Model
 
 

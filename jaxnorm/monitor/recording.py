@@ -1,0 +1,348 @@
+"""A run's samples on disk: a folder that can be read while it grows, and after a crash.
+
+`recording.json` says what was looked at; each flush adds one file of NumPy arrays. Files are there
+whole or not at all, so a run that is killed keeps all but what it had not flushed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxnorm.monitor.buffer import Buffer
+from jaxnorm.monitor.marks import Place
+from jaxnorm.monitor.schema import ParameterSummary, Schema
+from jaxnorm.monitor.sights import Sight
+from jaxnorm.monitor.summary import Summary
+
+FORMAT = 1
+_HEAD, _CHUNK = "recording.json", "samples-{:08d}.npz"
+
+
+class RecordingError(ValueError):
+    """A recording that cannot be read or written; the message says why, and what to do."""
+
+
+class Recording:
+    """What a monitor saw, step by step, in a folder.
+
+    Args:
+        folder: where it lies. A new one is made by the first `append`; one that holds a recording
+            is gone on with, if it is of the same model.
+        settings: of the run, for the report: a dict of what JSON can hold. None: those stored.
+
+    Raises:
+        RecordingError: the folder holds something else, or a recording of another version; a file
+            of it is damaged.
+
+    Example:
+        >>> import tempfile, flax.linen as nn, jax.numpy as jnp, optax
+        >>> from jaxnorm.monitor import Monitor, Recording
+        >>> from jaxnorm.training import create_train_state, make_train_step
+        >>> model, optimizer = nn.Sequential([nn.Dense(4), nn.LayerNorm()]), optax.sgd(0.1)
+        >>> x = jnp.arange(6.0).reshape(3, 2)
+        >>> state = create_train_state(model, optimizer, 0, x)
+        >>> step = make_train_step(
+        ...     model, optimizer, lambda y, b: (y**2).mean(), monitor=Monitor(every=2)
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     recording = Recording(folder)
+        ...     for _ in range(5):
+        ...         state, metrics = step(state, x)
+        ...     _ = recording.append(state)
+        ...     again = Recording(folder)
+        >>> again.steps.tolist(), again["layers_1:input"].value.moments.mean.shape
+        ([0, 2, 4], (3,))
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self.folder = Path(folder)
+        self.schema: Schema | None = None
+        """What the numbers are; None before the first sample."""
+        self.lost = 0
+        """Samples that were overwritten on the device before they were read."""
+        self._settings = dict(settings or {})
+        self._read = 0
+        self._chunks = 0
+        self._steps = np.zeros(0, np.int64)
+        self._rows = np.zeros((0, 0), np.float32)
+        head = self.folder / _HEAD
+        if head.exists():
+            self._load(head)
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise RecordingError(
+                f"Recording: the folder must be empty, or hold a recording; got '{folder}' with "
+                f"other files and no {_HEAD}. Choose another folder."
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the run."""
+        return dict(self._settings)
+
+    @property
+    def steps(self) -> np.ndarray:
+        """The steps at which samples were taken, in order."""
+        return self._steps
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """What was looked at, in the order in which a forward pass comes by."""
+        return () if self.schema is None else self.schema.places
+
+    @property
+    def metrics(self) -> dict[str, np.ndarray]:
+        """The loss and the other numbers of the steps that were looked at."""
+        arrays = self._arrays()
+        return {
+            path.split("|", 1)[1]: array
+            for path, array in arrays.items()
+            if path.startswith("metrics|")
+        }
+
+    @property
+    def parameters(self) -> dict[str, ParameterSummary]:
+        """Norms of each array of parameters, its gradient and its update, shape (samples,)."""
+        arrays = self._arrays()
+        paths = () if self.schema is None else self.schema.parameters
+        return {
+            path: ParameterSummary(
+                *(arrays[f"parameters|{field}"][:, i] for field in ParameterSummary._fields)
+            )
+            for i, path in enumerate(paths)
+        }
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[str]:
+        return (place.name for place in self.places)
+
+    def __getitem__(self, name: str) -> Sight:
+        """What one place showed, each array with a leading axis of samples.
+
+        Args:
+            name: of the place, such as "BatchNorm_0:input".
+
+        Raises:
+            KeyError: there is no such place; the message says which there are.
+        """
+        names = list(self)
+        if name not in names:
+            raise KeyError(
+                f"Recording: a place must be one of {', '.join(names) or '(none)'}; got {name!r}. "
+                "Use one of these names."
+            )
+        assert self.schema is not None
+        return self.schema.sight(self._arrays(), name)
+
+    def append(self, state: Any) -> int:
+        """Read what waits on the device, and write it down.
+
+        Args:
+            state: a `TrainState` with a monitor, or its buffer.
+
+        Returns:
+            How many samples there were.
+
+        Raises:
+            TypeError: there is no buffer in it.
+            RecordingError: it is of another model than the recording, or cannot be written.
+        """
+        buffer = state if isinstance(state, Buffer) else getattr(state, "monitor", None)
+        if not isinstance(buffer, Buffer):
+            raise TypeError(
+                f"Recording: a state must have a monitor's buffer; got {type(state).__name__} "
+                "without one. Make the step with monitor=, and call it once."
+            )
+        if buffer.steps.ndim != 1:
+            raise TypeError(
+                f"Recording: a recording is of one run; got a sweep of {buffer.steps.shape[0]}. "
+                "Take one out with sweep_member."
+            )
+        steps, rows, lost = buffer.read(self._read)
+        if self.schema is None:
+            self._start(buffer.schema)
+        elif self.schema != buffer.schema:
+            raise RecordingError(
+                f"Recording: all samples must be of one model; got a state whose places or "
+                f"parameters are not those in '{self.folder}'. Record it in another folder."
+            )
+        self._read += len(steps) + lost
+        self.lost += lost
+        if not len(steps):
+            return 0
+        self._write(_CHUNK.format(self._chunks), _packed(steps, rows, lost))
+        self._chunks += 1
+        self._add(steps, rows)
+        return len(steps)
+
+    def numbers(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """Each sample as one flat dict of numbers, for trackers and data frames.
+
+        Returns:
+            Pairs of a step and its numbers: "metrics/loss", "BatchNorm_0:input/mean", ....
+        """
+        table: dict[str, Any] = {f"metrics/{name}": a for name, a in self.metrics.items()}
+        for name in self:
+            sight = self[name]
+            table |= {f"{name}/{field}": array for field, array in _figures(sight.value)}
+            if sight.gradient is not None:
+                table[f"{name}/gradient_norm"] = np.asarray(sight.gradient.norm)
+        for path, norms in self.parameters.items():
+            for field, array in zip(ParameterSummary._fields, norms):
+                table[f"{path}/{field}_norm"] = array
+        for i, step in enumerate(self.steps):
+            yield int(step), {name: float(array[i]) for name, array in table.items()}
+
+    def to_dataframe(self) -> Any:
+        """A row for each step and place, as a `pandas.DataFrame`.
+
+        Returns:
+            Columns "step", "place", "layer", "kind", "side" and one for each figure.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                "Recording: a data frame needs pandas; got an environment without it. Install it: "
+                "pip install pandas."
+            ) from None
+        frames = []
+        for place in self.places:
+            sight = self[place.name]
+            columns = {"step": self.steps, "place": place.name, "layer": place.layer}
+            columns |= {"kind": place.kind, "side": place.side}
+            columns |= dict(_figures(sight.value))
+            if sight.gradient is not None:
+                columns["gradient_norm"] = np.asarray(sight.gradient.norm)
+            frames.append(pandas.DataFrame(columns))
+        return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
+
+    def report_to(self, callback: Callable[[int, dict[str, float]], Any]) -> None:
+        """Hand each sample to a tracker: ``callback(step, numbers)``.
+
+        Args:
+            callback: such as ``lambda step, numbers: wandb.log(numbers, step=step)``.
+        """
+        for step, numbers in self.numbers():
+            callback(step, numbers)
+
+    def to_tensorboard(self, folder: str | os.PathLike[str]) -> None:
+        """Every number of every sample as a scalar that TensorBoard shows.
+
+        Args:
+            folder: for its event file, such as "runs/first".
+
+        Raises:
+            ModuleNotFoundError: tensorboard is not installed.
+        """
+        try:
+            from tensorboard.summary import Writer
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                "Recording: TensorBoard's files are written by tensorboard; got an environment "
+                "without it. Install it: pip install tensorboard."
+            ) from None
+        writer = Writer(os.fspath(folder))
+        for step, numbers in self.numbers():
+            for name, number in numbers.items():
+                writer.add_scalar(name, number, step)
+        writer.close()
+
+    def _arrays(self) -> dict[str, Any]:
+        return {} if self.schema is None else self.schema.split(self._rows)
+
+    def _add(self, steps: np.ndarray, rows: np.ndarray) -> None:
+        """In order of steps; of a step that was made twice, after a restart, the later one."""
+        if not self._rows.size:
+            self._rows = np.zeros((0, rows.shape[1]), np.float32)
+        steps, rows = np.concatenate([self._steps, steps]), np.concatenate([self._rows, rows])
+        last = len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]
+        self._steps, self._rows = steps[last], rows[last]
+
+    def _start(self, schema: Schema) -> None:
+        self.schema = schema
+        head = {"format": FORMAT, "settings": self._settings, "schema": schema.to_json()}
+        text = json.dumps(head, indent=1, allow_nan=False, default=str)
+        self._write(_HEAD, text.encode())
+
+    def _load(self, head: Path) -> None:
+        try:
+            stored = json.loads(head.read_text("utf-8"))
+            found = stored["format"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(head, error) from None
+        if found != FORMAT:
+            raise RecordingError(
+                f"Recording: '{self.folder}' must be of format {FORMAT}; got format {found!r}, of "
+                "another version of jaxnorm. Read it with that version."
+            )
+        try:
+            self.schema = Schema.from_json(stored["schema"])
+            self._settings = {**stored["settings"], **self._settings}
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(head, error) from None
+        self._rows = np.zeros((0, self.schema.width), np.float32)
+        for path in sorted(self.folder.glob(_CHUNK.replace("{:08d}", "*"))):
+            try:
+                with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as chunk:
+                    steps, rows, lost = chunk["steps"], chunk["rows"], int(chunk["lost"])
+                    if rows.shape != (len(steps), self.schema.width):
+                        raise ValueError(f"rows of shape {rows.shape}")
+            except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                raise _damaged(path, error) from None
+            self._add(steps, rows)
+            self.lost += lost
+            self._chunks = int(path.stem.rsplit("-", 1)[1]) + 1
+
+    def _write(self, name: str, content: bytes) -> None:
+        """A file that is there whole or not at all."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", delete=False) as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, self.folder / name)
+        except OSError as error:
+            raise RecordingError(
+                f"Recording: the folder must be writable; got '{self.folder}': "
+                f"{error.strerror or error}. Choose another, or make room."
+            ) from None
+
+
+def _packed(steps: np.ndarray, rows: np.ndarray, lost: int) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, steps=steps, rows=rows, lost=np.int64(lost))
+    return file.getvalue()
+
+
+def _figures(summary: Summary) -> Iterator[tuple[str, np.ndarray]]:
+    """Each figure of a summary that is one number."""
+    yield "mean", np.asarray(summary.moments.mean)
+    yield "variance", np.asarray(summary.moments.m2) / np.maximum(summary.moments.count, 1)
+    for field in ("minimum", "maximum", "nonfinite", "zeros", "saturated", "dead"):
+        value = getattr(summary, field)
+        if value is not None:
+            yield field, np.asarray(value)
+
+
+def _damaged(path: Path, error: Exception) -> RecordingError:
+    return RecordingError(
+        f"Recording: every file of a recording must be whole; got '{path}', which cannot be read "
+        f"({type(error).__name__}: {error}). Move that file away to read the rest."
+    )
