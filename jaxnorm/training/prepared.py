@@ -57,8 +57,11 @@ class PreparedStep:
         with contextlib.nullcontext() if layout is None else layout.context():
             if self._buffer is not None and state.monitor is None:
                 first = jax.tree.map(lambda x: x[0], batch) if self._scan else batch
-                state = state.replace(monitor=self._buffer(state, first))
-                if layout is not None and not abstract:
+                buffer = self._buffer(state, first)
+                if abstract:
+                    buffer = jax.eval_shape(lambda: buffer)
+                state = state.replace(monitor=buffer)
+                if layout is not None:
                     state = layout.place(state)
             if layout is not None:
                 state = layout.place(state) if abstract else state
