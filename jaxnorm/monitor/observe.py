@@ -218,7 +218,7 @@ class _Watch:
                 closed = params["call_jaxpr"]
                 return self.run(closed.jaxpr, closed.consts, given)
             if kind == "scan":
-                return self._scan(params, given)
+                return self._scan(eqn, given)
             if kind == "cond":
                 return self._cond(params, given)
             if kind == "shard_map":
@@ -235,9 +235,9 @@ class _Watch:
         made, parts = self.run(closed.jaxpr, closed.consts, given)
         return [_constrained(x, s) for x, s in zip(made, params["out_shardings"])], parts
 
-    def _scan(self, params, given):
-        consts, carries, length = params["num_consts"], params["num_carry"], params["length"]
-        closed = params["jaxpr"]
+    def _scan(self, eqn, given):
+        params, (consts, carries) = eqn.params, scan_operands(eqn)
+        closed, length = params["jaxpr"], params["length"]
         seen: list[_Part] = []
 
         def body(carry, xs):
@@ -328,6 +328,20 @@ class _Watch:
             axis_names=set(names),
         )(*given)
         return made, [part.of(a) for part, a in zip(parts, arrays)]
+
+
+def scan_operands(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried.
+
+    Told by their ranks, since the parameters that say so have other names in each version of JAX.
+    """
+    inner = eqn.params["jaxpr"].jaxpr
+
+    def kept(outer, inner):
+        return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner))
+
+    carries = kept(eqn.outvars, inner.outvars)
+    return kept(eqn.invars, inner.invars) - carries, carries
 
 
 def _is_marked(jaxpr: Any) -> bool:

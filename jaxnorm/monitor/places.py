@@ -12,6 +12,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from jaxnorm.monitor.marks import FENCE, VALUE, Place, mark_p
 from jaxnorm.monitor.nonlinearities import nonlinearities
+from jaxnorm.monitor.observe import scan_operands
 
 Chosen = Callable[[str, str], bool]
 """Whether a nonlinearity of that path and that name is wanted."""
@@ -112,7 +113,7 @@ class Marker:
             return params
         known = [isinstance(v, Var) and v in parameters for v in eqn.invars]
         if kind == "scan":
-            first = params["num_consts"] + params["num_carry"]
+            first = sum(scan_operands(eqn))
             # A scan over parameters is one over layers, whose places are told apart.
             layers = any(known[first:])
             scans = (*scans, (params["length"], layers))

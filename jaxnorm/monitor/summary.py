@@ -165,23 +165,34 @@ def excerpt(
         parts = math.gcd(n, max(_PARTS, 2 ** (jax.device_count() - 1).bit_length()))
         each = n // parts
         step = max(1, each // max(1, wanted // (parts * min(s, _POSITIONS))))
-        x = x.reshape(parts, each, *x.shape[1:])[:, step // 2 :: step] if step > 1 else x
-        n_kept = parts * -(-(each - step // 2) // step)
-        rows = x.reshape(n_kept, s, c)
-        step = _stride(s, max(1, wanted // n_kept))
-        rows = rows[:, step // 2 :: step]
-        step = 1 if feature_axes else max(1, rows.size // elements)
-        rows = rows[..., step // 2 :: step]
+        x = _every(x.reshape(parts, each, *x.shape[1:]), 1, step)
+        n_kept = parts * x.shape[1]
+        rows = _every(x.reshape(n_kept, s, c), 1, _stride(s, max(1, wanted // n_kept)))
+        if not feature_axes:
+            rows = _every(rows, 2, max(1, rows.size // elements))
     return Excerpt(rows.astype(wide_dtype(x.dtype)), (n, s, c), kind)
 
 
-_PARTS, _POSITIONS = 32, 16
+_PARTS, _POSITIONS, _LARGE = 32, 16, 2**20
 
 
 def _stride(size: int, wanted: int) -> int:
     """Of about so many positions: odd, so that they do not all lie in a few columns of an image."""
     step = max(1, size // wanted)
     return step if step % 2 or step == 1 else step - 1
+
+
+def _every(x: Array, axis: int, step: int) -> Array:
+    """One of each so many entries along an axis, from the middle of each run of them."""
+    count = x.shape[axis] // step
+    if step == 1:
+        return x
+    if x.size < _LARGE:
+        return lax.slice_in_dim(x, step // 2, count * step, step, axis)
+    # A compiler for TPUs has no room for all that a strided slice steps over.
+    runs = lax.slice_in_dim(x, 0, count * step, axis=axis)
+    runs = runs.reshape(*x.shape[:axis], count, step, *x.shape[axis + 1 :])
+    return lax.index_in_dim(runs, step // 2, axis + 1, keepdims=False)
 
 
 def summarize(excerpts: Sequence[Excerpt], *, values: bool = True) -> Summary:
@@ -284,7 +295,7 @@ def _alike(excerpts: Sequence[Excerpt]) -> list[tuple[list[int], Array]]:
 def _moments(rows: Float[Array, "k n c"]) -> Moments:
     """Of each column: squares are taken of what is left when a value near it is subtracted."""
     n = rows.shape[1]
-    origin = rows[:, :: max(1, n // 8)][:, :8].mean(1)
+    origin = _every(rows, 1, max(1, n // 8)).mean(1)
     shifted = rows - origin[:, None]
     mean = shifted.sum(1) / n
     m2 = jnp.maximum(lax.square(shifted).sum(1) - n * lax.square(mean), 0)
@@ -296,9 +307,9 @@ def _share(condition: Array) -> Array:
 
 
 def _histograms(rows: Float[Array, "k n c"]) -> Float[Array, "k bins"]:
-    # Axis by axis: of one long row compilers for TPUs have no room for every n-th number.
     _, n, c = rows.shape
-    values = rows[:, :: _stride(n, max(1, _COUNTED // c)), :: max(1, c // _COUNTED)]
+    values = _every(rows, 1, _stride(n, max(1, _COUNTED // c)))
+    values = _every(values, 2, max(1, c // _COUNTED))
     values = values.reshape(len(rows), -1)
     finite = values == values
     # Of what is not a number the bin does not matter: it counts nothing.
