@@ -94,8 +94,7 @@ class Monitor:
 
         def step(state: Any, batch: Any) -> Any:
             bare = state.replace(monitor=None)
-            closed, shape = jax.make_jaxpr(made, return_shape=True)(bare, batch)
-            leaves, structure = jax.tree.leaves((bare, batch)), jax.tree.structure(shape)
+            closed, leaves, structure = _traced(made, bare, batch)
 
             def plain(leaves: list[Any]) -> Any:
                 new, metrics, _ = jax.tree.unflatten(structure, jaxpr_as_fun(closed)(*leaves))
@@ -121,8 +120,7 @@ class Monitor:
         """An empty buffer for the samples of a step; nothing is computed."""
 
         def look(state: Any, batch: Any) -> Sample:
-            closed, shape = jax.make_jaxpr(made, return_shape=True)(state, batch)
-            leaves, structure = jax.tree.leaves((state, batch)), jax.tree.structure(shape)
+            closed, leaves, structure = _traced(made, state, batch)
             return self._look(closed, structure, leaves, state.params)[2]
 
         sample = jax.eval_shape(look, state, batch)
@@ -136,10 +134,17 @@ class Monitor:
         return new, metrics, Sample(sights, _norms(params, gradient, update), numbers)
 
 
+def _traced(made: Callable, *args: Any) -> tuple[Any, list[Any], Any]:
+    """The program of a step, its inputs, and the structure of its results."""
+    closed, shape = jax.make_jaxpr(made, return_shape=True)(*args)
+    return closed, jax.tree.leaves(args), jax.tree.structure(shape)
+
+
 def _norms(*trees: Any) -> ParameterSummary:
     """Euclidean norms of all arrays of parameters, of their gradient and of their update."""
     rows = [_squares(*arrays) for arrays in zip(*map(jax.tree.leaves, trees))]
-    return ParameterSummary(*jnp.sqrt(jnp.stack(rows, 1))) if rows else ParameterSummary(*_NONE)
+    squares = jnp.stack(rows, 1) if rows else jnp.zeros((len(trees), 0))
+    return ParameterSummary(*jnp.sqrt(squares))
 
 
 def _squares(*arrays: Any) -> Any:
@@ -150,7 +155,6 @@ def _squares(*arrays: Any) -> Any:
 
 
 _SMALL = 2**12  # up to here one operation on three copies costs less than three
-_NONE = (jnp.zeros(0),) * 3
 
 
 def _check_same(was: Schema, now: Schema) -> None:

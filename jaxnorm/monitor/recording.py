@@ -21,7 +21,6 @@ from jaxnorm.monitor.buffer import Buffer
 from jaxnorm.monitor.marks import Place
 from jaxnorm.monitor.schema import ParameterSummary, Schema
 from jaxnorm.monitor.sights import Sight
-from jaxnorm.monitor.summary import Summary
 
 FORMAT = 1
 _HEAD, _CHUNK = "recording.json", "samples-{:08d}.npz"
@@ -195,10 +194,7 @@ class Recording:
         """
         table: dict[str, Any] = {f"metrics/{name}": a for name, a in self.metrics.items()}
         for name in self:
-            sight = self[name]
-            table |= {f"{name}/{field}": array for field, array in _figures(sight.value)}
-            if sight.gradient is not None:
-                table[f"{name}/gradient_norm"] = np.asarray(sight.gradient.norm)
+            table |= {f"{name}/{field}": array for field, array in _figures(self[name])}
         for path, norms in self.parameters.items():
             for field, array in zip(ParameterSummary._fields, norms):
                 table[f"{path}/{field}_norm"] = array
@@ -223,12 +219,9 @@ class Recording:
             ) from None
         frames = []
         for place in self.places:
-            sight = self[place.name]
             columns = {"step": self.steps, "place": place.name, "layer": place.layer}
             columns |= {"kind": place.kind, "side": place.side}
-            columns |= dict(_figures(sight.value))
-            if sight.gradient is not None:
-                columns["gradient_norm"] = np.asarray(sight.gradient.norm)
+            columns |= dict(_figures(self[place.name]))
             frames.append(pandas.DataFrame(columns))
         return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
 
@@ -331,14 +324,17 @@ def _packed(steps: np.ndarray, rows: np.ndarray, lost: int) -> bytes:
     return file.getvalue()
 
 
-def _figures(summary: Summary) -> Iterator[tuple[str, np.ndarray]]:
-    """Each figure of a summary that is one number."""
+def _figures(sight: Sight) -> Iterator[tuple[str, np.ndarray]]:
+    """Each figure of a place that is one number."""
+    summary = sight.value
     yield "mean", np.asarray(summary.moments.mean)
     yield "variance", np.asarray(summary.moments.m2) / np.maximum(summary.moments.count, 1)
     for field in ("minimum", "maximum", "nonfinite", "zeros", "saturated", "dead"):
         value = getattr(summary, field)
         if value is not None:
             yield field, np.asarray(value)
+    if sight.gradient is not None:
+        yield "gradient_norm", np.asarray(sight.gradient.norm)
 
 
 def _damaged(path: Path, error: Exception) -> RecordingError:

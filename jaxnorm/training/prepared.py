@@ -52,20 +52,26 @@ class PreparedStep:
 
     def _run(self, function: Callable[..., Any], state: Any, batch: Any) -> Any:
         self._check(state, batch)
-        layout, given = self._layout, jax.tree.leaves((state, batch))
+        layout, missing = self._layout, self._buffer is not None and state.monitor is None
+        if layout is None and not missing:
+            return function(state, batch)
+        given = jax.tree.leaves((state, batch))
         abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in given)
         with contextlib.nullcontext() if layout is None else layout.context():
-            if self._buffer is not None and state.monitor is None:
-                first = jax.tree.map(lambda x: x[0], batch) if self._scan else batch
-                buffer = self._buffer(state, first)
-                if abstract:
-                    buffer = jax.eval_shape(lambda: buffer)
-                state = state.replace(monitor=buffer)
-                if layout is not None:
-                    state = layout.place(state)
-            if layout is not None:
-                state = layout.place(state) if abstract else state
-                if not any(isinstance(leaf, Tracer) for leaf in given):
-                    check_placed(self._operation, layout, state)
-                    batch = place_batch(self._operation, layout, batch, self._scan)
+            if missing:
+                state = state.replace(monitor=self._empty(state, batch, abstract))
+            if layout is None:
+                return function(state, batch)
+            if missing or abstract:
+                state = layout.place(state)
+            if not any(isinstance(leaf, Tracer) for leaf in given):
+                check_placed(self._operation, layout, state)
+                batch = place_batch(self._operation, layout, batch, self._scan)
             return function(state, batch)
+
+    def _empty(self, state: TrainState, batch: Batch, abstract: bool) -> Any:
+        """A buffer before the first step; of a state of shapes its shapes."""
+        assert self._buffer is not None
+        first = jax.tree.map(lambda x: x[0], batch) if self._scan else batch
+        buffer = self._buffer(state, first)
+        return jax.eval_shape(lambda: buffer) if abstract else buffer

@@ -1,5 +1,8 @@
 """Where models are odd: branches, loops that hide what is in them, no norm, NaN."""
 
+import subprocess
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,12 @@ from jaxnorm.monitor import Summary, attach, observe
 from jaxnorm.monitor.marks import Place, mark
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
+
+
+def test_importing_starts_no_backend():
+    # Processes of one run find each other before it starts.
+    probe = "import jaxnorm.monitor; from jax._src import xla_bridge as b; assert not b._backends"
+    subprocess.run([sys.executable, "-c", probe], check=True)
 
 
 def watched(module, *args, **options):
