@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx, struct
 from jax import lax
 from jax.extend.core import Var, jaxprs_in_params
 from jaxtyping import Array, Float
@@ -15,10 +16,10 @@ Loss = Callable[[Any], Any]
 """From parameters to a scalar, on one batch."""
 
 
-class GradientShift(NamedTuple):
+class GradientShift(struct.PyTreeNode):
     """Internal covariate shift, layer by layer."""
 
-    layers: tuple[str, ...]
+    layers: tuple[str, ...] = struct.field(pytree_node=False)
     """Paths of the layers, in the order in which the loss uses them."""
     l2: Float[Array, " layers"]
     """How far the gradient of a layer moves when the layers before it take their step."""
@@ -89,29 +90,59 @@ def internal_covariate_shift(
         >>> internal_covariate_shift(loss, w, new).l2.tolist()
         [0.0, 5.0]
     """
-    op = "internal_covariate_shift"
-    _check_alike(op, params, new_params)
-    order, layers = _layers(loss, params)
+    _check_alike("internal_covariate_shift", params, new_params)
+    return shift_of(jax.grad(loss), params, new_params, batch_size=batch_size)
+
+
+def shift_of(
+    gradient: Callable[[Any], Any],
+    params: Any,
+    new_params: Any,
+    here: Any = None,
+    *,
+    batch_size: int | None = None,
+) -> GradientShift:
+    """`internal_covariate_shift` of a function that returns the gradient.
+
+    Args:
+        gradient: from parameters to the gradient of a loss, on one batch.
+        params: before a step.
+        new_params: after it.
+        here: the gradient at `params`; None to compute it.
+        batch_size: as in `internal_covariate_shift`.
+    """
+    order, layers = _layers(gradient, params)
     old, structure = jax.tree.flatten(params)
     new = jax.tree.leaves(new_params)
-    here = jax.tree.leaves(jax.grad(loss)(params))
+    before = jax.tree.leaves(gradient(params) if here is None else here)
 
     def of_layer(i):
         mixed = [jnp.where(layer < i, b, a) for layer, a, b in zip(order, old, new)]
-        there = jax.tree.leaves(jax.grad(loss)(jax.tree.unflatten(structure, mixed)))
-        own = [(layer == i, a, b) for layer, a, b in zip(order, here, there)]
+        there = jax.tree.leaves(gradient(jax.tree.unflatten(structure, mixed)))
+        own = [(layer == i, a, b) for layer, a, b in zip(order, before, there)]
         sums = [
             jnp.where(mine, jnp.stack([_dot(a, a), _dot(b, b), _dot(a, b), _dot(a - b, a - b)]), 0)
             for mine, a, b in own
         ]
         return jnp.stack(sums).sum(0)
 
-    index = jnp.arange(len(layers))
-    aa, bb, ab, apart = lax.map(of_layer, index, batch_size=batch_size or len(layers)).T
+    if len(layers) < 2:
+        nothing = jnp.zeros(len(layers), jnp.float32)
+        return GradientShift(tuple(layers), nothing, nothing + 1)
+    # Before the first layer there is nothing that could move its gradient.
+    index = jnp.arange(1, len(layers))
+    together = batch_size or len(index)
+    # One by one without a vmap of size one, which would make convolutions grouped ones.
+    found = lax.map(of_layer, index, batch_size=None if together == 1 else together)
+    aa, bb, ab, apart = found.T
     length = jnp.sqrt(aa) * jnp.sqrt(bb)
     none = (aa == 0) & (bb == 0)
     cosine = jnp.where(none, 1.0, ab / jnp.where(length > 0, length, 1))
-    return GradientShift(tuple(layers), jnp.sqrt(apart), jnp.clip(cosine, -1, 1))
+    return GradientShift(
+        tuple(layers),
+        jnp.pad(jnp.sqrt(apart), (1, 0)),
+        jnp.pad(jnp.clip(cosine, -1, 1), (1, 0), constant_values=1),
+    )
 
 
 def loss_landscape(
@@ -188,11 +219,18 @@ def _check_alike(op: str, params: Any, others: Any) -> None:
         )
 
 
-def _layers(loss: Loss, params: Any) -> tuple[list[int], list[str]]:
+def _layers(gradient: Callable[[Any], Any], params: Any) -> tuple[list[int], list[str]]:
     """For each array of parameters the number of its layer, and the layers' paths in order."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    owners = [jax.tree_util.keystr(path[:-1], simple=True, separator="/") for path in paths]
-    jaxpr = jax.make_jaxpr(loss)(params).jaxpr
+    # An NNX variable is an array of its layer, and no layer.
+    variables = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+    owners = [
+        jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+        for path, variable in variables
+        for _ in jax.tree.leaves(variable)
+    ]
+    jaxpr = jax.make_jaxpr(gradient)(params).jaxpr
     first = _first_uses(jaxpr)
     last = len(first)
     rank = {v: i for i, v in enumerate(first)}

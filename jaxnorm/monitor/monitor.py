@@ -13,6 +13,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from jaxnorm.monitor.attach import Selection, adapted
 from jaxnorm.monitor.buffer import Buffer, row_of
+from jaxnorm.monitor.gradients import shift_of
 from jaxnorm.monitor.observe import look
 from jaxnorm.monitor.schema import ParameterSummary, Sample, Schema
 from jaxnorm.training.models import Model
@@ -32,6 +33,8 @@ class Monitor:
         elements: about how many elements of an array to look at, evenly spread; None for all.
             Statistics of a batch norm's channels are taken of all in any case.
         gradients: whether to look at gradients.
+        shift: whether to take `internal_covariate_shift` from each step that is looked at to the
+            parameters after it, on its own batch. That costs a gradient for each layer.
 
     Raises:
         TypeError, ValueError: an argument is none of those above.
@@ -58,6 +61,7 @@ class Monitor:
     layers: Any = None
     elements: int | None = 4096
     gradients: bool = True
+    shift: bool = False
 
     def __post_init__(self) -> None:
         for name in ("every", "capacity", "elements"):
@@ -93,15 +97,14 @@ class Monitor:
         """
 
         def step(state: Any, batch: Any) -> Any:
-            bare = state.replace(monitor=None)
-            closed, leaves, structure = _traced(made, bare, batch)
+            traced = _Traced(made, state.replace(monitor=None), batch)
 
             def plain(leaves: list[Any]) -> Any:
-                new, metrics, _ = jax.tree.unflatten(structure, jaxpr_as_fun(closed)(*leaves))
+                new, metrics, _ = traced.run(leaves)
                 return new, metrics, jnp.zeros(schema.width, jnp.float32)
 
             def looking(leaves: list[Any]) -> Any:
-                new, metrics, sample = self._look(closed, structure, leaves, state.params)
+                new, metrics, sample = self._look(traced, leaves)
                 _check_same(schema, Schema.of(sample, state.params))
                 return new, metrics, row_of(sample)
 
@@ -109,9 +112,9 @@ class Monitor:
             now = state.step if members is None else lax.pmax(state.step, members)
             taken = now % self.every == 0
             if self.every == 1:
-                new, metrics, row = looking(leaves)
+                new, metrics, row = looking(traced.leaves)
             else:
-                new, metrics, row = lax.cond(taken, looking, plain, leaves)
+                new, metrics, row = lax.cond(taken, looking, plain, traced.leaves)
             return new.replace(monitor=state.monitor.push(state.step, row, taken)), metrics
 
         return step
@@ -120,24 +123,41 @@ class Monitor:
         """An empty buffer for the samples of a step; nothing is computed."""
 
         def look(state: Any, batch: Any) -> Sample:
-            closed, leaves, structure = _traced(made, state, batch)
-            return self._look(closed, structure, leaves, state.params)[2]
+            traced = _Traced(made, state, batch)
+            return self._look(traced, traced.leaves)[2]
 
         sample = jax.eval_shape(look, state, batch)
         return Buffer.empty(Schema.of(sample, state.params), self.capacity)
 
-    def _look(self, closed, structure, leaves, params) -> tuple[Any, Any, Sample]:
+    def _look(self, traced: _Traced, leaves: list[Any]) -> tuple[Any, Any, Sample]:
         """The step's results, and a sample of what went on in it."""
-        made, sights = look(closed, leaves, self.elements, self.gradients)
-        new, metrics, (gradient, update) = jax.tree.unflatten(structure, made)
+        made, sights = look(traced.program, leaves, self.elements, self.gradients)
+        new, metrics, (gradient, update) = jax.tree.unflatten(traced.results, made)
         numbers = {name: m for name, m in metrics.items() if jnp.ndim(m) == 0}
-        return new, metrics, Sample(sights, _norms(params, gradient, update), numbers)
+        state, batch = jax.tree.unflatten(traced.arguments, leaves)
+
+        def gradient_at(params: Any) -> Any:
+            # The rest of the step nobody asks for, and the compiler leaves out.
+            return traced.run(jax.tree.leaves((state.replace(params=params), batch)))[2][0]
+
+        shift = None
+        if self.shift:  # one by one, in the memory of one
+            shift = shift_of(gradient_at, state.params, new.params, gradient, batch_size=1)
+        norms = _norms(state.params, gradient, update)
+        return new, metrics, Sample(sights, norms, numbers, shift)
 
 
-def _traced(made: Callable, *args: Any) -> tuple[Any, list[Any], Any]:
-    """The program of a step, its inputs, and the structure of its results."""
-    closed, shape = jax.make_jaxpr(made, return_shape=True)(*args)
-    return closed, jax.tree.leaves(args), jax.tree.structure(shape)
+class _Traced:
+    """The program of a step, its inputs, and the structures of its arguments and results."""
+
+    def __init__(self, made: Callable, *args: Any):
+        self.program, shape = jax.make_jaxpr(made, return_shape=True)(*args)
+        self.leaves, self.arguments = jax.tree.flatten(args)
+        self.results = jax.tree.structure(shape)
+
+    def run(self, leaves: list[Any]) -> Any:
+        """The step."""
+        return jax.tree.unflatten(self.results, jaxpr_as_fun(self.program)(*leaves))
 
 
 def _norms(*trees: Any) -> ParameterSummary:

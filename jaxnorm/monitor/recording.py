@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxnorm.monitor.buffer import Buffer
+from jaxnorm.monitor.gradients import GradientShift
 from jaxnorm.monitor.marks import Place
 from jaxnorm.monitor.schema import ParameterSummary, Schema
 from jaxnorm.monitor.sights import Sight
@@ -121,6 +122,11 @@ class Recording:
             for i, path in enumerate(paths)
         }
 
+    @property
+    def shift(self) -> GradientShift | None:
+        """Internal covariate shift, shape (samples, layers); None unless `Monitor(shift=True)`."""
+        return None if self.schema is None else self.schema.shift(self._arrays())
+
     def __len__(self) -> int:
         return len(self._steps)
 
@@ -198,6 +204,10 @@ class Recording:
         for path, norms in self.parameters.items():
             for field, array in zip(ParameterSummary._fields, norms):
                 table[f"{path}/{field}_norm"] = array
+        if (shift := self.shift) is not None:
+            for i, layer in enumerate(shift.layers):
+                table[f"shift/{layer}/l2"] = shift.l2[:, i]
+                table[f"shift/{layer}/cosine"] = shift.cosine[:, i]
         for i, step in enumerate(self.steps):
             yield int(step), {name: float(array[i]) for name, array in table.items()}
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxnorm.core.moments import Moments
+from jaxnorm.monitor.gradients import GradientShift
 from jaxnorm.monitor.marks import Place
 from jaxnorm.monitor.sights import Sight, Sights
 from jaxnorm.monitor.summary import BatchSummary, Summary
@@ -33,6 +34,7 @@ class Sample(NamedTuple):
     """With an axis of arrays of parameters."""
     metrics: dict[str, Float[Array, ""]]
     """The loss, and what else of the step's metrics is a number."""
+    shift: GradientShift | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Schema:
     """Names of the places whose gradients were looked at."""
     parameters: tuple[str, ...]
     """Paths of the arrays of parameters."""
+    shift_layers: tuple[str, ...] = ()
+    """Paths of the layers in the order of the gradients' shift, if that was looked at."""
 
     @property
     def width(self) -> int:
@@ -63,6 +67,7 @@ class Schema:
             sample.sights.places,
             sample.sights.with_gradient,
             tuple(_path(path, "/") for path, _ in paths),
+            () if sample.shift is None else sample.shift.layers,
         )
 
     def split(self, rows: np.ndarray) -> dict[str, Any]:
@@ -87,6 +92,12 @@ class Schema:
             batch = BatchSummary(_moments(arrays, prefix), *rest)
         return Sight(value, gradient, batch)
 
+    def shift(self, arrays: dict[str, Any]) -> GradientShift | None:
+        """How far the gradients moved, from what `split` returned."""
+        if not self.shift_layers:
+            return None
+        return GradientShift(self.shift_layers, arrays["shift|l2"], arrays["shift|cosine"])
+
     def to_json(self) -> dict[str, Any]:
         """As `from_json` takes it."""
         return asdict(self)
@@ -109,6 +120,7 @@ class Schema:
             tuple(places),
             tuple(stored["with_gradient"]),
             tuple(stored["parameters"]),
+            tuple(stored.get("shift_layers", ())),  # which earlier recordings have not
         )
 
 
