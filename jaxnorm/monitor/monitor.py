@@ -36,6 +36,9 @@ class Monitor:
         shift: whether to take `internal_covariate_shift` from each step that is looked at to the
             parameters after it, on its own batch. That costs a gradient for each layer.
 
+        channels: whether to take `Moments` of each channel too, at every place: of the feature axes
+            of a batch norm, of the last axis elsewhere.
+
     Raises:
         TypeError, ValueError: an argument is none of those above.
 
@@ -62,6 +65,7 @@ class Monitor:
     elements: int | None = 4096
     gradients: bool = True
     shift: bool = False
+    channels: bool = False
 
     def __post_init__(self) -> None:
         for name in ("every", "capacity", "elements"):
@@ -131,7 +135,7 @@ class Monitor:
 
     def _look(self, traced: _Traced, leaves: list[Any]) -> tuple[Any, Any, Sample]:
         """The step's results, and a sample of what went on in it."""
-        made, sights = look(traced.program, leaves, self.elements, self.gradients)
+        made, sights = look(traced.program, leaves, self.elements, self.gradients, self.channels)
         new, metrics, (gradient, update) = jax.tree.unflatten(traced.results, made)
         numbers = {name: m for name, m in metrics.items() if jnp.ndim(m) == 0}
         state, batch = jax.tree.unflatten(traced.arguments, leaves)

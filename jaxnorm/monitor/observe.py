@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxnorm.monitor.marks import GRADIENT, VALUE, Place, mark_p
+from jaxnorm.monitor.parts import Detail, Part, by_name, from_names, nothing
 from jaxnorm.monitor.sights import Sights
 from jaxnorm.monitor.summary import (
     FLAT_ENDS,
     BatchSummary,
     Excerpt,
-    Summary,
+    by_channel,
     excerpt,
     joined,
     summarize,
@@ -35,7 +36,11 @@ from jaxnorm.training.rematerialize import evaluate
 
 
 def observe(
-    function: Callable[..., Any], *, elements: int | None = None, gradients: bool = True
+    function: Callable[..., Any],
+    *,
+    elements: int | None = None,
+    gradients: bool = True,
+    channels: bool = False,
 ) -> Callable[..., tuple[Any, Sights]]:
     """`function`, which also tells what was seen at the marks in it.
 
@@ -44,6 +49,7 @@ def observe(
             takes them itself. Arguments that are no arrays are static.
         elements: as in `Monitor`.
         gradients: whether to look at them.
+        channels: as in `Monitor`.
 
     Returns:
         A function of the same arguments: what `function` returns, and `Sights`. Loops over
@@ -57,7 +63,7 @@ def observe(
     def run(*args: Any, **kwargs: Any) -> tuple[Any, Sights]:
         of_arrays, arrays = on_arrays(function, args, kwargs)
         closed, shape = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
-        outputs, sights = look(closed, arrays, elements, gradients)
+        outputs, sights = look(closed, arrays, elements, gradients, channels)
         return jax.tree.unflatten(jax.tree.structure(shape), outputs), sights
 
     return run
@@ -79,10 +85,10 @@ def on_arrays(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Cal
 
 
 def look(
-    closed: Any, args: Sequence[Any], elements: int | None, gradients: bool
+    closed: Any, args: Sequence[Any], elements: int | None, gradients: bool, channels: bool
 ) -> tuple[list[Any], Sights]:
     """What a traced program returns, and what is seen in it."""
-    watch = _Watch(elements, gradients)
+    watch = _Watch(elements, gradients, channels)
     outputs, found = watch.run(closed.jaxpr, closed.consts, args)
     values = [part for part in found if part.role == VALUE]
     if not values:
@@ -93,56 +99,31 @@ def look(
     places = [watch.places[key] for part in values for key in part.names]
     order = np.argsort([place.order for place in places], kind="stable")
     slopes = [part for part in found if part.role == GRADIENT]
+    details = {name: d for part in values for name, d in part.details.items()}
     sights = Sights(
         values=joined([part.summary for part in values]).take(order),
         gradients=joined([part.summary for part in slopes]) if slopes else None,
-        batches={name: b for part in values for name, b in part.batches.items()},
+        batches={n: d.batch for n, d in details.items() if d.batch is not None},
+        channels={n: d.channels for n, d in details.items() if d.channels is not None},
         places=tuple(places[i] for i in order),
         with_gradient=tuple(name for part in slopes for name in part.names),
     )
     return outputs, sights
 
 
-class _Part(NamedTuple):
-    """What some places showed together."""
-
-    role: str
-    names: tuple[str, ...]
-    summary: Summary
-    batches: dict[str, BatchSummary]
-
-    @property
-    def arrays(self) -> tuple[Summary, dict[str, BatchSummary]]:
-        return self.summary, self.batches
-
-    def of(self, arrays: tuple[Summary, dict[str, BatchSummary]]) -> _Part:
-        return self._replace(summary=arrays[0], batches=arrays[1])
-
-    def pooled(self) -> _Part:
-        """Over an axis that came before that of the places."""
-        batches = {name: batch.pooled() for name, batch in self.batches.items()}
-        return self._replace(summary=self.summary.pooled(), batches=batches)
-
-    def without(self, known: set[tuple[str, str]]) -> _Part:
-        """Only what is not known yet."""
-        keep = [i for i, name in enumerate(self.names) if (name, self.role) not in known]
-        names = tuple(self.names[i] for i in keep)
-        batches = {name: b for name, b in self.batches.items() if name in names}
-        return _Part(self.role, names, self.summary.take(keep), batches)
-
-
 class _Watch:
     """One run of a program, and of the programs in it."""
 
-    def __init__(self, elements: int | None, gradients: bool):
+    def __init__(self, elements: int | None, gradients: bool, channels: bool):
         self.elements = elements
         self.gradients = gradients
+        self.channels = channels
         self.places: dict[str, Place] = {}
 
-    def run(self, jaxpr: Any, consts: Any, args: Any) -> tuple[list[Any], list[_Part]]:
+    def run(self, jaxpr: Any, consts: Any, args: Any) -> tuple[list[Any], list[Part]]:
         """Results of a program, and what was seen in it."""
         values = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
-        found: list[_Part] = []
+        found: list[Part] = []
         marked: dict[tuple[str, str], list[Any]] = {}
 
         def read(v):
@@ -171,7 +152,7 @@ class _Watch:
             parts += [part] if part.names else []
         return [read(v) for v in jaxpr.outvars], parts
 
-    def _summaries(self, marked: dict[tuple[str, str], list[Any]]) -> list[_Part]:
+    def _summaries(self, marked: dict[tuple[str, str], list[Any]]) -> list[Part]:
         """All that was marked in one program, looked at together."""
         parts = []
         for role in (VALUE, GRADIENT):
@@ -190,20 +171,32 @@ class _Watch:
             summary = summarize(list(excerpts.values()), values=role == VALUE)
             rows = list(excerpts)
             summary = summary.take([rows.index(w) for w in which])
-            batches = self._batches(marked) if role == VALUE else {}
-            parts.append(_Part(role, tuple(name for name, _ in keys), summary, batches))
+            details = self._details(marked) if role == VALUE else {}
+            parts.append(Part(role, tuple(name for name, _ in keys), summary, details))
         return parts
 
-    def _batches(self, marked: dict[tuple[str, str], list[Any]]) -> dict[str, BatchSummary]:
-        given = {name: g for (name, role), g in marked.items() if role == VALUE and len(g) > 1}
-        inputs = [
-            excerpt(x, self.elements, "", dict(self.places[name].facts)["feature_axes"])
-            for name, (x, *_) in given.items()
-        ]
+    def _details(self, marked: dict[tuple[str, str], list[Any]]) -> dict[str, Detail]:
+        """What places show by channel."""
+        values = {name: given for (name, role), given in marked.items() if role == VALUE}
+        batches, channels = self._batches(values), {}
+        if self.channels:
+            excerpts = [self._by_channel(name, x) for name, (x, *_) in values.items()]
+            channels = dict(zip(values, by_channel(excerpts)))
+        details = {name: Detail(batches.get(name), channels.get(name)) for name in values}
+        return {name: detail for name, detail in details.items() if detail != Detail()}
+
+    def _batches(self, values: dict[str, list[Any]]) -> dict[str, BatchSummary]:
+        given = {name: g for name, g in values.items() if len(g) > 1}
+        inputs = [self._by_channel(name, x) for name, (x, *_) in given.items()]
         running = [(mean, var) for _, mean, var in given.values()]
         return dict(zip(given, summarize_batches(inputs, running)))
 
-    def _inside(self, eqn: JaxprEqn, given: list[Any]) -> tuple[list[Any], list[_Part]]:
+    def _by_channel(self, name: str, x: Any) -> Excerpt:
+        """An excerpt with all channels."""
+        axes = dict(self.places[name].facts).get("feature_axes", (-1,))
+        return excerpt(x, self.elements, "", axes)
+
+    def _inside(self, eqn: JaxprEqn, given: list[Any]) -> tuple[list[Any], list[Part]]:
         """An equation whose inner programs have marks."""
         kind, params = eqn.primitive.name, eqn.params
         with eqn.ctx.manager:
@@ -238,7 +231,7 @@ class _Watch:
     def _scan(self, eqn, given):
         params, (consts, carries) = eqn.params, scan_operands(eqn)
         closed, length = params["jaxpr"], params["length"]
-        seen: list[_Part] = []
+        seen: list[Part] = []
 
         def body(carry, xs):
             made, seen[:] = self.run(closed.jaxpr, closed.consts, [*given[:consts], *carry, *xs])
@@ -255,7 +248,7 @@ class _Watch:
         parts = [part.of(arrays) for part, arrays in zip(seen, every)]
         return [*carry, *ys], [self._turns(part, length) for part in parts]
 
-    def _turns(self, part: _Part, length: int) -> _Part:
+    def _turns(self, part: Part, length: int) -> Part:
         """What the turns of a scan showed: of layers each, of all else together."""
         places = [self.places[name] for name in part.names]
         scans = places[0].scans
@@ -269,23 +262,23 @@ class _Watch:
                 own = replace(place, layer=f"{place.layer}[{i}]", scans=place.scans[:-1])
                 self.places[own.name] = own
                 names.append(own.name)
-        batches = {
-            f"{place.layer}[{i}]:{place.side}": jax.tree.map(lambda a, i=i: a[i], batch)
+        details = {
+            f"{place.layer}[{i}]:{place.side}": jax.tree.map(lambda a, i=i: a[i], detail)
             for place in places
-            if (batch := part.batches.get(place.name)) is not None
+            if (detail := part.details.get(place.name)) is not None
             for i in range(length)
         }
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), part.summary)
-        return _Part(part.role, tuple(names), flat, batches)
+        return Part(part.role, tuple(names), flat, details)
 
     def _cond(self, params, given):
         index, *operands = given
-        parts: list[list[_Part]] = [[] for _ in params["branches"]]
+        parts: list[list[Part]] = [[] for _ in params["branches"]]
 
         def branch(i, closed):
             def run(*operands):
                 made, parts[i] = self.run(closed.jaxpr, closed.consts, operands)
-                return made, _by_name(parts[i])
+                return made, by_name(parts[i])
 
             return run
 
@@ -296,19 +289,16 @@ class _Watch:
         def filled(run):
             def filling(*operands):
                 made, found = run(*operands)
-                return made, {k: found.get(k, _nothing(s)) for k, s in every.items()}
+                return made, {k: found.get(k, nothing(s)) for k, s in every.items()}
 
             return filling
 
         made, found = lax.switch(index, [filled(b) for b in branches], *operands)
-        return made, [
-            _Part(role, (name,), summary, {} if batch is None else {name: batch})
-            for (name, role), (summary, batch) in found.items()
-        ]
+        return made, from_names(found)
 
     def _shard_map(self, params, given):
         mesh, names = params["mesh"], tuple(sorted(params["newly_manual_axes"]))
-        parts: list[_Part] = []
+        parts: list[Part] = []
 
         def on_device(*operands):
             made, parts[:] = self.run(params["jaxpr"], (), operands)
@@ -361,20 +351,3 @@ def _names(eqn: JaxprEqn) -> set[str]:
 
 def _constrained(x: Any, sharding: Any) -> Any:
     return lax.with_sharding_constraint(x, sharding) if isinstance(sharding, NamedSharding) else x
-
-
-def _by_name(parts: list[_Part]) -> dict[tuple[str, str], Any]:
-    return {
-        (name, part.role): (part.summary.take([i]), part.batches.get(name))
-        for part in parts
-        for i, name in enumerate(part.names)
-    }
-
-
-def _nothing(shape: Any) -> Any:
-    """What a branch shows that has no such place: a summary of no elements."""
-    summary, batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
-    return summary._replace(
-        minimum=jnp.full_like(summary.minimum, jnp.inf),
-        maximum=jnp.full_like(summary.maximum, -jnp.inf),
-    ), batch

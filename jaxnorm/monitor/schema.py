@@ -89,8 +89,11 @@ class Schema:
         batch, prefix = None, f"sights|batches|{name}"
         if f"{prefix}|examples" in arrays:
             rest = (arrays[f"{prefix}|{field}"] for field in BatchSummary._fields[1:])
-            batch = BatchSummary(_moments(arrays, prefix), *rest)
-        return Sight(value, gradient, batch)
+            batch = BatchSummary(_moments(arrays, f"{prefix}|moments"), *rest)
+        channels, prefix = None, f"sights|channels|{name}"
+        if f"{prefix}|count" in arrays:
+            channels = _moments(arrays, prefix)
+        return Sight(value, gradient, batch, channels)
 
     def shift(self, arrays: dict[str, Any]) -> GradientShift | None:
         """How far the gradients moved, from what `split` returned."""
@@ -130,12 +133,12 @@ def _summary(arrays: dict[str, Any], prefix: str, at: int) -> Summary:
         for field in Summary._fields
         if f"{prefix}|{field}" in arrays
     }
-    moments = (a[:, at] for a in _moments(arrays, prefix))
+    moments = (a[:, at] for a in _moments(arrays, f"{prefix}|moments"))
     return Summary(**fields, moments=Moments(*moments))
 
 
 def _moments(arrays: dict[str, Any], prefix: str) -> Moments:
-    return Moments(*(arrays[f"{prefix}|moments|{field}"] for field in Moments._fields))
+    return Moments(*(arrays[f"{prefix}|{field}"] for field in Moments._fields))
 
 
 def _tuples(value: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 from flax import struct
 
+from jaxnorm.core.moments import Moments
 from jaxnorm.monitor.marks import Place
 from jaxnorm.monitor.summary import BatchSummary, Summary
 
@@ -18,6 +19,8 @@ class Sight(NamedTuple):
     gradient: Summary | None = None
     batch: BatchSummary | None = None
     """Of the input of a batch norm."""
+    channels: Moments | None = None
+    """Of each channel of the value, shape (c,)."""
 
 
 class Sights(struct.PyTreeNode):
@@ -27,6 +30,7 @@ class Sights(struct.PyTreeNode):
     """With an axis of places."""
     gradients: Summary | None
     batches: dict[str, BatchSummary]
+    channels: dict[str, Moments]
     places: tuple[Place, ...] = struct.field(pytree_node=False)
     """In the order in which a forward pass comes by."""
     with_gradient: tuple[str, ...] = struct.field(pytree_node=False)
@@ -39,7 +43,7 @@ class Sights(struct.PyTreeNode):
             i = self.with_gradient.index(name)
             gradient = jax.tree.map(lambda a: a[i], self.gradients)
         value = jax.tree.map(lambda a: a[at], self.values)
-        return Sight(value, gradient, self.batches.get(name))
+        return Sight(value, gradient, self.batches.get(name), self.channels.get(name))
 
     def __iter__(self):
         return (place.name for place in self.places)

@@ -209,10 +209,10 @@ def summarize(excerpts: Sequence[Excerpt], *, values: bool = True) -> Summary:
     for places, together in _alike(excerpts):
         order += places
         rows = together.reshape(len(places), -1, together.shape[-1])
-        by_channel = Moments(*(a.T for a in _moments(rows)))
+        columns = Moments(*(a.T for a in _moments(rows)))
         summary = Summary(
             jnp.asarray([float(math.prod(excerpts[i].shape)) for i in places], rows.dtype),
-            by_channel.pooled(),
+            columns.pooled(),
             rows.min((1, 2)),
             rows.max((1, 2)),
             _share(~jnp.isfinite(rows)),
@@ -281,6 +281,20 @@ def summarize_batches(
                 jnp.asarray(examples, wide),
                 examples * positions / (1 + (positions - 1) * alike),
             )
+    return [found[i] for i in range(len(excerpts))]
+
+
+def by_channel(excerpts: Sequence[Excerpt]) -> list[Moments]:
+    """Moments of each channel.
+
+    Args:
+        excerpts: with all channels.
+    """
+    found: dict[int, Moments] = {}
+    for places, together in _alike(excerpts):
+        moments = _moments(together.reshape(len(places), -1, together.shape[-1]))
+        for i, place in enumerate(places):
+            found[place] = jax.tree.map(lambda a, i=i: a[i], moments)
     return [found[i] for i in range(len(excerpts))]
 
 

@@ -1,0 +1,83 @@
+"""What some places of a program showed together, on its way out of the programs around it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm.core.moments import Moments
+from jaxnorm.monitor.summary import BatchSummary, Summary
+
+
+class Detail(NamedTuple):
+    """What one place shows by channel; None for what is not looked at."""
+
+    batch: BatchSummary | None = None
+    channels: Moments | None = None
+
+    def pooled(self) -> Detail:
+        """Of all that the leading axis goes over."""
+        return Detail(
+            None if self.batch is None else self.batch.pooled(),
+            None if self.channels is None else self.channels.pooled(),
+        )
+
+
+class Part(NamedTuple):
+    """What some places showed together."""
+
+    role: str
+    names: tuple[str, ...]
+    summary: Summary
+    """With an axis of places."""
+    details: dict[str, Detail]
+    """Of the places that have any."""
+
+    @property
+    def arrays(self) -> tuple[Summary, dict[str, Detail]]:
+        """All but the names."""
+        return self.summary, self.details
+
+    def of(self, arrays: tuple[Summary, dict[str, Detail]]) -> Part:
+        """Other numbers of the same places."""
+        return self._replace(summary=arrays[0], details=arrays[1])
+
+    def pooled(self) -> Part:
+        """Over an axis that came before that of the places."""
+        details = {name: detail.pooled() for name, detail in self.details.items()}
+        return self._replace(summary=self.summary.pooled(), details=details)
+
+    def without(self, known: set[tuple[str, str]]) -> Part:
+        """Only what is not known yet."""
+        keep = [i for i, name in enumerate(self.names) if (name, self.role) not in known]
+        names = tuple(self.names[i] for i in keep)
+        details = {name: d for name, d in self.details.items() if name in names}
+        return Part(self.role, names, self.summary.take(keep), details)
+
+
+def by_name(parts: list[Part]) -> dict[tuple[str, str], Any]:
+    """Each place's numbers alone, by its name and its role."""
+    return {
+        (name, part.role): (part.summary.take([i]), part.details.get(name, Detail()))
+        for part in parts
+        for i, name in enumerate(part.names)
+    }
+
+
+def from_names(found: dict[tuple[str, str], Any]) -> list[Part]:
+    """The parts that `by_name` took apart."""
+    return [
+        Part(role, (name,), summary, {name: detail})
+        for (name, role), (summary, detail) in found.items()
+    ]
+
+
+def nothing(shape: Any) -> Any:
+    """What a branch shows that has no such place: a summary of no elements."""
+    summary, detail = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+    return summary._replace(
+        minimum=jnp.full_like(summary.minimum, jnp.inf),
+        maximum=jnp.full_like(summary.maximum, -jnp.inf),
+    ), detail
