@@ -14,6 +14,7 @@ from jaxnorm.monitor.gradients import (
     internal_covariate_shift,
     loss_landscape,
 )
+from jaxnorm.monitor.measures import MEASURES, measure, quantiles
 from jaxnorm.monitor.monitor import Monitor
 from jaxnorm.monitor.observe import observe
 from jaxnorm.monitor.recording import Recording, RecordingError
@@ -31,6 +32,7 @@ from jaxnorm.monitor.summary import EDGES, BatchSummary, Summary
 
 __all__ = [
     "EDGES",
+    "MEASURES",
     "BatchSummary",
     "GradientShift",
     "Landscape",
@@ -46,8 +48,10 @@ __all__ = [
     "kl_divergence",
     "loss_landscape",
     "mean_drift",
+    "measure",
     "observe",
     "population_stability_index",
+    "quantiles",
     "skewness",
     "track_covariate_shift",
     "variance_ratio",
