@@ -8,6 +8,8 @@ shift are pure functions.
 """
 
 from jaxnorm.monitor.attach import attach
+from jaxnorm.monitor.diagnose import diagnose
+from jaxnorm.monitor.findings import Finding, Findings
 from jaxnorm.monitor.gradients import (
     GradientShift,
     Landscape,
@@ -34,6 +36,8 @@ __all__ = [
     "EDGES",
     "MEASURES",
     "BatchSummary",
+    "Finding",
+    "Findings",
     "GradientShift",
     "Landscape",
     "Monitor",
@@ -43,6 +47,7 @@ __all__ = [
     "Sights",
     "Summary",
     "attach",
+    "diagnose",
     "excess_kurtosis",
     "internal_covariate_shift",
     "kl_divergence",

@@ -46,3 +46,10 @@ def listed(names: tuple[str, ...], most: int = 4) -> str:
     """Some names, and how many more there are."""
     shown = ", ".join(names[:most]) or "the whole model"
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+class Findings(tuple[Finding, ...]):
+    """Findings, the gravest first."""
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self)) or "Nothing found."

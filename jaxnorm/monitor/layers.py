@@ -29,7 +29,7 @@ AFFINE_TYPES = (
 )
 # What of a layer's fields is worth knowing beside a figure, where it has them.
 FIELDS = ("epsilon", "momentum", "use_running_average", "num_groups", "group_size", "dtype",
-          "param_dtype", "virtual_batch_size")  # fmt: skip
+          "param_dtype", "force_float32_reductions", "virtual_batch_size")  # fmt: skip
 
 Wanted = Callable[[str, Any], bool]
 """Whether a layer of that path, which is that module, is to be marked."""
@@ -132,6 +132,7 @@ def _called(call, path: str, module: Any, wanted: bool, args, kwargs):
 def _place(place: Place, module: Any, x: Any, kwargs: dict[str, Any]) -> tuple[Place, list[Any]]:
     """The place with what is known of the layer, and its running statistics if it has any."""
     facts = {name: _plain(getattr(module, name)) for name in FIELDS if hasattr(module, name)}
+    facts |= {"shape": tuple(x.shape), "input_dtype": jnp.dtype(x.dtype).name}
     if kwargs.get("use_running_average") is not None:
         facts["use_running_average"] = bool(kwargs["use_running_average"])
     if id(x) in _trace.fed:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core.moments import Moments
 from jaxnorm.monitor.marks import Place
-from jaxnorm.monitor.recording import Recording
+from jaxnorm.monitor.schema import ParameterSummary
 from jaxnorm.monitor.shift import (
     excess_kurtosis,
     kl_divergence,
@@ -56,7 +57,35 @@ NEAR_EPSILON = 10.0
 Series = dict[str, np.ndarray]
 
 
-def measure(recording: Recording) -> dict[str, Series]:
+class Seen(Protocol):
+    """A `Recording`, or what is read like one."""
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Of the samples."""
+        ...
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """What was looked at."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, np.ndarray]:
+        """The loss and other numbers."""
+        ...
+
+    @property
+    def parameters(self) -> Mapping[str, ParameterSummary]:
+        """Norms of each array of parameters."""
+        ...
+
+    def __getitem__(self, name: str) -> Sight:
+        """What one place showed."""
+        ...
+
+
+def measure(recording: Seen) -> dict[str, Series]:
     """Every measure of every place of a recording, by sample.
 
     Args:

@@ -78,7 +78,8 @@ class Marker:
                 function = starts[i]
                 path = self._path(here, function.name)
                 if self.chosen(path, function.name):
-                    side = Place(path, function.name, "input")
+                    shape = tuple(getattr(function.input.aval, "shape", ()))
+                    side = Place(path, function.name, "input", facts=(("shape", shape),))
                     put(eqn, function.input, self._placed(side, scans))
                     stops[function.stop - 1] = function, replace(side, side="output")
             invars = [v if isinstance(v, Literal) else now.get(v, v) for v in eqn.invars]

@@ -1,0 +1,88 @@
+"""From what was seen to what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from flax import linen, nnx
+
+from jaxnorm.monitor.attach import Layers, attach
+from jaxnorm.monitor.evidence import Evidence, Look
+from jaxnorm.monitor.findings import SEVERITIES, Findings
+from jaxnorm.monitor.observe import observe
+from jaxnorm.monitor.recording import Recording
+from jaxnorm.monitor.rules import RULES
+
+
+def diagnose(seen: Any, *args: Any, layers: Layers | None = None, **kwargs: Any) -> Findings:
+    """What is wrong with a run, or with a model on a batch.
+
+    Args:
+        seen: a `Recording`; or a model, a `flax.linen.Module` or `flax.nnx.Module`, which is run
+            once and not changed.
+        args: for a Linen module its variables and the batch, for an NNX module the batch; nothing
+            for a recording.
+        layers: of a model, as in `Monitor`.
+        kwargs: of the model's call, such as ``train=True``: by them the model is looked at as it
+            trains, or as it serves.
+
+    Returns:
+        `Findings`, the gravest first; empty where nothing is wrong. What needs several steps, or
+        gradients, only a recording shows.
+
+    Raises:
+        TypeError: `seen` is none of these, or a recording comes with more arguments.
+        ValueError: the recording has no sample, or the model has nothing to look at.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from jaxnorm.monitor import diagnose
+        >>> model = nn.Sequential([nn.Dense(8), nn.BatchNorm(use_running_average=False), nn.relu])
+        >>> x = jax.random.normal(jax.random.key(0), (4, 3))
+        >>> [finding.rule for finding in diagnose(model, model.init(jax.random.key(1), x), x)]
+        ['small-batch', 'idle-bias']
+    """
+    op = "diagnose"
+    if isinstance(seen, Recording):
+        if args or kwargs or layers is not None:
+            raise TypeError(
+                f"{op}: a recording comes alone; got {len(args) + len(kwargs)} more arguments. "
+                "Call diagnose(recording), or diagnose(model, ...)."
+            )
+        if not len(seen):
+            raise ValueError(
+                f"{op}: a recording must have a sample; got '{seen.folder}' without any. Train "
+                "some steps, and call append."
+            )
+        evidence = Evidence(seen)
+    elif isinstance(seen, linen.Module):
+        evidence = Evidence(Look.of(_look_linen(op, seen, layers, args, kwargs)))
+    elif isinstance(seen, nnx.Module):
+        model = nnx.merge(*nnx.split(seen))  # whose statistics may be updated
+        evidence = Evidence(Look.of(observe(attach(model, layers))(*args, **kwargs)[1]))
+    else:
+        raise TypeError(
+            f"{op}: what is looked at must be a Recording, a flax.linen.Module or a "
+            f"flax.nnx.Module; got {type(seen).__name__}. For a folder: "
+            "diagnose(Recording(folder))."
+        )
+    with np.errstate(all="ignore"):  # what diverged is what is looked for
+        found = [finding for rule in RULES for finding in rule(evidence)]
+    return Findings(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
+
+
+def _look_linen(op: str, module: linen.Module, layers: Any, args: Any, kwargs: Any) -> Any:
+    if not args:
+        raise TypeError(
+            f"{op}: a Linen module comes with its variables and a batch; got neither. Call "
+            "diagnose(model, variables, batch)."
+        )
+    variables, *inputs = args
+    model = attach(module, layers)
+
+    def run(variables: Any, inputs: Any) -> Any:
+        kept = [name for name in variables if name != "params"]
+        return model.apply(variables, *inputs, mutable=kept, **kwargs)
+
+    return observe(run)(variables, inputs)[1]

@@ -1,0 +1,143 @@
+"""What rules judge by: a run's samples, or one look at a model, in the same form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxnorm.core.moments import Moments
+from jaxnorm.monitor.marks import Place
+from jaxnorm.monitor.measures import Seen, Series, measure
+from jaxnorm.monitor.schema import ParameterSummary
+from jaxnorm.monitor.shift import kl_divergence
+from jaxnorm.monitor.sights import Sight, Sights
+from jaxnorm.monitor.summary import BatchSummary
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at a model, read like a recording of a single sample."""
+
+    sights: Sights
+    steps: np.ndarray
+    metrics: Mapping[str, np.ndarray]
+    parameters: Mapping[str, ParameterSummary]
+
+    @classmethod
+    def of(cls, sights: Sights) -> Look:
+        """At what was seen."""
+        return cls(sights, np.zeros(1, np.int64), {}, {})
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """What was looked at."""
+        return self.sights.places
+
+    def __getitem__(self, name: str) -> Sight:
+        """What one place showed, with an axis of one sample."""
+        return jax.tree.map(lambda a: np.asarray(a)[None], self.sights[name])
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm's input."""
+
+    place: Place
+    facts: Mapping[str, Any]
+    batch: BatchSummary
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it normalizes by its running statistics."""
+        return bool(self.facts.get("use_running_average"))
+
+    @cached_property
+    def skew(self) -> np.ndarray:
+        """How far each sample's batch is from the running statistics; see `apart`."""
+        mean, var = jnp.asarray(self.batch.running_mean), jnp.asarray(self.batch.running_var)
+        return apart(self.batch.moments, Moments(jnp.ones_like(var), mean, var), self.noise)
+
+    @cached_property
+    def noise(self) -> np.ndarray:
+        """What `apart` gives by chance for a batch of so many independent numbers: two over it."""
+        looked_at = np.asarray(self.batch.moments.count)[:, 0]
+        return 2 / np.maximum(np.minimum(looked_at, np.asarray(self.batch.independent)), 1)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was seen, as far as it was finite, and what was measured on it."""
+
+    seen: Seen
+
+    @cached_property
+    def measures(self) -> dict[str, Series]:
+        """As `measure` gives them."""
+        return measure(self.seen)
+
+    @cached_property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Of each place."""
+        return {place.name: dict(place.facts) for place in self.seen.places}
+
+    @cached_property
+    def norms(self) -> list[Norm]:
+        """Inputs of batch norms that have running statistics, in order."""
+        return [
+            Norm(place, self.facts[place.name], batch)
+            for place in self.seen.places
+            if (batch := self.seen[place.name].batch) is not None
+        ]
+
+    @cached_property
+    def healthy(self) -> int:
+        """Samples before the first in which something is not finite."""
+        counts = [len(self.seen.steps)]
+        shares = [s for s in self.measures.get("nonfinite", {}).values()]
+        for series in (*(share > 0 for share in shares), *(~np.isfinite(m) for m in self._scalars)):
+            counts.append(int(series.argmax()) if series.any() else len(series))
+        return min(counts)
+
+    @property
+    def _scalars(self) -> Iterator[np.ndarray]:
+        return (np.asarray(m) for m in self.seen.metrics.values())
+
+    def late(self, series: ArrayLike) -> np.ndarray:
+        """Its second half, as far as all was finite: the start of a run is not judged by."""
+        return np.asarray(series)[self.healthy // 2 : self.healthy]
+
+    def typical(self, series: ArrayLike) -> float:
+        """The median of the second half; not a number where there is none."""
+        late = self.late(series).astype(np.float64)
+        late = late[np.isfinite(late)]
+        return float(np.median(late)) if len(late) else float("nan")
+
+
+def apart(now: Moments, then: Moments, noise: np.ndarray) -> np.ndarray:
+    r"""How far the channels of a batch are from some statistics, mean over channels.
+
+    .. math:: \frac1C \sum_c D(p_c \| q_c) + D(q_c \| p_c)
+
+    of normal distributions: the population stability index without bins. What chance alone brings
+    is taken off. A channel that is constant in one of them counts as much as one that is far.
+
+    Args:
+        now, then: shape (samples, c).
+        noise: what chance brings, shape (samples,).
+
+    Returns:
+        Shape (samples,), not negative, in nats.
+    """
+    both = np.asarray(kl_divergence(now, then)) + np.asarray(kl_divergence(then, now))
+    far = np.minimum(np.nan_to_num(both, nan=_FAR, posinf=_FAR), _FAR)
+    return np.maximum(far.mean(-1) - noise, 0)
+
+
+_FAR = 10.0  # lest one channel speak for all

@@ -1,0 +1,258 @@
+"""Rules about what flows through a network, forwards and backwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxnorm.monitor.evidence import Evidence
+from jaxnorm.monitor.findings import Finding, Severity
+from jaxnorm.monitor.marks import Place
+from jaxnorm.monitor.measures import NEAR_EPSILON
+
+SATURATED = 0.5
+"""Share of flat units from which more than half of a layer hands on next to no gradient. Glorot &
+Bengio 2010, section 3.1, see it come about in the top layer of deep sigmoid networks."""
+DEAD = 0.4
+"""Share of dead units that the notes of Stanford's CS231n name as what a learning rate that is too
+high leads to."""
+
+FEWEST_LAYERS = 4
+"""Fewer do not show a law."""
+FACTOR = 2.0
+"""Per layer. He et al. 2015, section 2.2: a proper initialization keeps it at 1; batch
+normalization alone brings that of gradients to 1.21 (Yang et al. 2019)."""
+WHOLE_FACTOR = 32.0
+"""From the first to the last layer."""
+FIT = 0.8
+"""Share of the variance of the logarithm that a straight line must explain."""
+
+KARPATHY = "https://cs231n.github.io/neural-networks-1/"
+
+
+def nonfinite(evidence: Evidence) -> Iterator[Finding]:
+    """The first value that is infinite or not a number."""
+    at = evidence.healthy
+    steps = evidence.seen.steps
+    if at == len(steps):
+        return
+    place, what, share = _first_nonfinite(evidence, at)
+    numbers = {"step": float(steps[at])}
+    if at:
+        numbers["last finite step seen"] = float(steps[at - 1])
+        largest = max(
+            max(abs(float(evidence.measures[name][place][at - 1])) for name in _ENDS)
+            if place in evidence.measures["maximum"]
+            else math.nan
+            for place in [place]
+        )
+        numbers["largest value there before"] = largest
+    numbers["share"] = share
+    first = not at and what == "value" and place == evidence.seen.places[0].name
+    yield Finding(
+        "nonfinite",
+        "critical",
+        (place,),
+        f"A {what} is not finite from step {steps[at]} on.",
+        "The input or the parameters hold it from the start."
+        if first
+        else "Something grew beyond what its dtype holds: a learning rate that is too high, a "
+        "division by zero, a logarithm of zero.",
+        "Check the data for NaN."
+        if first
+        else "Look at the steps before it, from this layer on: lower the learning rate, warm it "
+        "up, or clip gradients. make_train_step(skip_nonfinite=True) keeps the last good state; "
+        "jax_debug_nans=True stops at the operation.",
+        "https://docs.jax.dev/en/latest/debugging/flags.html",
+        {name: value for name, value in numbers.items() if math.isfinite(value)},
+    )
+
+
+def near_epsilon(evidence: Evidence) -> Iterator[Finding]:
+    """Channels that hardly vary, so that epsilon decides how they are scaled."""
+    found: list[tuple[float, float, str]] = []
+    for norm in evidence.norms:
+        epsilon = norm.facts.get("epsilon")
+        if epsilon is not None:
+            var = evidence.late(np.asarray(norm.batch.moments.var))
+            share = float((var < NEAR_EPSILON * epsilon).all(0).mean()) if len(var) else 0.0
+            found.append((share, epsilon, norm.place.layer))
+    batch = {norm.place.name for norm in evidence.norms}
+    for place in evidence.seen.places:
+        epsilon = evidence.facts[place.name].get("epsilon")
+        if not place.is_norm or place.side != "input" or place.name in batch or epsilon is None:
+            continue
+        size = evidence.typical(_power(evidence, place))
+        found.append((float(size < NEAR_EPSILON * epsilon), epsilon, place.layer))
+    found = [each for each in found if each[0] > 0]
+    if found:
+        share, epsilon, _ = max(found)
+        yield Finding(
+            "near-epsilon",
+            "warning",
+            tuple(layer for _, _, layer in found),
+            "Channels hardly vary: epsilon decides how they are scaled.",
+            "They are constant or nearly so: dead units before the norm, an input channel without "
+            "content, or activations that have vanished.",
+            "Find out why they are constant; scale the input, or lower epsilon if so small a "
+            "signal is meant.",
+            "https://arxiv.org/abs/1502.03167",
+            {
+                "share of channels": share,
+                "variance below": NEAR_EPSILON * epsilon,
+                "epsilon": epsilon,
+            },
+        )
+
+
+def dead_units(evidence: Evidence) -> Iterator[Finding]:
+    """Units that are flat for every example, and get no gradient."""
+    found = []
+    for name, series in evidence.measures.get("dead", {}).items():
+        place = _place(evidence, name)
+        flat = evidence.typical(evidence.measures["saturated"][name])
+        looked_at = np.asarray(evidence.seen[name].value.moments.count)
+        shape = evidence.facts[name].get("shape", (1, 1))
+        rows = max(1.0, float(looked_at[0]) / shape[-1])
+        # Among few examples a unit that is flat for many of them is so for all by chance.
+        share = evidence.typical(series) - flat**rows
+        if place.kind.startswith("relu") and share > DEAD:
+            found.append((share, place.layer))
+    if found:
+        share = max(found)[0]
+        yield Finding(
+            "dead-units",
+            _severity(share > 0.9),
+            tuple(layer for _, layer in found),
+            "Units are dead: zero for every example, and without a gradient.",
+            "A step that was too large, or a bias that is far below zero, moved them where no "
+            "example reaches.",
+            "Lower or warm up the learning rate, normalize before the nonlinearity, or use one "
+            "with a slope below zero.",
+            "https://arxiv.org/abs/1903.06733",
+            {"share of units": share, "threshold": DEAD},
+        )
+
+
+def saturated(evidence: Evidence) -> Iterator[Finding]:
+    """Sigmoids and the like on their flat parts."""
+    found = []
+    for name, series in evidence.measures.get("saturated", {}).items():
+        place, share = _place(evidence, name), evidence.typical(series)
+        if not place.kind.startswith("relu") and share > SATURATED:
+            found.append((share, place.layer))
+    if found:
+        share = max(found)[0]
+        yield Finding(
+            "saturated",
+            _severity(share > 0.9),
+            tuple(layer for _, layer in found),
+            "Nonlinearities are saturated: they hand on next to no gradient.",
+            "Their inputs are too large: kernels that start too wide, or a learning rate that "
+            "drove them out.",
+            "Normalize before the nonlinearity, lower the learning rate, or start with smaller "
+            "kernels.",
+            "https://proceedings.mlr.press/v9/glorot10a.html",
+            {"share of units": share, "threshold": SATURATED},
+        )
+
+
+def depth(evidence: Evidence) -> Iterator[Finding]:
+    """Activations or gradients that grow or vanish by a factor with every layer."""
+    for measure, what in (("deviation", "Activations"), ("gradient_norm", "Gradients")):
+        worst = max(_laws(evidence, measure), key=lambda law: abs(law.rate), default=None)
+        if worst is None:
+            continue
+        backwards = measure == "gradient_norm"
+        # Gradients go from the last layer to the first.
+        factor = math.exp(-worst.rate if backwards else worst.rate)
+        verb = "grow" if factor > 1 else "vanish"
+        total = factor ** (len(worst.layers) - 1)
+        yield Finding(
+            "depth-gradients" if backwards else "depth-activations",
+            _severity(abs(math.log(total)) > 2 * math.log(WHOLE_FACTOR)),
+            worst.layers,
+            f"{what} {verb} with every layer{', towards the first' if backwards else ''}.",
+            "Kernels that start too wide or too narrow for the nonlinearity, with nothing that "
+            "normalizes between them."
+            if not backwards
+            else "Each layer multiplies the gradient by its kernel and its slope; a sigmoid's is a "
+            "quarter at most.",
+            "Normalize between the layers, start with kernels that fit the nonlinearity (He or "
+            "Glorot), or add residual connections.",
+            "https://arxiv.org/abs/1502.01852"
+            if not backwards
+            else "https://proceedings.mlr.press/v9/glorot10a.html",
+            {
+                "factor per layer": factor,
+                "factor over all": total,
+                "layers": float(len(worst.layers)),
+                "threshold": FACTOR,
+            },
+        )
+
+
+class _Law(NamedTuple):
+    """A figure that goes with depth as ``exp(rate * layer)``."""
+
+    rate: float
+    layers: tuple[str, ...]
+
+
+def _laws(evidence: Evidence, measure: str) -> Iterator[_Law]:
+    """One for each kind of place of which there are enough, if they follow one."""
+    chains: dict[tuple[str, str], list[Place]] = {}
+    for place in evidence.seen.places:
+        if place.name in evidence.measures.get(measure, {}) and (
+            place.is_norm == (place.side == "input")
+        ):
+            chains.setdefault((place.kind, place.side), []).append(place)
+    for chain in chains.values():
+        series = (evidence.measures[measure][place.name] for place in chain)
+        values = np.array([np.median(s[: evidence.healthy]) for s in series])
+        if len(chain) < FEWEST_LAYERS or not (values > 0).all():
+            continue
+        logs, index = np.log(values), np.arange(len(chain))
+        rate, start = np.polyfit(index, logs, 1)
+        unexplained = np.square(logs - start - rate * index).sum()
+        if (
+            abs(rate) >= math.log(FACTOR)
+            and abs(rate) * index[-1] >= math.log(WHOLE_FACTOR)
+            and 1 - unexplained / np.square(logs - logs.mean()).sum() >= FIT
+        ):
+            yield _Law(float(rate), tuple(place.layer for place in chain))
+
+
+def _first_nonfinite(evidence: Evidence, at: int) -> tuple[str, str, float]:
+    """Where it is, what it is, and which share of it."""
+    for name, series in evidence.measures.get("nonfinite", {}).items():
+        if series[at] > 0:
+            return name, "value", float(series[at])
+    for place in reversed(evidence.seen.places):  # as the backward pass goes
+        gradient = evidence.seen[place.name].gradient
+        if gradient is not None and np.asarray(gradient.nonfinite)[at] > 0:
+            return place.name, "gradient", float(np.asarray(gradient.nonfinite)[at])
+    name = next(n for n, m in evidence.seen.metrics.items() if not np.isfinite(m[at]))
+    return name, "metric", 1.0
+
+
+def _power(evidence: Evidence, place: Place) -> np.ndarray:
+    """What a norm divides by, squared, of the array as a whole: no less than that of a slice."""
+    square = np.square(evidence.measures["deviation"][place.name])
+    if place.kind == "RMSNorm":
+        square = square + np.square(evidence.measures["mean"][place.name])
+    return square
+
+
+def _place(evidence: Evidence, name: str) -> Place:
+    return next(place for place in evidence.seen.places if place.name == name)
+
+
+def _severity(severe: bool) -> Severity:
+    return "critical" if severe else "warning"
+
+
+_ENDS = ("minimum", "maximum")

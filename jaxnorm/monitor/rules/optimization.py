@@ -1,0 +1,115 @@
+"""Rules about the steps that parameters take, and what they do to activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxnorm.monitor.evidence import Evidence
+from jaxnorm.monitor.findings import Finding
+
+LARGEST_UPDATE, SMALLEST_UPDATE = 0.1, 1e-7
+"""Norm of an update over that of the array. The notes of Stanford's CS231n hold 1e-3 to be about
+right; two orders above it the array is another after ten steps, four below it a float32 hardly
+changes: half a unit in its last place is 6e-8."""
+CS231N = "https://cs231n.github.io/neural-networks-3/"
+
+DROP = 2.5
+"""By what factor updates fall when a schedule drops the learning rate: 10 in He et al. 2016, and
+hardly ever less than this."""
+WINDOW = 3
+"""Samples on either side of a drop, at least."""
+DRIFT = 0.1
+"""Deviations between one sample and the next: less is what one batch differs by from another."""
+
+
+def update_ratio(evidence: Evidence) -> Iterator[Finding]:
+    """Updates that are out of all proportion to what they update."""
+    large, small = [], []
+    for path, norms in evidence.seen.parameters.items():
+        weight, update = np.asarray(norms.weight), np.asarray(norms.update)
+        # What starts at zero has no proportion; scales and biases are few numbers.
+        if path.rsplit("/", 1)[-1] in ("bias", "scale") or not (weight > 0).all():
+            continue
+        ratio = evidence.typical(update / np.where(weight > 0, weight, 1))
+        if ratio > LARGEST_UPDATE:
+            large.append((ratio, path))
+        elif 0 < ratio < SMALLEST_UPDATE:
+            small.append((ratio, path))
+    for found, word, threshold in (
+        (large, "large", LARGEST_UPDATE),
+        (small, "small", SMALLEST_UPDATE),
+    ):
+        if found:
+            ratio = (max if word == "large" else min)(found)[0]
+            yield Finding(
+                f"{word}-updates",
+                "warning",
+                tuple(path for _, path in found),
+                f"Updates are too {word} for the parameters.",
+                "The learning rate is too "
+                + ("high." if word == "large" else "low, or the gradient has vanished."),
+                f"{'Lower' if word == 'large' else 'Raise'} the learning rate, about a thousandth "
+                "of a parameter's norm at a step is usual.",
+                CS231N,
+                {"update / weight": ratio, "threshold": threshold},
+            )
+
+
+def drift_after_drop(evidence: Evidence) -> Iterator[Finding]:
+    """Means that move on when the learning rate has been dropped."""
+    updates = [np.asarray(norms.update) for norms in evidence.seen.parameters.values()]
+    if not updates or evidence.healthy < 2 * WINDOW + 1:
+        return
+    size = np.sqrt(np.square(np.stack(updates)[:, : evidence.healthy]).sum(0))
+    at, factor = _drop(size)
+    if factor < DROP:
+        return
+    found = []
+    for place in evidence.seen.places:
+        if place.is_norm != (place.side == "input"):
+            continue
+        drift = _relative_drift(evidence, place.name)
+        before, after = np.median(drift[1:at]), np.median(drift[at + 1 :])
+        # Smaller steps move the means less, unless something else moves them.
+        if after > max(DRIFT, before):
+            found.append((float(after), float(before), place.layer))
+    if found:
+        after, before, _ = max(found)
+        yield Finding(
+            "drift-after-drop",
+            "warning",
+            tuple(layer for _, _, layer in found),
+            f"Means go on drifting after the learning rate dropped at step "
+            f"{evidence.seen.steps[at]}.",
+            "Not the steps move them: the data change, or weight decay shrinks kernels before a "
+            "norm, which raises their effective learning rate again.",
+            "Look whether the data are drawn alike before and after; leave scale-invariant "
+            "kernels out of weight decay, or drop it with the learning rate.",
+            "https://arxiv.org/abs/2010.02916",
+            {
+                "drift after (deviations)": after,
+                "drift before (deviations)": before,
+                "threshold": DRIFT,
+                "updates fell by": factor,
+            },
+        )
+
+
+def _relative_drift(evidence: Evidence, name: str) -> np.ndarray:
+    """Of the mean from sample to sample, in deviations."""
+    deviation = evidence.measures["deviation"][name][: evidence.healthy]
+    drift = evidence.measures["mean_drift"][name][: evidence.healthy]
+    return drift / np.where(deviation > 0, deviation, 1)
+
+
+def _drop(size: np.ndarray) -> tuple[int, float]:
+    """The sample from which on updates are smaller for good, and by what factor."""
+    places = range(WINDOW, len(size) - WINDOW + 1)
+    factors = [
+        size[at - WINDOW : at].min() / max(float(size[at : at + WINDOW].max()), 1e-30)
+        for at in places
+    ]
+    best = int(np.argmax(factors))
+    return places[best], float(factors[best])

@@ -1,0 +1,251 @@
+"""Rules about the statistics of batch normalization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from jaxnorm.monitor.evidence import Evidence, Norm, apart
+from jaxnorm.monitor.findings import Finding, Severity
+
+SHIFTED = 0.25
+"""Nats between two distributions from which they are called shifted: Siddiqi, Credit Risk
+Scorecards, 2006, for the population stability index, of which `apart` is the form without bins."""
+FAR = 1.0
+"""Nats that no reading of an evaluation survives: means apart by a whole deviation."""
+
+LEAST_INDEPENDENT = 16
+"""Independent numbers behind a channel's statistics: with fewer, a deviation is off by more than
+1/sqrt(2 * 16) = 18 %."""
+LEAST_EXAMPLES = 8
+"""Examples of a batch: Wu & He 2018, Figure 1, find the error of a ResNet-50 to rise by 1.2 points
+at 8 images a worker, by 3.7 at 4 and by 11 at 2."""
+
+LOWEST_MOMENTUM = 0.5
+"""What multiplies the old value, below which only two or three batches are remembered. PyTorch
+calls one minus it momentum, 0.1 by default."""
+
+HALF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""Relative rounding errors."""
+
+IOFFE = "https://arxiv.org/abs/1502.03167"
+WU_JOHNSON = "https://arxiv.org/abs/2105.07576"
+
+
+def never_updated(evidence: Evidence) -> Iterator[Finding]:
+    """Running statistics that are the same in every sample, or those of initialization."""
+    stuck = [n for n in evidence.norms if _is_stuck(evidence, n) and n.skew[-1] > SHIFTED]
+    if not stuck:
+        return
+    momentum = stuck[0].facts.get("momentum")
+    looked_once = len(evidence.seen.steps) == 1
+    cause = "The training loop drops the batch_stats that the model returns."
+    if momentum == 1:
+        cause = "momentum=1 keeps the old value whole."
+    elif looked_once:
+        cause = "The model was never trained, or its training loop drops the batch_stats."
+    yield Finding(
+        "never-updated",
+        "warning" if looked_once else "critical",
+        _layers(stuck),
+        "Running statistics are at their initial values."
+        if looked_once
+        else "Running statistics were never updated.",
+        cause,
+        "Store what apply(..., mutable=['batch_stats']) returns, as make_train_step does; for a "
+        "trained model, recompute them over the training data before it is evaluated.",
+        IOFFE,
+        _skew(evidence, stuck),
+    )
+
+
+def train_serve_skew(evidence: Evidence) -> Iterator[Finding]:
+    """Running statistics that are not those of the batches they are to stand for."""
+    norms = [
+        n
+        for n in evidence.norms
+        if not n.frozen and not _is_stuck(evidence, n) and evidence.typical(n.skew) > SHIFTED
+    ]
+    if not norms:
+        return
+    left = [_after_recalibration(evidence, norm) for norm in norms]
+    numbers = _skew(evidence, norms)
+    if np.isnan(left).any():
+        verdict = "There are too few samples to tell whether recalibration would mend it."
+        remedy = "Watch more steps; if the batches agree among themselves, recalibrate."
+    else:
+        numbers["after recalibration (nats)"] = max(left)
+        if max(left) < SHIFTED:
+            verdict = "The batches agree among themselves: the running statistics lag behind."
+            remedy = (
+                "Recalibrate: recompute them over a part of the training data before evaluation. "
+                "Or choose a lower momentum."
+            )
+        else:
+            verdict = "The batches differ as much among themselves: they are too small, or not "
+            verdict += "drawn alike."
+            remedy = (
+                "Recalibration would not mend it. Make batches larger or better mixed, "
+                "synchronize statistics across devices, or use a norm without batch statistics."
+            )
+    yield Finding(
+        "train-serve-skew",
+        _severity(numbers),
+        _layers(norms),
+        "Evaluation will not see what training saw: running and batch statistics are apart.",
+        verdict,
+        remedy,
+        WU_JOHNSON,
+        numbers,
+    )
+
+
+def frozen_on_shifted(evidence: Evidence) -> Iterator[Finding]:
+    """Running statistics in use, on data that they are not of."""
+    norms = [n for n in evidence.norms if n.frozen and evidence.typical(n.skew) > SHIFTED]
+    if norms:
+        numbers = _skew(evidence, norms)
+        yield Finding(
+            "frozen-on-shifted",
+            _severity(numbers),
+            _layers(norms),
+            "Frozen statistics are used on data that they are not of.",
+            "The data come from another domain than the one that the statistics were taken of.",
+            "Recompute the statistics on the new data, or let them be updated while fine-tuning.",
+            "https://arxiv.org/abs/2006.16971",
+            numbers,
+        )
+
+
+def small_batch(evidence: Evidence) -> Iterator[Finding]:
+    """Statistics of too few numbers."""
+    few: list[tuple[float, float, Norm]] = []
+    for norm in evidence.norms:
+        if norm.frozen:
+            continue
+        independent = evidence.typical(norm.batch.independent)
+        examples = evidence.typical(norm.batch.examples)
+        virtual = norm.facts.get("virtual_batch_size")
+        if virtual and virtual < examples:
+            independent, examples = independent * virtual / examples, virtual
+        if independent < LEAST_INDEPENDENT or examples < LEAST_EXAMPLES:
+            few.append((independent, examples, norm))
+    if few:
+        independent, examples, _ = min(few, key=lambda each: each[0])
+        yield Finding(
+            "small-batch",
+            "critical" if independent < LEAST_INDEPENDENT / 4 else "warning",
+            _layers([norm for _, _, norm in few]),
+            "Batch statistics come from too few examples.",
+            "The batch of a device, or a virtual batch, is small; positions of one example tell "
+            "much the same.",
+            "Enlarge the batch, synchronize across devices (axis_name, or one mesh), or use group "
+            "or layer normalization, which do not depend on it.",
+            "https://arxiv.org/abs/1803.08494",
+            {
+                "independent numbers per channel": independent,
+                "threshold": LEAST_INDEPENDENT,
+                "examples": examples,
+                "fewest examples": LEAST_EXAMPLES,
+            },
+        )
+
+
+def imported_momentum(evidence: Evidence) -> Iterator[Finding]:
+    """A momentum that looks like PyTorch's."""
+    norms = [n for n in evidence.norms if n.facts.get("momentum", 1) < LOWEST_MOMENTUM]
+    if norms:
+        momentum = float(norms[0].facts["momentum"])
+        yield Finding(
+            "imported-momentum",
+            "warning",
+            _layers(norms),
+            f"momentum={momentum:g} looks imported from another framework.",
+            "Flax multiplies the old value by it; PyTorch multiplies the new one. As it stands the "
+            "running statistics are those of the last batch or two.",
+            f"Write momentum={1 - momentum:g}.",
+            "https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html",
+            {"momentum": momentum, "threshold": LOWEST_MOMENTUM},
+        )
+
+
+def half_precision(evidence: Evidence) -> Iterator[Finding]:
+    """Statistics that are kept or computed in half precision."""
+    found = []
+    for place in evidence.seen.places:
+        facts = evidence.facts[place.name]
+        kept = facts.get("running_dtype")
+        computed = facts.get("input_dtype") if not facts.get("force_float32_reductions", 1) else ""
+        dtype = kept if kept in HALF else computed
+        if place.is_norm and place.side == "input" and dtype in HALF:
+            found.append((place.layer, dtype))
+    if found:
+        dtype = found[0][1]
+        yield Finding(
+            "half-precision",
+            "warning",
+            tuple(layer for layer, _ in found),
+            f"Statistics are in {dtype}.",
+            "The running statistics were cast along with the parameters, or "
+            "force_float32_reductions=False was set. Updates smaller than the rounding error are "
+            "lost: the statistics stop moving.",
+            "Keep batch_stats in float32, and leave force_float32_reductions on.",
+            "https://arxiv.org/abs/1710.03740",
+            {"rounding error": HALF[dtype], "that of float32": 2.0**-24},
+        )
+
+
+def idle_bias(evidence: Evidence) -> Iterator[Finding]:
+    """A bias that the mean subtracted right after it takes away again."""
+    fed = [
+        str(norm.facts["fed_by"])
+        for norm in evidence.norms
+        if norm.facts.get("fed_by_bias") and not norm.frozen
+    ]
+    if fed:
+        yield Finding(
+            "idle-bias",
+            "advice",
+            tuple(dict.fromkeys(fed)),
+            "A bias right before a batch norm does nothing.",
+            "The batch's mean, which holds it, is subtracted; its gradient is zero but for "
+            "rounding.",
+            "Set use_bias=False in these layers: the norm has a bias of its own.",
+            f"{IOFFE}v3#section.3.2",
+            {"layers": float(len(fed))},
+        )
+
+
+def _is_stuck(evidence: Evidence, norm: Norm) -> bool:
+    """Whether nothing was ever written to a norm's running statistics."""
+    if norm.frozen:
+        return False
+    mean, var = np.asarray(norm.batch.running_mean), np.asarray(norm.batch.running_var)
+    initial = not mean[-1].any() and (var[-1] == 1).all()
+    if len(mean) == 1:
+        return bool(initial)
+    return bool((mean == mean[0]).all() and (var == var[0]).all())
+
+
+def _after_recalibration(evidence: Evidence, norm: Norm) -> float:
+    """How far batches stay apart from the statistics of all of them together."""
+    late = jax.tree.map(evidence.late, norm.batch.moments)
+    if len(late.mean) < 4:
+        return float("nan")
+    whole = jax.tree.map(lambda a: a[None], late.pooled())
+    return float(np.median(apart(late, whole, evidence.late(norm.noise))))
+
+
+def _skew(evidence: Evidence, norms: list[Norm]) -> dict[str, float]:
+    worst = max(float(evidence.typical(norm.skew)) for norm in norms)
+    return {"skew (nats)": worst, "threshold": SHIFTED}
+
+
+def _severity(numbers: dict[str, float]) -> Severity:
+    return "critical" if numbers["skew (nats)"] > FAR else "warning"
+
+
+def _layers(norms: list[Norm]) -> tuple[str, ...]:
+    return tuple(norm.place.layer for norm in norms)
