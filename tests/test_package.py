@@ -21,8 +21,8 @@ import jaxnorm.linen as jnn
 ROOT = Path(jaxnorm.__file__).parent
 # Each room may use those before it.
 ROOMS = (
-    "core", "distributed", "kernels", "functional", "linen", "nnx", "training", "tools", "monitor",
-    "lab", "report", "testing", "examples", "cli",
+    "files", "core", "distributed", "kernels", "functional", "linen", "nnx", "training", "tools",
+    "monitor", "lab", "report", "testing", "examples", "cli",
 )  # fmt: skip
 APART = {("linen", "nnx"), ("nnx", "linen")}
 

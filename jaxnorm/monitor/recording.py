@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxnorm.files import write_whole
 from jaxnorm.monitor.buffer import Buffer
 from jaxnorm.monitor.gradients import GradientShift
 from jaxnorm.monitor.marks import Place
@@ -313,14 +313,8 @@ class Recording:
             self._chunks = int(path.stem.rsplit("-", 1)[1]) + 1
 
     def _write(self, name: str, content: bytes) -> None:
-        """A file that is there whole or not at all."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", delete=False) as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(file.name, self.folder / name)
+            write_whole(self.folder, {name: content})
         except OSError as error:
             raise RecordingError(
                 f"Recording: the folder must be writable; got '{self.folder}': "

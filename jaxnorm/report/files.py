@@ -1,10 +1,11 @@
-"""Files that are there whole or not at all."""
+"""Folders for what the commands write, checked before there is anything to write."""
 
-import contextlib
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+
+from jaxnorm.files import write_whole
 
 
 class OutputError(OSError):
@@ -74,33 +75,12 @@ def write_files(folder: str | os.PathLike[str], texts: Mapping[str, str]) -> lis
       ...     path.read_text()
       'hello'
     """
-    folder = Path(folder)
-    written: list[tuple[str, Path]] = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-            written.append((temporary, folder / name))
-            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-        for temporary, path in written:
-            os.replace(temporary, path)
+        return write_whole(
+            Path(folder), {name: text.encode("utf-8") for name, text in texts.items()}
+        )
     except OSError as error:
-        raise _cannot_write(folder, error) from None
-    finally:
-        for temporary, _ in written:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-    return [path for _, path in written]
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no way to read it without setting it
-    os.umask(mask)
-    return mask
+        raise _cannot_write(Path(folder), error) from None
 
 
 def _cannot_write(folder: Path, error: OSError) -> OutputError:
