@@ -1,4 +1,4 @@
-"""The command line: `jaxnorm demo`, and `jaxnorm --version`.
+"""The command line: `jaxnorm demo`, `jaxnorm doctor`, `jaxnorm report`, `jaxnorm --version`.
 
 Each command imports what it needs when it runs, so that `jaxnorm --help` answers at once.
 """
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxnorm.lab.results import StudyResult
     from jaxnorm.lab.study import Progress, StudyConfig
+    from jaxnorm.monitor import Recording
 
+FOUND = 1  # of `jaxnorm doctor`, as checkers of code do
 USAGE_ERROR = 2  # what argparse exits with, too
 INTERRUPTED = 130
 REPORT, RESULTS = "report.html", "results.json"
@@ -109,7 +111,44 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="two seeds, three learning rates, fewer steps: half the time, and rougher figures",
     )
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what is wrong with a run, and what to do",
+        description=(
+            "Read a recording that jaxnorm.monitor.Recording has written; print what is wrong, "
+            "the evidence, the likely cause and the remedy, the gravest first. Exits with 1 where "
+            "something critical or a warning is found, so that scripts can tell."
+        ),
+    )
+    doctor.set_defaults(command=_doctor)
+    doctor.add_argument("run", metavar="RUN", help="folder of the recording")
     return parser
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from jaxnorm.monitor import diagnose
+
+    recording = _recording("doctor", arguments.run)
+    findings = diagnose(recording)
+    steps = recording.steps
+    print(f"{len(steps)} samples, steps {steps[0]} to {steps[-1]}.\n\n{findings}")
+    return FOUND if any(finding.severity != "advice" for finding in findings) else 0
+
+
+def _recording(command: str, folder: str) -> "Recording":
+    """A recording with samples in it."""
+    from jaxnorm.monitor import Recording, RecordingError
+
+    try:
+        recording = Recording(folder)
+    except RecordingError as error:
+        raise UsageError(str(error)) from None
+    if not len(recording):
+        raise UsageError(
+            f"{command}: a recording must have samples; got '{folder}' without any. Name the "
+            "folder that jaxnorm.monitor.Recording wrote."
+        )
+    return recording
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -117,3 +117,49 @@ def test_help_loads_nothing_heavy():
 def test_no_command_shows_the_help(capsys):
     assert cli.main([]) == 2
     assert "usage: jaxnorm" in capsys.readouterr().err
+
+
+def recorded(folder, model):
+    """A short run of it, in a folder."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 4)), jnp.float32)
+    optimizer = optax.sgd(0.01)
+    state = training.create_train_state(model, optimizer, 0, x)
+    step = training.make_train_step(
+        model, optimizer, lambda y, _: (y**2).mean(), monitor=Monitor(every=1)
+    )
+    for _ in range(3):
+        state, _ = step(state, x)
+    Recording(folder).append(state)
+    return folder
+
+
+def test_doctor_tells_what_is_wrong_and_exits_with_one(tmp_path, capsys):
+    model = nn.Sequential([nn.BatchNorm(False, momentum=0.1), nn.relu])
+    assert cli.main(["doctor", str(recorded(tmp_path / "sick", model))]) == cli.FOUND
+    printed = capsys.readouterr().out
+    assert printed.startswith("3 samples, steps 0 to 2.\n")
+    assert "momentum=0.1 looks imported" in printed and "Write momentum=0.9." in printed
+
+
+def test_doctor_of_a_healthy_run(tmp_path, capsys):
+    model = nn.Sequential([nn.LayerNorm(), nn.relu])
+    assert cli.main(["doctor", str(recorded(tmp_path / "well", model))]) == 0
+    assert capsys.readouterr().out == "3 samples, steps 0 to 2.\n\nNothing found.\n"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("missing", None, "must have samples"),
+        ("recording.json", "{}", "must be whole"),
+        ("recording.json", '{"format": 99}', "of another version"),
+        ("notes.txt", "mine", "must be empty, or hold a recording"),
+    ],
+)
+def test_doctor_of_what_is_no_recording(name, content, message, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    folder = tmp_path / name if content is None else tmp_path
+    assert cli.main(["doctor", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("jaxnorm: ") and "Traceback" not in error

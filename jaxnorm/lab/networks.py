@@ -1,7 +1,6 @@
 """The two networks of the studies, the same in everything but their normalization.
 
-`NORMALIZATIONS` is the one place that says what a name means. Every network sows, for each
-normalized layer, what its nonlinearity is about to see.
+`NORMALIZATIONS` is the one place that says what a name means.
 """
 
 import math
@@ -17,8 +16,6 @@ from jax import lax
 import jaxnorm.linen as jnn
 
 Initializer: TypeAlias = nn.initializers.Initializer
-
-SOWN = "before_nonlinearity"  # the name under which activations appear in "intermediates"
 
 # Standard deviation of the nonlinearity of a standard normal variable (Brock et al. 2021, eq. 3):
 # dividing by it lets a standardized kernel hand on the variance that it received.
@@ -76,7 +73,6 @@ class DeepMLP(nn.Module):
                 use_gain=choice.standardized,
             )(x) * _unit_scale(choice, x.shape[-1], SIGMOID_DEVIATION if index else 1.0)
             x = _normalize(choice, x, training)
-            self.sow("intermediates", SOWN, x)
             x = nn.sigmoid(x)
         return nn.Dense(self.classes, kernel_init=self.kernel_init)(x)
 
@@ -112,7 +108,6 @@ class SmallConvNet(nn.Module):
                 use_gain=choice.standardized,
             )(x) * _unit_scale(choice, 9 * x.shape[-1], RELU_DEVIATION if index else 1.0)
             x = _normalize(choice, x, training)
-            self.sow("intermediates", SOWN, x)
             x = nn.relu(x)
         return nn.Dense(self.classes, kernel_init=self.kernel_init)(x.mean((1, 2)))
 

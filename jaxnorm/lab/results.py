@@ -3,9 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxnorm.monitor import Recording
+from jaxnorm.monitor.buffer import Buffer
 
 TARGET_SHARE = 0.9  # of the network's best accuracy, to be reached
 STABLE_SHARE = 0.9  # of the normalization's own best accuracy, to be kept by every seed
@@ -32,15 +36,6 @@ DEFINITIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Activations:
-    """What the nonlinearities saw of a probe batch; axes (rates, seeds, layers, samples)."""
-
-    spread: np.ndarray  # deviation of a unit over the batch and pixels, mean over the units
-    drift: np.ndarray  # how far the units' means have moved since step 0, root mean square
-    percentiles: np.ndarray  # 15, 50, 85 of each layer's first unit, on a last axis of three
-
-
-@dataclasses.dataclass(frozen=True)
 class Curves:
     """All runs of one network under one normalization; axes (rates, seeds, samples)."""
 
@@ -52,7 +47,6 @@ class Curves:
     final_loss: np.ndarray  # of the last step; (rates, seeds)
     validation_accuracy: np.ndarray
     test_accuracy: np.ndarray  # (rates, seeds)
-    activations: Activations
 
     @property
     def best(self) -> int:
@@ -82,6 +76,16 @@ class Summary:
 
 
 @dataclasses.dataclass(frozen=True)
+class Recorded:
+    """What a monitor saw of one run: the first seed, at the best rate."""
+
+    network: str
+    normalization: str
+    settings: dict[str, Any]
+    buffer: Buffer
+
+
+@dataclasses.dataclass(frozen=True)
 class StudyResult:
     """A finished study."""
 
@@ -89,10 +93,39 @@ class StudyResult:
     data: dict[str, Any]
     curves: tuple[Curves, ...]
     summaries: tuple[Summary, ...]
+    recorded: tuple[Recorded, ...]
     seconds: float
 
+    def write_recordings(self, folder: Path) -> dict[tuple[str, str], Recording]:
+        """What the monitor saw, each run in a folder of its own.
+
+        Args:
+          folder: for them; those of the same names in it are replaced.
+
+        Returns:
+          (network, normalization) -> recording, in the order of the curves.
+
+        Raises:
+          RecordingError: the folder cannot be written.
+        """
+        recordings = {}
+        for each in self.recorded:
+            settings = {
+                "data": self.data["name"],
+                "network": each.network,
+                "normalization": each.normalization,
+                **each.settings,
+            }
+            path = folder / f"{each.network}-{each.normalization}"
+            recordings[each.network, each.normalization] = Recording(path, settings, anew=True)
+            recordings[each.network, each.normalization].append(each.buffer)
+        return recordings
+
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries, lists and numbers; what is not finite becomes None."""
+        """Plain dictionaries, lists and numbers; what is not finite becomes None.
+
+        All but what the monitor saw.
+        """
         plain = {
             "settings": self.settings,
             "data": self.data,

@@ -2,8 +2,7 @@
 
 A frozen `StudyConfig` goes in, a frozen `StudyResult` comes out; nothing is printed or written.
 For each network and normalization one program, vmapped over seeds x learning rates, trains all
-runs; between calls of it, validation accuracy and the activations on a fixed probe batch are
-reduced on the device to a few numbers per layer.
+runs, a monitor in it; between calls of it the validation accuracy is taken.
 """
 
 import concurrent.futures
@@ -25,17 +24,18 @@ from jaxnorm import training
 from jaxnorm.lab.data import Dataset, Part, batch_rows
 from jaxnorm.lab.networks import (
     NORMALIZATIONS,
-    SOWN,
     build_network,
     draw_kernels,
     is_applicable,
 )
-from jaxnorm.lab.results import Activations, Curves, StudyResult, summarize
+from jaxnorm.lab.results import Curves, Recorded, StudyResult, summarize
+from jaxnorm.monitor import Monitor
 
-PERCENTILES = (15, 50, 85)  # those of the paper's Figure 1
 VALIDATION_IMAGES = 500  # at most, of the validation part
 EVALUATION_BATCH = 60  # images per call: the patches of all runs stay in the cache
-PERCENTILE_VALUES = 512  # of one unit, at most: a sort of all of them costs more than the training
+# Of these the gradient-based shift is taken too, a gradient for each layer at every sample: the
+# claim that it rises with batch normalization is about the two.
+SHIFT_OF = ("none", "batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,6 @@ class StudyConfig:
     seed: int = 0
     seeds: int = 3
     samples: int = 40  # measurements per run, about
-    probe_images: int = 64
 
     def pairs(self) -> dict[Plan, list[str]]:
         """For each plan the normalizations that its network can have."""
@@ -133,7 +132,8 @@ def run_study(
         cores. The numbers do not depend on it.
 
     Returns:
-      Curves, activations and their summary, for every pair of network and normalization that fit.
+      Curves, their summary, and what the monitor saw of the first seed at the best rate, for every
+      pair of network and normalization that fit.
 
     Raises:
       ValueError: a name in `config` is unknown, or a batch does not fit the data.
@@ -161,7 +161,8 @@ def run_study(
             pool.shutdown(cancel_futures=True)
             raise
     order = [plan.network for plan in config.plans]
-    trained = sorted(trained, key=lambda curves: order.index(curves.network))
+    trained = sorted(trained, key=lambda pair: order.index(pair[0].network))
+    trained, recorded = zip(*trained) if trained else ((), ())
     return StudyResult(
         settings=dataclasses.asdict(config),
         data={
@@ -172,7 +173,7 @@ def run_study(
             "validation_images": len(_validation(data).labels),
             "test_images": len(data.test.labels),
         },
-        curves=tuple(trained),
+        curves=trained,
         summaries=tuple(
             row
             for plan in config.plans
@@ -181,6 +182,7 @@ def run_study(
                 config.normalizations,
             )
         ),
+        recorded=recorded,
         seconds=time.perf_counter() - started,
     )
 
@@ -192,7 +194,7 @@ def _train(
     data: Dataset,
     report: Callable[[Progress], None],
     stop: threading.Event,
-) -> Curves:
+) -> tuple[Curves, Recorded]:
     """All runs of one network under one normalization."""
     report(Progress(plan.network, normalization, 0, plan.steps, 0.0))
     network = build_network(plan.network, normalization, data.classes)
@@ -217,6 +219,8 @@ def _train(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
         return losses.mean()
 
+    every = max(1, round(plan.steps / config.samples))
+    made = [0, *range(every, plan.steps, every), plan.steps]
     step = training.make_sweep_step(
         network,
         optimizer,
@@ -224,19 +228,15 @@ def _train(
         batch_per_member=True,
         inputs=lambda rows: (images[rows],),
         scan=True,
+        monitor=Monitor(every, len(made), channels=True, shift=normalization in SHIFT_OF),
     )
     evaluate = training.make_sweep_eval_step(
         network,
         lambda logits, batch: {"correct": ((logits.argmax(-1) == batch[1]) & batch[2]).sum()},
         inputs=lambda batch: (batch[0],),
     )
-    probe = jax.jit(jax.vmap(_prober(network, images[: config.probe_images])))
-
-    every = max(1, round(plan.steps / config.samples))
-    made = [0, *range(every, plan.steps, every), plan.steps]
     validation = list(_batches(_validation(data)))
     accuracy = [_accuracy(evaluate, state, validation)]
-    probes = [probe(state.params, state.batch_stats)]
     losses = []
     for start, end in itertools.pairwise(made):
         if stop.is_set():
@@ -244,7 +244,6 @@ def _train(
         state, metrics = step(state, rows[:, start:end])
         losses.append(np.asarray(metrics["loss"], np.float64))  # lest a mean of 1e38 overflow
         accuracy.append(_accuracy(evaluate, state, validation))
-        probes.append(probe(state.params, state.batch_stats))
         best = float(np.max(np.mean(accuracy[-1].reshape(len(rates), -1), 1)))
         report(Progress(plan.network, normalization, end, plan.steps, best))
     test = _accuracy(evaluate, state, list(_batches(data.test)))
@@ -253,7 +252,7 @@ def _train(
         values = np.asarray(values)  # members, which `grid` orders by rate, then by seed
         return values.reshape(len(rates), config.seeds, *values.shape[1:])
 
-    return Curves(
+    curves = Curves(
         network=plan.network,
         normalization=normalization,
         learning_rates=rates,
@@ -262,52 +261,11 @@ def _train(
         final_loss=split(losses[-1][:, -1]),
         validation_accuracy=split(np.stack(accuracy, 1)),
         test_accuracy=split(test),
-        activations=_activations(jax.device_get(probes), split),
     )
-
-
-def _prober(network: Any, images: jax.Array) -> Callable[[Any, Any], list[dict[str, jax.Array]]]:
-    """`(params, batch_stats) -> ` for each layer, what its nonlinearity is about to see.
-
-    In training mode, since that is what training sees; what it would write is dropped.
-    """
-
-    def probe(params: Any, batch_stats: Any) -> list[dict[str, jax.Array]]:
-        variables = {"params": params, **({"batch_stats": batch_stats} if batch_stats else {})}
-        kept = ["intermediates", "batch_stats"]
-        _, written = network.apply(variables, images, True, mutable=kept)
-        layers = []
-        for x in written["intermediates"][SOWN]:
-            x = x.reshape(-1, x.shape[-1])
-            first_unit = x[:: math.ceil(len(x) / PERCENTILE_VALUES), 0]
-            layers.append(
-                {
-                    "mean": x.mean(0),
-                    "spread": x.std(0).mean(),
-                    "percentiles": jnp.percentile(first_unit, jnp.asarray(PERCENTILES)),
-                }
-            )
-        return layers
-
-    return probe
-
-
-def _activations(
-    probes: list[list[dict[str, np.ndarray]]], split: Callable[[Any], np.ndarray]
-) -> Activations:
-    """Records of all samples, (rates, seeds, layers, samples), from one list of layers each."""
-
-    def gather(name: str) -> np.ndarray:
-        return np.stack(
-            [np.stack([layer[name] for layer in layers], 1) for layers in probes], 2
-        )  # members, layers, samples, ...
-
-    means = gather("mean").astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):  # runs that diverged
-        drift = np.sqrt(np.mean((means - means[:, :, :1]) ** 2, -1))
-    return Activations(
-        spread=split(gather("spread")), drift=split(drift), percentiles=split(gather("percentiles"))
-    )
+    buffer = training.sweep_member(state, curves.best * config.seeds).monitor
+    assert buffer is not None
+    settings = {"seed": seeds[curves.best * config.seeds], "learning rate": rates[curves.best]}
+    return curves, Recorded(plan.network, normalization, settings, buffer)
 
 
 def _validation(data: Dataset) -> Part:

@@ -38,6 +38,7 @@ class Recording:
         folder: where it lies. A new one is made by the first `append`; one that holds a recording
             is gone on with, if it is of the same model.
         settings: of the run, for the report: a dict of what JSON can hold. None: those stored.
+        anew: begin a recording anew; the first `append` deletes one that is there.
 
     Raises:
         RecordingError: the folder holds something else, or a recording of another version; a file
@@ -64,7 +65,11 @@ class Recording:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], settings: Mapping[str, Any] | None = None
+        self,
+        folder: str | os.PathLike[str],
+        settings: Mapping[str, Any] | None = None,
+        *,
+        anew: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.schema: Schema | None = None
@@ -78,7 +83,8 @@ class Recording:
         self._rows = np.zeros((0, 0), np.float32)
         head = self.folder / _HEAD
         if head.exists():
-            self._load(head)
+            if not anew:
+                self._load(head)
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise RecordingError(
                 f"Recording: the folder must be empty, or hold a recording; got '{folder}' with "
@@ -277,8 +283,14 @@ class Recording:
         last = len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]
         self._steps, self._rows = steps[last], rows[last]
 
+    def _files(self) -> list[Path]:
+        """Of samples, in order."""
+        return sorted(self.folder.glob(_CHUNK.replace("{:08d}", "*")))
+
     def _start(self, schema: Schema) -> None:
         self.schema = schema
+        for old in self._files():
+            old.unlink()
         head = {"format": FORMAT, "settings": self._settings, "schema": schema.to_json()}
         text = json.dumps(head, indent=1, allow_nan=False, default=str)
         self._write(_HEAD, text.encode())
@@ -300,7 +312,7 @@ class Recording:
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(head, error) from None
         self._rows = np.zeros((0, self.schema.width), np.float32)
-        for path in sorted(self.folder.glob(_CHUNK.replace("{:08d}", "*"))):
+        for path in self._files():
             try:
                 with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as chunk:
                     steps, rows, lost = chunk["steps"], chunk["rows"], int(chunk["lost"])

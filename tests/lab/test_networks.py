@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from jaxnorm.lab import networks
+from jaxnorm.monitor import attach, observe
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
@@ -44,8 +45,9 @@ def test_weight_standardization_alone_keeps_the_signal(network):
     images = jnp.asarray(draw.normal(size=(64, 8, 8, 1)), jnp.float32)
     net = networks.build_network(network, "weight", 10)
     variables = net.init(jax.random.key(0), images, True)
-    sown = net.apply(variables, images, True, mutable=["intermediates"])[1]["intermediates"]
-    spreads = [float(x.reshape(-1, x.shape[-1]).std(0).mean()) for x in sown[networks.SOWN]]
+    _, seen = observe(attach(net).apply, channels=True)(variables, images, True)
+    inputs = [seen[name].channels for name in seen if name.endswith(":input")]
+    spreads = [float(jnp.sqrt(channels.var).mean()) for channels in inputs]
     assert len(spreads) == net.depth
     assert min(spreads) > 0.5 and max(spreads) < 2
 

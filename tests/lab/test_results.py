@@ -9,7 +9,6 @@ def curves(name, accuracy, final_loss=None, test=None, rates=(0.1, 1.0)):
     """`accuracy` has axes (rates, seeds, samples)."""
     accuracy = np.asarray(accuracy, float)
     loss = np.zeros(accuracy.shape[:2]) if final_loss is None else np.asarray(final_loss)
-    nothing = np.zeros((*accuracy.shape[:2], 1, accuracy.shape[2]))
     return results.Curves(
         network="mlp",
         normalization=name,
@@ -19,7 +18,6 @@ def curves(name, accuracy, final_loss=None, test=None, rates=(0.1, 1.0)):
         final_loss=loss,
         validation_accuracy=accuracy,
         test_accuracy=accuracy[:, :, -1] if test is None else np.asarray(test),
-        activations=results.Activations(nothing, nothing, nothing[..., None].repeat(3, -1)),
     )
 
 

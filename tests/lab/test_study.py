@@ -1,6 +1,7 @@
 """A tiny study: the same seed gives the same numbers, whatever runs beside it."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -8,13 +9,13 @@ import numpy as np
 import pytest
 
 from jaxnorm.lab import data, study
+from jaxnorm.monitor import Recording
 
 TINY = study.StudyConfig(
     plans=(study.Plan("mlp", 7, 20, (0.1, 1e38)), study.Plan("conv", 4, 10, (0.1,))),
     normalizations=("none", "batch", "instance"),
     seeds=2,
     samples=3,
-    probe_images=16,
 )
 
 
@@ -55,18 +56,44 @@ def test_shapes_and_sampled_steps(result):
     assert mlp.steps == (0, 2, 4, 6, 7)
     assert mlp.validation_accuracy.shape == (2, 2, 5)
     assert mlp.train_loss.shape == (2, 2, 4)
-    assert mlp.activations.spread.shape == (2, 2, 4, 5)
-    assert mlp.activations.percentiles.shape == (2, 2, 4, 5, 3)
 
 
-def test_activations_are_those_of_the_layers(result):
-    none, batch = result[0].curves[:2]
-    np.testing.assert_allclose(batch.activations.spread[0, :, :, 0], 1, atol=0.02)  # normalized
-    spread = none.activations.spread[0, :, :, 0]
-    assert (spread[:, 1:] < 0.5 * spread[:, :-1]).all()  # a sigmoid's slope is 1/4
-    assert (none.activations.drift[:, :, :, 0] == 0).all()
-    percentiles = none.activations.percentiles[0]
-    assert (np.diff(percentiles, axis=-1) >= 0).all()
+def test_what_the_monitor_saw_is_of_the_first_seed_at_the_best_rate(result, tmp_path):
+    found, _ = result
+    recordings = found.write_recordings(tmp_path)
+    assert list(recordings) == [(each.network, each.normalization) for each in found.curves]
+    for curves in found.curves:
+        recording = recordings[curves.network, curves.normalization]
+        assert recording.settings["learning rate"] == curves.learning_rates[curves.best]
+        # The last piece is of one step, so that its mean loss is that step's.
+        if curves.network == "mlp":
+            assert recording.steps.tolist() == [0, 2, 4, 6]
+            loss = curves.train_loss[curves.best, 0, -1]
+            np.testing.assert_allclose(recording.metrics["loss"][-1], loss, rtol=1e-6)
+        assert (recording.shift is None) == (curves.normalization == "instance")
+
+
+def test_the_monitor_sees_a_signal_die_and_normalization_keep_it(result, tmp_path):
+    recordings = result[0].write_recordings(tmp_path)
+
+    def spread(normalization):
+        recording = recordings["mlp", normalization]
+        inputs = [recording[f"sigmoid_{i}:input"].channels for i in range(4)]
+        return [float(np.sqrt(channels.var[0]).mean()) for channels in inputs]
+
+    np.testing.assert_allclose(spread("batch"), 1, atol=0.02)
+    none = spread("none")
+    assert all(b < 0.5 * a for a, b in itertools.pairwise(none))  # a sigmoid's slope is 1/4
+
+
+def test_recordings_of_an_earlier_study_are_replaced(result, tmp_path):
+    first = result[0].write_recordings(tmp_path)
+    (tmp_path / "conv-none" / "samples-00000007.npz").write_bytes(b"of a longer run")
+    again = result[0].write_recordings(tmp_path)
+    for key, recording in first.items():
+        read = Recording(again[key].folder)
+        np.testing.assert_array_equal(read.steps, recording.steps)
+        np.testing.assert_array_equal(read.metrics["loss"], recording.metrics["loss"])
 
 
 def test_a_run_that_diverges_is_not_stable_and_becomes_null(result):

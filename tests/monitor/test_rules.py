@@ -1,0 +1,344 @@
+"""Each rule on a network that has the defect, beside a twin that has not."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxnorm.linen as jnn
+from jaxnorm.monitor import Finding, Findings, Monitor, Recording, diagnose
+from jaxnorm.monitor.evidence import apart
+from jaxnorm.training import create_train_state, make_train_step
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(64, 8)), jnp.float32)
+Y = jnp.asarray(X @ RNG.normal(size=(8, 4)) / 3, jnp.float32)
+
+
+class Net(nn.Module):
+    """A healthy one, unless told otherwise."""
+
+    depth: int = 2
+    features: int = 16
+    norm: str = "batch"
+    momentum: float = 0.9
+    use_bias: bool = False
+    wide: float = 1.0
+    """By how much kernels start wider than they should."""
+    shift: float = 0.0
+    """Of what the nonlinearity is given."""
+    function: str = "relu"
+    frozen: bool = False
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        init = nn.initializers.variance_scaling(2.0 * self.wide**2, "fan_in", "normal")
+        for _ in range(self.depth):
+            x = nn.Dense(self.features, use_bias=self.use_bias, kernel_init=init)(x)
+            if self.norm == "batch":
+                frozen = self.frozen or not train
+                x = nn.BatchNorm(use_running_average=frozen, momentum=self.momentum)(x)
+            elif self.norm == "layer":
+                x = nn.LayerNorm()(x)
+            x = getattr(nn, self.function)(x + self.shift)
+        return nn.Dense(4)(x)
+
+
+def look(model, x=X, change=lambda variables: variables, **kwargs):
+    """Findings of one look, by rule, with running statistics that fit."""
+    variables = model.init(jax.random.key(0), x)
+    return by_rule(diagnose(model, change(fitted(variables, model, x)), x, **kwargs))
+
+
+def fitted(variables, model, x):
+    """With running statistics that are those of this batch."""
+    if "batch_stats" not in variables:
+        return variables
+    once = model.clone(frozen=False) if isinstance(model, Net) else model
+    momentum = 0.9
+    before = variables["batch_stats"]
+    after = once.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]
+    if isinstance(model, Net):
+        momentum = model.momentum
+    stats = jax.tree.map(lambda a, b: (a - momentum * b) / (1 - momentum), after, before)
+    return {**variables, "batch_stats": stats}
+
+
+def by_rule(findings):
+    assert isinstance(findings, Findings)
+    return {finding.rule: finding for finding in findings}
+
+
+def train(folder, model=None, optimizer=None, steps=40, xs=None, **monitor):
+    """Findings of a training, by rule, and its recording."""
+    model, optimizer = model or Net(), optimizer or optax.sgd(0.05)
+    xs = jnp.broadcast_to(X, (steps, *X.shape)) if xs is None else xs
+    ys = jnp.broadcast_to(Y, (len(xs), *Y.shape))
+
+    def loss(y, batch):
+        return ((y - batch[1]) ** 2).mean()
+
+    state = create_train_state(model, optimizer, 0, X)
+    step = make_train_step(
+        model, optimizer, loss, inputs=lambda b: (b[0],), scan=True,
+        monitor=Monitor(every=1, **monitor),
+    )  # fmt: skip
+    state, _ = step(state, (xs, ys))
+    recording = Recording(folder)
+    recording.append(state)
+    return by_rule(diagnose(recording)), recording
+
+
+def batches(steps, size=64):
+    """Drawn anew for every step."""
+    return jnp.asarray(np.random.default_rng(1).normal(size=(steps, size, 8)), jnp.float32)
+
+
+class TestOneLook:
+    def test_a_healthy_network_has_nothing(self):
+        assert look(Net()) == {}
+        assert look(Net(norm="layer")) == {}
+        assert look(Net(norm="none", use_bias=True)) == {}
+
+    def test_a_small_batch(self):
+        found = look(Net(), X[:4])["small-batch"]
+        assert found.evidence["independent numbers per channel"] == 4
+        assert found.where == ("BatchNorm_0", "BatchNorm_1")
+        assert look(Net(), X[:2])["small-batch"].severity == "critical"
+        assert "small-batch" not in look(Net(norm="layer"), X[:4])
+
+    def test_a_virtual_batch_counts_as_the_batch(self):
+
+        whole = nn.Sequential(
+            [nn.Dense(8, use_bias=False), jnn.BatchNorm(False, momentum=0.9), nn.relu]
+        )
+        parts = nn.Sequential(
+            [
+                nn.Dense(8, use_bias=False),
+                jnn.BatchNorm(False, momentum=0.9, virtual_batch_size=4),
+                nn.relu,
+            ]
+        )
+        assert look(whole) == {}
+        assert look(parts)["small-batch"].evidence["independent numbers per channel"] == 4
+
+    def test_positions_of_an_image_that_are_all_alike_count_once(self):
+        model = nn.Sequential([nn.BatchNorm(False, momentum=0.9), nn.relu])
+        alike = jnp.broadcast_to(X[:8, None, None, :], (8, 6, 6, 8))
+        found = look(model, alike)["small-batch"]
+        assert found.evidence["independent numbers per channel"] == pytest.approx(8, rel=1e-3)
+        anew = jnp.asarray(RNG.normal(size=(8, 6, 6, 8)), jnp.float32)
+        assert look(model, anew) == {}
+
+    def test_an_imported_momentum(self):
+        found = look(Net(momentum=0.1))["imported-momentum"]
+        assert "momentum=0.9" in found.remedy and found.evidence["momentum"] == 0.1
+
+    def test_statistics_in_half_precision(self):
+        def cast(variables):
+            stats = jax.tree.map(lambda a: a.astype(jnp.bfloat16), variables["batch_stats"])
+            return {**variables, "batch_stats": stats}
+
+        found = look(Net(), change=cast)["half-precision"]
+        assert found.evidence["rounding error"] == 2.0**-8
+
+    def test_statistics_computed_in_half_precision(self):
+        def model(force):
+            norm = nn.BatchNorm(
+                False, momentum=0.9, dtype=jnp.bfloat16, force_float32_reductions=force
+            )
+            return nn.Sequential([norm, nn.relu])
+
+        assert "half-precision" in look(model(False), X.astype(jnp.bfloat16))
+        assert look(model(True), X.astype(jnp.bfloat16)) == {}
+
+    def test_constant_channels(self):
+        x = X.at[:, :2].set(3.0)
+        model = nn.Sequential([nn.BatchNorm(False, momentum=0.9), nn.relu])
+        found = look(model, x)["near-epsilon"]
+        assert found.evidence["share of channels"] == 0.25
+        assert look(model, X * 1e-4)["near-epsilon"].evidence["share of channels"] == 1
+        assert "near-epsilon" in look(nn.Sequential([nn.LayerNorm(), nn.relu]), X * 1e-5)
+        # What a root mean square is taken of need not vary.
+        assert look(nn.Sequential([nn.RMSNorm(), nn.relu]), X * 1e-5 + 3) == {}
+
+    def test_dead_units(self):
+        assert look(Net(shift=-20.0))["dead-units"].severity == "critical"
+        assert "dead-units" not in look(Net(shift=1.0))
+
+    def test_few_examples_do_not_make_a_unit_dead(self):
+        found = look(Net(norm="none", use_bias=True, features=64), X[:1])
+        assert "dead-units" not in found  # half of them are zero for any one example
+
+    def test_saturated_sigmoids_and_tanhs(self):
+        for function in ("sigmoid", "tanh"):
+            found = look(Net(function=function, shift=12.0))["saturated"]
+            assert found.where == (f"{function}_0", f"{function}_1")
+            assert look(Net(function=function)) == {}
+
+    def test_activations_that_grow_or_vanish_with_depth(self):
+        for wide in (3.0, 1 / 3):
+            model = Net(depth=6, norm="none", wide=wide, features=128)
+            found = look(model)["depth-activations"]
+            assert found.evidence["factor per layer"] == pytest.approx(wide, rel=0.1)
+            assert found.where == tuple(f"relu_{i}" for i in range(6))
+        assert look(Net(depth=6, norm="none", features=128)) == {}
+        assert look(Net(depth=6, norm="layer", wide=3.0, features=128)) == {}
+
+    def test_frozen_statistics_on_shifted_data(self):
+        frozen = Net(frozen=True)
+        assert look(frozen) == {}
+        variables = fitted(frozen.init(jax.random.key(0), X), frozen, X)
+        found = by_rule(diagnose(frozen, variables, X + 2))["frozen-on-shifted"]
+        assert found.severity == "critical" and "BatchNorm_0" in found.where
+        # In evaluation the same question is asked of what is served.
+        assert "frozen-on-shifted" in by_rule(diagnose(Net(), variables, 3 * X, train=False))
+
+    def test_a_bias_before_a_batch_norm(self):
+        found = look(Net(use_bias=True))["idle-bias"]
+        assert found.where == ("Dense_0", "Dense_1") and found.severity == "advice"
+        assert "idle-bias" not in look(Net(use_bias=True, norm="layer"))
+
+    def test_statistics_that_were_never_updated(self):
+        model = Net()
+        variables = model.init(jax.random.key(0), X + 3)
+        found = by_rule(diagnose(model, variables, X + 3))
+        assert found["never-updated"].where == ("BatchNorm_0", "BatchNorm_1")
+        assert "train-serve-skew" not in found
+
+    def test_nan_in_the_data(self):
+        found = look(Net(norm="layer"), X.at[3, 2].set(jnp.nan))["nonfinite"]
+        assert found.where == ("LayerNorm_0:input",) and found.evidence["share"] == 1 / 64
+        assert "data" in found.remedy
+
+    def test_an_nnx_model_is_looked_at_and_not_changed(self):
+        class Block(nnx.Module):
+            def __init__(self, rngs):
+                self.linear = nnx.Linear(8, 16, rngs=rngs)
+                self.norm = nnx.BatchNorm(16, rngs=rngs, momentum=0.1)
+
+            def __call__(self, x):
+                return nnx.relu(self.norm(self.linear(x)))
+
+        block = Block(nnx.Rngs(0))
+        found = by_rule(diagnose(block, X + 1))
+        assert set(found) == {"imported-momentum", "idle-bias", "never-updated"}
+        assert not block.norm.mean[...].any()
+
+
+class TestTraining:
+    def test_a_healthy_run_has_nothing(self, tmp_path):
+        found, _ = train(tmp_path)
+        assert found == {}
+
+    def test_running_statistics_that_are_never_updated(self, tmp_path):
+        found, _ = train(tmp_path, Net(momentum=1.0), xs=batches(12) + 2)
+        assert found["never-updated"].severity == "critical"
+        assert "momentum=1" in found["never-updated"].cause
+
+    def test_running_statistics_that_lag_behind(self, tmp_path):
+        found, recording = train(tmp_path, Net(momentum=0.99), xs=batches(24) + 2)
+        skew = found["train-serve-skew"]
+        assert "Recalibrate" in skew.remedy
+        assert skew.evidence["after recalibration (nats)"] < 0.25 < skew.evidence["skew (nats)"]
+        # Independently: the gap of one channel's means, in deviations, of the last sample.
+        batch = recording["BatchNorm_0:input"].batch
+        gap = np.abs(batch.moments.mean[-1] - batch.running_mean[-1])
+        assert (gap > 0.5 * np.sqrt(batch.moments.var[-1])).any()
+
+    def test_batches_that_are_not_drawn_alike(self, tmp_path):
+        drift = 4 * jnp.asarray(np.random.default_rng(2).normal(size=(24, 1, 8)), jnp.float32)
+        found, _ = train(tmp_path, optimizer=optax.sgd(1e-3), xs=batches(24) + drift)
+        assert "would not mend it" in found["train-serve-skew"].remedy
+
+    def test_frozen_statistics_while_fine_tuning(self, tmp_path):
+        found, _ = train(tmp_path, Net(frozen=True), xs=batches(12) + 2)
+        assert "frozen-on-shifted" in found
+
+    def test_gradients_that_vanish_towards_the_first_layer(self, tmp_path):
+        sick = Net(depth=6, norm="none", function="sigmoid", use_bias=True)
+        found, _ = train(tmp_path, sick, steps=6)
+        assert found["depth-gradients"].evidence["factor per layer"] < 0.5
+
+    def test_gradients_that_grow_towards_the_first_layer(self, tmp_path):
+        sick = Net(depth=6, norm="none", wide=3.0)
+        found, _ = train(tmp_path, sick, optax.sgd(1e-12), steps=6)
+        assert found["depth-gradients"].evidence["factor per layer"] > 2
+        assert "small-updates" in found
+
+    def test_updates_out_of_range(self, tmp_path):
+        found, recording = train(tmp_path, Net(norm="layer"), optax.adam(0.3), steps=12)
+        ratio = recording.parameters["Dense_1/kernel"]
+        assert found["large-updates"].evidence["update / weight"] >= np.median(
+            (ratio.update / ratio.weight)[6:]
+        )
+
+    def test_means_that_drift_after_the_learning_rate_dropped(self, tmp_path):
+        schedule = optax.piecewise_constant_schedule(0.05, {20: 0.1})
+        still = batches(40)
+        found, _ = train(tmp_path / "still", optimizer=optax.sgd(schedule), xs=still)
+        assert "drift-after-drop" not in found
+        moved = still + jnp.maximum(jnp.arange(40) - 20, 0)[:, None, None] * 0.5
+        found, _ = train(tmp_path / "moved", optimizer=optax.sgd(schedule), xs=moved)
+        finding = found["drift-after-drop"]
+        assert "step 20" in finding.title and "BatchNorm_0" in finding.where
+        assert finding.evidence["drift after (deviations)"] > 0.1
+
+    def test_a_run_that_diverges_names_the_first_layer_and_step(self, tmp_path):
+        xs = batches(12).at[7, 0, 0].set(jnp.inf)
+        found, _ = train(tmp_path, Net(norm="layer"), xs=xs)
+        finding = found["nonfinite"]
+        assert finding.where == ("LayerNorm_0:input",)
+        assert (finding.evidence["step"], finding.evidence["last finite step seen"]) == (7, 6)
+        assert finding.evidence["share"] == 1 / 64
+        assert "from step 7 on" in finding.title
+        # What follows from it is no finding of its own.
+        assert set(found) == {"nonfinite"}
+        assert str(finding).count("\n") == 5 and isinstance(finding, Finding)
+
+
+def test_apart_is_the_closed_form_without_what_chance_brings():
+    from jaxnorm.core.moments import Moments
+
+    def of(mean, var):
+        return Moments(*(jnp.full((1, 3), a, jnp.float32) for a in (1.0, mean, var)))
+
+    # Means m apart, variances v: m^2 / v; variances a and b: (a / b + b / a) / 2 - 1.
+    none = np.zeros(1)
+    assert apart(of(2.0, 4.0), of(0.0, 4.0), none) == pytest.approx([1.0])
+    assert apart(of(0.0, 4.0), of(0.0, 1.0), none) == pytest.approx([(4 + 0.25) / 2 - 1])
+    assert apart(of(0.0, 0.0), of(0.0, 0.0), none) == [0]
+    assert apart(of(0.0, 0.0), of(0.0, 1.0), none) == [10]
+    # The mean over many draws of 20 numbers from the same distribution is what is taken off.
+    draws = np.random.default_rng(0).normal(size=(2000, 20, 3))
+    drawn = Moments(
+        *(jnp.asarray(a) for a in (np.full((2000, 3), 20.0), draws.mean(1), draws.var(1) * 20))
+    )
+    truth = Moments(*(jnp.broadcast_to(a, (2000, 3)) for a in of(0.0, 1.0)))
+    assert float(np.mean(apart(drawn, truth, np.zeros(2000)))) == pytest.approx(2 / 20, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("runs/first",), "diagnose: what is looked at must be"),
+        ((Net(),), "comes with its variables and a batch"),
+    ],
+)
+def test_arguments_that_cannot_be_used(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        diagnose(*arguments)
+
+
+def test_an_empty_recording_and_one_with_arguments(tmp_path):
+    with pytest.raises(ValueError, match="must have a sample"):
+        diagnose(Recording(tmp_path))
+    with pytest.raises(TypeError, match="a recording comes alone"):
+        diagnose(Recording(tmp_path), X)
+
+
+def test_nothing_found_says_so():
+    assert str(Findings()) == "Nothing found."
