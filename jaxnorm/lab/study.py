@@ -2,7 +2,8 @@
 
 A frozen `StudyConfig` goes in, a frozen `StudyResult` comes out; nothing is printed or written.
 For each network and normalization one program, vmapped over seeds x learning rates, trains all
-runs, a monitor in it; between calls of it the validation accuracy is taken.
+runs; between calls of it the validation accuracy is taken. What goes on inside the best of them a
+monitor sees afterwards, in the same steps made again.
 """
 
 import concurrent.futures
@@ -228,7 +229,6 @@ def _train(
         batch_per_member=True,
         inputs=lambda rows: (images[rows],),
         scan=True,
-        monitor=Monitor(every, len(made), channels=True, shift=normalization in SHIFT_OF),
     )
     evaluate = training.make_sweep_eval_step(
         network,
@@ -237,10 +237,11 @@ def _train(
     )
     validation = list(_batches(_validation(data)))
     accuracy = [_accuracy(evaluate, state, validation)]
-    losses = []
+    losses, states = [], []
     for start, end in itertools.pairwise(made):
         if stop.is_set():
             raise concurrent.futures.CancelledError
+        states.append(jax.tree.map(jnp.copy, state))  # the step takes its own
         state, metrics = step(state, rows[:, start:end])
         losses.append(np.asarray(metrics["loss"], np.float64))  # lest a mean of 1e38 overflow
         accuracy.append(_accuracy(evaluate, state, validation))
@@ -262,9 +263,20 @@ def _train(
         validation_accuracy=split(np.stack(accuracy, 1)),
         test_accuracy=split(test),
     )
-    buffer = training.sweep_member(state, curves.best * config.seeds).monitor
-    assert buffer is not None
-    settings = {"seed": seeds[curves.best * config.seeds], "learning rate": rates[curves.best]}
+    best = curves.best * config.seeds
+    watched = training.make_train_step(
+        network,
+        optax.inject_hyperparams(optimizer)(learning_rate=rates[curves.best]),
+        loss,
+        inputs=lambda rows: (images[rows],),
+        monitor=Monitor(1, len(states), channels=True, shift=normalization in SHIFT_OF),
+    )
+    buffer = None
+    for start, state in zip(made, states):
+        state = training.sweep_member(state, best).replace(monitor=buffer)
+        buffer = watched(state, rows[best, start])[0].monitor
+    assert buffer is not None  # there is a state at least
+    settings = {"seed": seeds[best], "learning rate": rates[curves.best]}
     return curves, Recorded(plan.network, normalization, settings, buffer)
 
 

@@ -59,8 +59,7 @@ def diagnose(seen: Any, *args: Any, layers: Layers | None = None, **kwargs: Any)
     elif isinstance(seen, linen.Module):
         evidence = Evidence(Look.of(_look_linen(op, seen, layers, args, kwargs)))
     elif isinstance(seen, nnx.Module):
-        model = nnx.merge(*nnx.split(seen))  # whose statistics may be updated
-        evidence = Evidence(Look.of(observe(attach(model, layers))(*args, **kwargs)[1]))
+        evidence = Evidence(Look.of(_look_nnx(seen, layers, args, kwargs)))
     else:
         raise TypeError(
             f"{op}: what is looked at must be a Recording, a flax.linen.Module or a "
@@ -86,3 +85,13 @@ def _look_linen(op: str, module: linen.Module, layers: Any, args: Any, kwargs: A
         return model.apply(variables, *inputs, mutable=kept, **kwargs)
 
     return observe(run)(variables, inputs)[1]
+
+
+def _look_nnx(module: nnx.Module, layers: Any, args: Any, kwargs: Any) -> Any:
+    graph, state = nnx.split(module)
+
+    def run(state: Any, args: Any, kwargs: Any) -> Any:
+        # A copy, whose statistics may be updated.
+        return attach(nnx.merge(graph, state), layers)(*args, **kwargs)
+
+    return observe(run)(state, args, kwargs)[1]

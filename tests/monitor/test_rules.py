@@ -270,10 +270,10 @@ class TestTraining:
         assert "small-updates" in found
 
     def test_updates_out_of_range(self, tmp_path):
-        found, recording = train(tmp_path, Net(norm="layer"), optax.adam(0.3), steps=12)
+        found, recording = train(tmp_path, Net(norm="layer"), optax.adam(0.3), steps=3)
         ratio = recording.parameters["Dense_1/kernel"]
         assert found["large-updates"].evidence["update / weight"] >= np.median(
-            (ratio.update / ratio.weight)[6:]
+            (ratio.update / ratio.weight)[1:]
         )
 
     def test_means_that_drift_after_the_learning_rate_dropped(self, tmp_path):

@@ -21,7 +21,7 @@ hardly ever less than this."""
 WINDOW = 3
 """Samples on either side of a drop, at least."""
 DRIFT = 0.1
-"""Deviations between one sample and the next: less is what one batch differs by from another."""
+"""Deviations by which means move between one sample and the next, beyond what chance brings."""
 
 
 def update_ratio(evidence: Evidence) -> Iterator[Finding]:
@@ -70,7 +70,7 @@ def drift_after_drop(evidence: Evidence) -> Iterator[Finding]:
     for place in evidence.seen.places:
         if place.is_norm != (place.side == "input"):
             continue
-        drift = _relative_drift(evidence, place.name)
+        drift = _drift(evidence, place.name)
         before, after = np.median(drift[1:at]), np.median(drift[at + 1 :])
         # Smaller steps move the means less, unless something else moves them.
         if after > max(DRIFT, before):
@@ -97,11 +97,18 @@ def drift_after_drop(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def _relative_drift(evidence: Evidence, name: str) -> np.ndarray:
-    """Of the mean from sample to sample, in deviations."""
-    deviation = evidence.measures["deviation"][name][: evidence.healthy]
-    drift = evidence.measures["mean_drift"][name][: evidence.healthy]
-    return drift / np.where(deviation > 0, deviation, 1)
+def _drift(evidence: Evidence, name: str) -> np.ndarray:
+    """Of the mean from sample to sample, in deviations; of a batch norm's channels, together."""
+    norm = next((norm for norm in evidence.norms if norm.place.name == name), None)
+    if norm is None:
+        deviation = evidence.measures["deviation"][name]
+        drift = evidence.measures["mean_drift"][name] / np.where(deviation > 0, deviation, 1)
+    else:
+        mean, var = np.asarray(norm.batch.moments.mean), np.asarray(norm.batch.moments.var)
+        moved = np.square(np.diff(mean, axis=0)) / np.where(var > 0, var, 1)[1:]
+        drift = np.sqrt(np.maximum(moved.mean(-1) - norm.noise[1:], 0))
+        drift = np.concatenate([[np.nan], drift])
+    return drift[: evidence.healthy]
 
 
 def _drop(size: np.ndarray) -> tuple[int, float]:
