@@ -19,15 +19,14 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxnorm.monitor.excerpts import Excerpt, excerpt
 from jaxnorm.monitor.marks import GRADIENT, VALUE, Place, mark_p
-from jaxnorm.monitor.parts import Detail, Part, by_name, from_names, nothing
+from jaxnorm.monitor.parts import Detail, Part, by_name, from_names, nothing, whole_parts
 from jaxnorm.monitor.sights import Sights
 from jaxnorm.monitor.summary import (
     FLAT_ENDS,
-    BatchSummary,
-    Excerpt,
+    BatchParts,
     by_channel,
-    excerpt,
     joined,
     summarize,
     summarize_batches,
@@ -90,6 +89,7 @@ def look(
     """What a traced program returns, and what is seen in it."""
     watch = _Watch(elements, gradients, channels)
     outputs, found = watch.run(closed.jaxpr, closed.consts, args)
+    found = whole_parts(found)
     values = [part for part in found if part.role == VALUE]
     if not values:
         raise ValueError(
@@ -103,7 +103,7 @@ def look(
     sights = Sights(
         values=joined([part.summary for part in values]).take(order),
         gradients=joined([part.summary for part in slopes]) if slopes else None,
-        batches={n: d.batch for n, d in details.items() if d.batch is not None},
+        batches={n: d.batch.summary() for n, d in details.items() if d.batch is not None},
         channels={n: d.channels for n, d in details.items() if d.channels is not None},
         places=tuple(places[i] for i in order),
         with_gradient=tuple(name for part in slopes for name in part.names),
@@ -168,11 +168,15 @@ class _Watch:
                 which.append((id(x), kind if role == VALUE else ""))
                 if which[-1] not in excerpts:
                     excerpts[which[-1]] = excerpt(x, self.elements, kind)
-            summary = summarize(list(excerpts.values()), values=role == VALUE)
-            rows = list(excerpts)
-            summary = summary.take([rows.index(w) for w in which])
             details = self._details(marked) if role == VALUE else {}
-            parts.append(Part(role, tuple(name for name, _ in keys), summary, details))
+            rows = list(excerpts)
+            of = [rows.index(w) for w in which]
+            for group, summary in summarize(list(excerpts.values()), values=role == VALUE):
+                mine = [i for i, row in enumerate(of) if row in group]
+                names = tuple(keys[i][0] for i in mine)
+                own = {name: details[name] for name in names if name in details}
+                taken = summary.take([group.index(of[i]) for i in mine], 1)
+                parts.append(Part(role, names, taken, own))
         return parts
 
     def _details(self, marked: dict[tuple[str, str], list[Any]]) -> dict[str, Detail]:
@@ -185,7 +189,7 @@ class _Watch:
         details = {name: Detail(batches.get(name), channels.get(name)) for name in values}
         return {name: detail for name, detail in details.items() if detail != Detail()}
 
-    def _batches(self, values: dict[str, list[Any]]) -> dict[str, BatchSummary]:
+    def _batches(self, values: dict[str, list[Any]]) -> dict[str, BatchParts]:
         given = {name: g for name, g in values.items() if len(g) > 1}
         inputs = [self._by_channel(name, x) for name, (x, *_) in given.items()]
         running = [(mean, var) for _, mean, var in given.values()]
@@ -268,7 +272,8 @@ class _Watch:
             if (detail := part.details.get(place.name)) is not None
             for i in range(length)
         }
-        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), part.summary)
+        turns = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), part.summary)
+        flat = jax.tree.map(lambda a: a.reshape(len(a), -1, *a.shape[3:]), turns)
         return Part(part.role, tuple(names), flat, details)
 
     def _cond(self, params, given):

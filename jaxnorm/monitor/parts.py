@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxnorm.core.moments import Moments
-from jaxnorm.monitor.summary import BatchSummary, Summary
+from jaxnorm.monitor.excerpts import whole
+from jaxnorm.monitor.summary import BatchParts, Summary, finished
 
 
 class Detail(NamedTuple):
-    """What one place shows by channel; None for what is not looked at."""
+    """What one place shows by channel, with an axis of parts of the batch.
 
-    batch: BatchSummary | None = None
+    None for what is not looked at.
+    """
+
+    batch: BatchParts | None = None
     channels: Moments | None = None
 
     def pooled(self) -> Detail:
@@ -31,7 +35,7 @@ class Part(NamedTuple):
     role: str
     names: tuple[str, ...]
     summary: Summary
-    """With an axis of places."""
+    """With an axis of parts of the batch, and one of places."""
     details: dict[str, Detail]
     """Of the places that have any."""
 
@@ -54,13 +58,23 @@ class Part(NamedTuple):
         keep = [i for i, name in enumerate(self.names) if (name, self.role) not in known]
         names = tuple(self.names[i] for i in keep)
         details = {name: d for name, d in self.details.items() if name in names}
-        return Part(self.role, names, self.summary.take(keep), details)
+        return Part(self.role, names, self.summary.take(keep, 1), details)
+
+
+def whole_parts(parts: list[Part]) -> list[Part]:
+    """Parts of the batch put together, whose axis is gone; in one collective, if at all."""
+    arrays = whole([part.arrays for part in parts])
+    found = []
+    for part, (summary, details) in zip(parts, arrays):
+        details = {name: _pooled(detail) for name, detail in details.items()}
+        found.append(part.of((finished(_pooled(summary)), details)))
+    return found
 
 
 def by_name(parts: list[Part]) -> dict[tuple[str, str], Any]:
     """Each place's numbers alone, by its name and its role."""
     return {
-        (name, part.role): (part.summary.take([i]), part.details.get(name, Detail()))
+        (name, part.role): (part.summary.take([i], 1), part.details.get(name, Detail()))
         for part in parts
         for i, name in enumerate(part.names)
     }
@@ -69,7 +83,7 @@ def by_name(parts: list[Part]) -> dict[tuple[str, str], Any]:
 def from_names(found: dict[tuple[str, str], Any]) -> list[Part]:
     """The parts that `by_name` took apart."""
     return [
-        Part(role, (name,), summary, {name: detail})
+        Part(role, (name,), summary, {} if detail == Detail() else {name: detail})
         for (name, role), (summary, detail) in found.items()
     ]
 
@@ -81,3 +95,9 @@ def nothing(shape: Any) -> Any:
         minimum=jnp.full_like(summary.minimum, jnp.inf),
         maximum=jnp.full_like(summary.maximum, -jnp.inf),
     ), detail
+
+
+def _pooled(found: Any) -> Any:
+    """A summary or a detail of all parts of the batch; of a single one it is that one's."""
+    parts = jax.tree.leaves(found)[0].shape[0]
+    return found.pooled() if parts > 1 else jax.tree.map(lambda a: a[0], found)

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxnorm.core.moments import Moments, wide_dtype
+from jaxnorm.core.moments import Moments
+from jaxnorm.monitor.excerpts import Excerpt, alike, every_nth, odd_stride
 
 BINS = 64
 # Bins are as wide as their place is far from zero, and evenly wide near it. So they can be the same
@@ -74,12 +74,12 @@ class Summary(NamedTuple):
         """Euclidean norm of the whole array, as far as what was looked at tells."""
         return jnp.sqrt(self.size * (lax.square(self.moments.mean) + self.moments.var))
 
-    def take(self, places: Sequence[int] | np.ndarray) -> Summary:
-        """Some of a row of summaries."""
+    def take(self, places: Sequence[int] | np.ndarray, axis: int = 0) -> Summary:
+        """Some of a row of summaries, which that axis goes over."""
         places = list(map(int, places))
-        if places == list(range(len(self.size))):
+        if places == list(range(self.size.shape[axis])):
             return self
-        return jax.tree.map(lambda a: a[np.asarray(places, int)], self)
+        return jax.tree.map(lambda a: jnp.take(a, np.asarray(places, int), axis), self)
 
     def pooled(self) -> Summary:
         """The summary of all that the leading axis goes over.
@@ -100,6 +100,9 @@ class Summary(NamedTuple):
             None if self.dead is None else self.dead.min(0),
             None if self.histogram is None else self.histogram.sum(0),
         )
+
+
+Group = tuple[list[int], Summary]
 
 
 class BatchSummary(NamedTuple):
@@ -124,97 +127,28 @@ class BatchSummary(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class Excerpt:
-    """What is looked at of an array."""
-
-    rows: Float[Array, "n s c"]
-    """Some of its examples, some of their positions, some of their channels."""
-    shape: tuple[int, int, int]
-    """Examples, positions and channels of the whole array."""
-    kind: str = ""
-    """The nonlinearity whose value it is, if it is one's."""
-
-
-def excerpt(
-    x: Float[Array, "*shape"],
-    elements: int | None,
-    kind: str = "",
-    feature_axes: tuple[int, ...] | None = None,
-) -> Excerpt:
-    """About so many elements of `x`, evenly spread.
-
-    Args:
-        x: examples first; channels last.
-        elements: None for all.
-        kind: see `Excerpt`.
-        feature_axes: other axes of the channels, all of which are looked at.
-    """
-    x = x if x.ndim else x.reshape(1)
-    axes = [a % x.ndim for a in feature_axes or (-1,)]
-    first = x.ndim - len(axes)
-    if axes != list(range(first, x.ndim)):
-        x = jnp.moveaxis(x, axes, range(first, x.ndim))
-    n = x.shape[0] if first else 1
-    s, c = math.prod(x.shape[1:first]), math.prod(x.shape[first:])
-    if elements is None or x.size <= elements:
-        rows = x.reshape(n, s, c)
-    else:
-        wanted = max(1, elements // c)  # rows of channels
-        # The examples in equal parts, as they lie on devices: each takes of what it has.
-        parts = math.gcd(n, max(_PARTS, 2 ** (jax.device_count() - 1).bit_length()))
-        each = n // parts
-        step = max(1, each // max(1, wanted // (parts * min(s, _POSITIONS))))
-        x = _every(x.reshape(parts, each, *x.shape[1:]), 1, step)
-        n_kept = parts * x.shape[1]
-        rows = _every(x.reshape(n_kept, s, c), 1, _stride(s, max(1, wanted // n_kept)))
-        if not feature_axes:
-            rows = _every(rows, 2, max(1, rows.size // elements))
-    return Excerpt(rows.astype(wide_dtype(x.dtype)), (n, s, c), kind)
-
-
-_PARTS, _POSITIONS, _LARGE = 32, 16, 2**20
-
-
-def _stride(size: int, wanted: int) -> int:
-    """Of about so many positions: odd, so that they do not all lie in a few columns of an image."""
-    step = max(1, size // wanted)
-    return step if step % 2 or step == 1 else step - 1
-
-
-def _every(x: Array, axis: int, step: int) -> Array:
-    """One of each so many entries along an axis, from the middle of each run of them."""
-    count = x.shape[axis] // step
-    if step == 1:
-        return x
-    if x.size < _LARGE:
-        return lax.slice_in_dim(x, step // 2, count * step, step, axis)
-    # A compiler for TPUs has no room for all that a strided slice steps over.
-    runs = lax.slice_in_dim(x, 0, count * step, axis=axis)
-    runs = runs.reshape(*x.shape[:axis], count, step, *x.shape[axis + 1 :])
-    return lax.index_in_dim(runs, step // 2, axis + 1, keepdims=False)
-
-
-def summarize(excerpts: Sequence[Excerpt], *, values: bool = True) -> Summary:
-    """Summaries of arrays.
+def summarize(excerpts: Sequence[Excerpt], *, values: bool = True) -> list[Group]:
+    """Summaries of arrays, of each part of the batch.
 
     Args:
         excerpts: of what is looked at.
         values: whether they are values, rather than gradients.
 
     Returns:
-        A `Summary` with an axis of excerpts, float32 at least.
+        Those of one shape together: a `Summary`, float32 at least, with an axis of parts and one
+        of excerpts, and of which excerpts it is. `dead` tells of each channel whether it is flat.
     """
-    parts, order = [], []
-    for places, together in _alike(excerpts):
-        order += places
-        rows = together.reshape(len(places), -1, together.shape[-1])
-        columns = Moments(*(a.T for a in _moments(rows)))
+    groups = []
+    for places, together in alike(excerpts):
+        parts, count, n, s, c = together.shape
+        rows = together.reshape(parts, count, n * s, c)
+        columns = Moments(*(jnp.moveaxis(a, -1, 0) for a in _moments(rows)))
+        size = [float(math.prod(excerpts[i].shape)) / parts for i in places]
         summary = Summary(
-            jnp.asarray([float(math.prod(excerpts[i].shape)) for i in places], rows.dtype),
+            jnp.broadcast_to(jnp.asarray(size, rows.dtype), (parts, count)),
             columns.pooled(),
-            rows.min((1, 2)),
-            rows.max((1, 2)),
+            rows.min((2, 3)),
+            rows.max((2, 3)),
             _share(~jnp.isfinite(rows)),
         )
         if values:
@@ -224,11 +158,16 @@ def summarize(excerpts: Sequence[Excerpt], *, values: bool = True) -> Summary:
             summary = summary._replace(
                 zeros=_share(rows == 0),
                 saturated=_share(flat),
-                dead=flat.all(1).astype(rows.dtype).mean(-1),
+                dead=flat.all(2).astype(rows.dtype),
                 histogram=_histograms(rows),
             )
-        parts.append(summary)
-    return joined(parts).take(np.argsort(order))
+        groups.append((places, summary))
+    return groups
+
+
+def finished(summary: Summary) -> Summary:
+    """What was seen of all parts, with the share of dead channels."""
+    return summary if summary.dead is None else summary._replace(dead=summary.dead.mean(-1))
 
 
 def joined(parts: Sequence[Summary]) -> Summary:
@@ -238,104 +177,134 @@ def joined(parts: Sequence[Summary]) -> Summary:
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
+class BatchParts(NamedTuple):
+    """What a batch norm was given, in numbers that are pooled over parts of the batch."""
+
+    moments: Moments
+    of_examples: Moments
+    """Of the means of examples."""
+    running_mean: Float[Array, " c"]
+    running_var: Float[Array, " c"]
+    examples: Float[Array, ""]
+    """Of the part; of some of them are the moments."""
+    positions: Float[Array, ""]
+    """Of each example."""
+
+    def pooled(self) -> BatchParts:
+        """Of all parts that the leading axis goes over; running statistics before the first."""
+        return BatchParts(
+            self.moments.pooled(),
+            self.of_examples.pooled(),
+            self.running_mean[0],
+            self.running_var[0],
+            self.examples.sum(0),
+            self.positions.max(0),
+        )
+
+    def summary(self) -> BatchSummary:
+        r"""What is told of it, with an estimate of how many numbers are independent.
+
+        .. math::
+            n_{ind} = \frac{n s}{1 + (s - 1) \rho}, \quad
+            \rho = \frac{B - W}{B + (s - 1) W}
+
+        for n examples of s positions, with B and W the mean squares between and within examples:
+        the number of examples where the positions of each are all alike, that of all positions
+        where each is drawn anew (the design effect and the intraclass correlation of one-way
+        analysis of variance; Kish, Survey Sampling, 1965, section 5.4).
+        """
+        n = self.of_examples.count[..., 0]
+        s = self.moments.count[..., 0] / jnp.maximum(n, 1)
+        between = s * self.of_examples.m2.sum(-1)
+        within = jnp.maximum(self.moments.m2.sum(-1) - between, 0)
+        b, w = between / jnp.maximum(n - 1, 1), within / jnp.maximum(n * (s - 1), 1)
+        total = b + (s - 1) * w
+        rho = jnp.where(total > 0, (b - w) / jnp.where(total > 0, total, 1), 0)
+        # An estimate, which chance may bring out of the range of what is possible.
+        alike = jnp.where((n > 1) & (s > 1), jnp.clip(rho, 0, 1), 1)
+        independent = self.examples * self.positions / (1 + (self.positions - 1) * alike)
+        return BatchSummary(
+            self.moments, self.running_mean, self.running_var, self.examples, independent
+        )
+
+
 def summarize_batches(
     excerpts: Sequence[Excerpt], running: Sequence[tuple[Array, Array]]
-) -> list[BatchSummary]:
-    r"""Summaries of batch norms' inputs.
-
-    .. math::
-        n_{ind} = \frac{n s}{1 + (s - 1) \rho}, \quad
-        \rho = \frac{B - W}{B + (s - 1) W}
-
-    for n examples of s positions, with B and W the mean squares between and within examples: the
-    number of examples where the positions of each are all alike, that of all positions where each
-    is drawn anew (the design effect and the intraclass correlation of one-way analysis of variance;
-    Kish, Survey Sampling, 1965, section 5.4).
+) -> list[BatchParts]:
+    """What batch norms were given, with an axis of parts of the batch.
 
     Args:
         excerpts: with all channels.
         running: mean and variance, before the batch.
-
-    Returns:
-        A `BatchSummary` each.
     """
-    found: dict[int, BatchSummary] = {}
-    for places, together in _alike(excerpts):
-        count, n, s, c = together.shape
-        moments = _moments(together.reshape(count, n * s, c))
-        between = s * _moments(together.mean(2)).m2.sum(-1)
-        within = jnp.maximum(moments.m2.sum(-1) - between, 0)
-        b, w = between / max(n - 1, 1), within / max(n * (s - 1), 1)
-        total = b + (s - 1) * w
-        rho = jnp.where(total > 0, (b - w) / jnp.where(total > 0, total, 1), 0)
+    found: dict[int, BatchParts] = {}
+    for places, together in alike(excerpts):
+        parts, count, n, s, c = together.shape
+        moments = _moments(together.reshape(parts, count, n * s, c))
+        of_examples = _moments(together.mean(3))
         for i, place in enumerate(places):
             examples, positions, _ = excerpts[place].shape
-            # An estimate, which chance may bring out of the range of what is possible.
-            alike = jnp.clip(rho[i], 0, 1) if n > 1 and s > 1 else jnp.ones_like(rho[i])
-            wide = together.dtype
-            mean, var = running[place]
-            found[place] = BatchSummary(
-                jax.tree.map(lambda a, i=i: a[i], moments),
-                mean.reshape(c).astype(wide),
-                var.reshape(c).astype(wide),
-                jnp.asarray(examples, wide),
-                examples * positions / (1 + (positions - 1) * alike),
+            mean, var = (
+                jnp.broadcast_to(a.reshape(c).astype(together.dtype), (parts, c))
+                for a in running[place]
+            )
+            found[place] = BatchParts(
+                jax.tree.map(lambda a, i=i: a[:, i], moments),
+                jax.tree.map(lambda a, i=i: a[:, i], of_examples),
+                mean,
+                var,
+                jnp.full(parts, examples / parts, together.dtype),
+                jnp.full(parts, positions, together.dtype),
             )
     return [found[i] for i in range(len(excerpts))]
 
 
 def by_channel(excerpts: Sequence[Excerpt]) -> list[Moments]:
-    """Moments of each channel.
+    """Moments of each channel, with an axis of parts of the batch.
 
     Args:
         excerpts: with all channels.
     """
     found: dict[int, Moments] = {}
-    for places, together in _alike(excerpts):
-        moments = _moments(together.reshape(len(places), -1, together.shape[-1]))
+    for places, together in alike(excerpts):
+        parts, count, n, s, c = together.shape
+        moments = _moments(together.reshape(parts, count, n * s, c))
         for i, place in enumerate(places):
-            found[place] = jax.tree.map(lambda a, i=i: a[i], moments)
+            found[place] = jax.tree.map(lambda a, i=i: a[:, i], moments)
     return [found[i] for i in range(len(excerpts))]
 
 
-def _alike(excerpts: Sequence[Excerpt]) -> list[tuple[list[int], Array]]:
-    """Those of one shape and dtype together, and where they were."""
-    groups: dict[Any, list[int]] = {}
-    for i, each in enumerate(excerpts):
-        groups.setdefault((each.rows.shape, each.rows.dtype), []).append(i)
-    return [(places, jnp.stack([excerpts[i].rows for i in places])) for places in groups.values()]
-
-
-def _moments(rows: Float[Array, "k n c"]) -> Moments:
+def _moments(rows: Float[Array, "parts k n c"]) -> Moments:
     """Of each column: squares are taken of what is left when a value near it is subtracted."""
-    n = rows.shape[1]
-    origin = _every(rows, 1, max(1, n // 8)).mean(1)
-    shifted = rows - origin[:, None]
-    mean = shifted.sum(1) / n
-    m2 = jnp.maximum(lax.square(shifted).sum(1) - n * lax.square(mean), 0)
+    n = rows.shape[2]
+    origin = every_nth(rows, 2, max(1, n // 8)).mean(2)
+    shifted = rows - origin[:, :, None]
+    mean = shifted.sum(2) / n
+    m2 = jnp.maximum(lax.square(shifted).sum(2) - n * lax.square(mean), 0)
     return Moments(jnp.full_like(mean, n), origin + mean, m2)
 
 
 def _share(condition: Array) -> Array:
-    return condition.astype(jnp.float32).mean((1, 2))
+    return condition.astype(jnp.float32).mean((2, 3))
 
 
-def _histograms(rows: Float[Array, "k n c"]) -> Float[Array, "k bins"]:
-    _, n, c = rows.shape
-    values = _every(rows, 1, _stride(n, max(1, _COUNTED // c)))
-    values = _every(values, 2, max(1, c // _COUNTED))
-    values = values.reshape(len(rows), -1)
+def _histograms(rows: Float[Array, "parts k n c"]) -> Float[Array, "parts k bins"]:
+    parts, count, n, c = rows.shape
+    counted = max(1, _COUNTED // parts)
+    values = every_nth(rows, 2, odd_stride(n, max(1, counted // c)))
+    values = every_nth(values, 3, max(1, c // counted))
+    values = values.reshape(parts, count, -1)
     finite = values == values
     # Of what is not a number the bin does not matter: it counts nothing.
     at = jnp.arcsinh(jnp.where(finite, values, 0) / _NEAR) * _PER_UNIT + BINS / 2
     bins = jnp.clip(jnp.floor(at), 0, BINS - 1).astype(jnp.int32)
 
     def scattered(bins, weights):
-        counts = jnp.zeros((len(bins), BINS), weights.dtype)
-        return counts.at[jnp.arange(len(bins))[:, None], bins].add(weights)
+        one = lambda bins, weights: jnp.zeros(BINS, weights.dtype).at[bins].add(weights)  # noqa: E731
+        return jax.vmap(jax.vmap(one))(bins, weights)
 
     def compared(bins, weights):
-        return jnp.where(bins[..., None] == jnp.arange(BINS), weights[..., None], 0).sum(1)
+        return jnp.where(bins[..., None] == jnp.arange(BINS), weights[..., None], 0).sum(2)
 
     # TPUs write one number after the other.
     return lax.platform_dependent(bins, finite.astype(rows.dtype), tpu=compared, default=scattered)
