@@ -25,6 +25,11 @@ class ParameterSummary(NamedTuple):
     gradient: Float[Array, ""]
     update: Float[Array, ""]
 
+    @property
+    def update_ratio(self) -> Float[Array, ""]:
+        """Length of the update over that of the weights; infinite where these are all zero."""
+        return jnp.where(self.weight == 0, jnp.inf, jnp.divide(self.update, self.weight))
+
 
 class Sample(NamedTuple):
     """All that was seen in one step."""
