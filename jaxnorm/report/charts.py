@@ -1,8 +1,7 @@
 """The charts of a study as Vega-Lite specifications, made with Altair.
 
-Colours are those for a light page; the page exchanges them for `THEME`'s in the dark. Charts with
-a choice carry Vega-Lite parameters, which the page's buttons set: "network" and "variant" of the
-activation charts, "measure" of the curves.
+Charts with a choice carry Vega-Lite parameters, which the page's buttons set: "network" and
+"variant" of the activation charts, "measure" of the curves.
 """
 
 import math
@@ -12,39 +11,31 @@ import altair as alt
 import numpy as np
 
 from jaxnorm.lab.results import Curves, StudyResult
+from jaxnorm.report.heat import heatmap, steps
+from jaxnorm.report.scales import DRIFT, SPREAD
 from jaxnorm.report.words import LINES, NORMALIZATIONS, Line
 
-NEUTRAL = ("#efeeea", "#2a2e35")  # a spread of one, no drift: light page, dark page
-SPREAD = {0.01: "#053061", 0.1: "#4393c3", 1.0: NEUTRAL[0], 4.0: "#e08214", 16.0: "#7f3b08"}
-DRIFT = {0.0: NEUTRAL[0], 0.5: "#b7a3d0", 2.0: "#7b5aa6", 8.0: "#3f1b6b"}
-DRIFT_DARK = {"#b7a3d0": "#5b4a80", "#7b5aa6": "#9a7fd1", "#3f1b6b": "#d9c8ff"}
 
-THEME = {  # what a light page shows -> what a dark page shows
-    NEUTRAL[0]: NEUTRAL[1],
-    **DRIFT_DARK,
-    **{line.light: line.dark for line in LINES.values()},
-}
-
-
-def build_charts(result: StudyResult) -> dict[str, dict[str, Any]]:
-    """Every chart of the page.
+def build_charts(result: StudyResult, *, activations: bool = True) -> dict[str, dict[str, Any]]:
+    """Every chart of a study's own.
 
     Args:
       result: a finished study.
+      activations: whether those on what the layers saw are wanted, too.
 
     Returns:
-      Name -> Vega-Lite specification: "spread", "drift" and "unit"; "curves-N" and "rates-N" for
-      each network N.
+      Name -> Vega-Lite specification: "spread", "drift" and "unit" of the activations; "curves-N"
+      and "rates-N" for each network N.
 
     Raises:
       Nothing of its own.
     """
     networks = list(dict.fromkeys(curves.network for curves in result.curves))
-    charts = {
-        "spread": _heatmap(result, "spread", "spread", SPREAD, "log"),
-        "drift": _heatmap(result, "drift", "drift", DRIFT, "sqrt"),
-        "unit": _unit(result),
-    }
+    charts: dict[str, Any] = {}
+    if activations:
+        charts["spread"] = _heatmap(result, "spread", "spread", SPREAD, "log")
+        charts["drift"] = _heatmap(result, "drift", "drift", DRIFT, "sqrt")
+        charts["unit"] = _unit(result)
     for network in networks:
         group = [curves for curves in result.curves if curves.network == network]
         target = next(
@@ -81,45 +72,8 @@ def _heatmap(
                     }
                 )
     network, variant = _choices(result)
-    scale = alt.Scale(
-        type=kind,
-        domain=list(colours),
-        range=list(colours.values()),
-        clamp=True,
-        interpolate="lab",  # the default goes from grey to orange by way of pink
-    )
     return (
-        alt.Chart(alt.InlineData(rows))
-        .mark_rect(invalid="filter")
-        .encode(
-            x=alt.X(
-                "step:Q",
-                title="training step",
-                axis=alt.Axis(grid=False, domain=False),
-                scale=alt.Scale(nice=False),
-            ),
-            x2="end:Q",
-            y=alt.Y(
-                "layer:O",
-                title="layer",
-                sort="descending",
-                axis=alt.Axis(ticks=False, domain=False, labelAngle=0),
-                scale=alt.Scale(paddingInner=0.06),
-            ),
-            color=alt.Color(
-                "value:Q",
-                title=title,
-                scale=scale,
-                legend=alt.Legend(
-                    orient="bottom", values=list(colours), format="~g", gradientLength=260
-                ),
-            ),
-            tooltip=[
-                alt.Tooltip("layer:O"),
-                alt.Tooltip("step:Q"),
-                alt.Tooltip("value:Q", title=title, format=".3~g"),
-            ],
-        )
+        heatmap(alt.InlineData(rows), "layer", title, colours, kind, sort="descending")
         .transform_filter("datum.network === network && datum.variant === variant")
         .add_params(network, variant)
         .properties(width="container", height=alt.Step(40))
@@ -142,7 +96,7 @@ def _unit(result: StudyResult) -> Any:
                 }
             )
     network, variant = _choices(result)
-    base = alt.Chart(alt.InlineData(rows)).encode(x=_steps())
+    base = alt.Chart(alt.InlineData(rows)).encode(x=steps())
     y = alt.Y("low:Q", title="input of the unit", scale=alt.Scale(zero=True))
     colour = LINES["batch"].light
     band = base.mark_area(opacity=0.25, color=colour, clip=True).encode(y=y, y2="high:Q")
@@ -183,7 +137,7 @@ def _curves(group: list[Curves], target: float | None) -> Any:
         alt.Chart(alt.InlineData(rows))
         .transform_calculate(value="datum[measure]")
         .transform_filter("isValid(datum.value)")
-        .encode(x=_steps())
+        .encode(x=steps())
     )
     colour, dash, opacity, pick = _key(group)
     # The range over seeds only for a name that was clicked: seven at once hide each other.
@@ -253,11 +207,6 @@ def _rates(group: list[Curves]) -> Any:
     line = base.mark_line(strokeWidth=2.2).encode(strokeDash=dash)
     points = base.mark_point(filled=True, size=34)
     return (line + points).add_params(pick).properties(width="container", height=240)
-
-
-def _steps() -> alt.X:
-    plain = alt.Axis(grid=False)
-    return alt.X("step:Q", title="training step", scale=alt.Scale(nice=False), axis=plain)
 
 
 def _key(group: list[Curves]) -> tuple[Any, Any, Any, alt.Parameter]:

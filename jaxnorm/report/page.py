@@ -1,5 +1,11 @@
-"""One page of HTML that holds everything it shows: charts, data, and the code that draws them."""
+"""One page of HTML that holds everything it shows: charts, data, and the code that draws them.
 
+The page is put together from sections. Those on a study and those on runs stand beside each other
+in one template, and each is there if the page has something for it.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -8,18 +14,21 @@ import markupsafe
 import vl_convert
 
 from jaxnorm.lab.results import DEFINITIONS, StudyResult
-from jaxnorm.report.charts import THEME, build_charts
+from jaxnorm.monitor.findings import Finding
+from jaxnorm.report.charts import build_charts
+from jaxnorm.report.run_charts import PANELS, build_run_charts
+from jaxnorm.report.runs import Run, collect
+from jaxnorm.report.scales import THEME
 from jaxnorm.report.words import COLUMNS, FOOTNOTE, LINES, NETWORKS, NORMALIZATIONS, cells
 
-BUNDLE = "window.embedChart = vegaEmbed;"
 
-
-def render_page(result: StudyResult, versions: dict[str, str]) -> str:
+def render_page(result: StudyResult, versions: Mapping[str, str], runs: Sequence[Run] = ()) -> str:
     """The report of a study: one file that asks the network for nothing.
 
     Args:
       result: a finished study.
       versions: library -> version, shown at the end.
+      runs: recordings made in the study, grouped by network.
 
     Returns:
       HTML. Every name and number in it is escaped; a content security policy forbids it to load
@@ -28,13 +37,6 @@ def render_page(result: StudyResult, versions: dict[str, str]) -> str:
     Raises:
       Nothing of its own.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: _text(name)),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     networks = [
         {
             "name": name,
@@ -53,28 +55,108 @@ def render_page(result: StudyResult, versions: dict[str, str]) -> str:
         }
         for name in dict.fromkeys(curves.network for curves in result.curves)
     ]
-    page = environment.get_template("page.html").render(
-        networks=networks,
-        columns=COLUMNS,
-        footnote=FOOTNOTE if any(not row.applicable for row in result.summaries) else "",
-        definitions=DEFINITIONS,
-        normalizations=NORMALIZATIONS,
-        lines=LINES,
-        data=result.data,
-        settings=result.settings,
-        seconds=result.seconds,
-        versions=versions,
-        charts=build_charts(result),
-        theme=THEME,
-        # The libraries name their schemas by address; a comment with "</script" would end the tag.
-        bundle=_script(vl_convert.javascript_bundle(BUNDLE)),
-        style=_raw("page.css"),
-        script=_raw("page.js"),
+    study = {
+        "networks": networks,
+        "columns": COLUMNS,
+        "footnote": FOOTNOTE if any(not row.applicable for row in result.summaries) else "",
+        "definitions": DEFINITIONS,
+        "normalizations": NORMALIZATIONS,
+        "lines": LINES,
+        "data": result.data,
+        "settings": result.settings,
+        "seconds": result.seconds,
+    }
+    return _render(runs, versions, build_charts(result, activations=not runs), study)
+
+
+def render_runs(runs: Sequence[Run], versions: Mapping[str, str]) -> str:
+    """The report of one run, or of several side by side: one file as `render_page` makes it.
+
+    Args:
+      runs: of any models, with as many samples as they have.
+      versions: library -> version, shown at the end.
+
+    Returns:
+      HTML. Findings come first; then what the layers saw, on one scale for all runs.
+
+    Raises:
+      Nothing of its own.
+    """
+    return _render(runs, versions, {}, None)
+
+
+def render_findings(findings: Sequence[Finding]) -> str:
+    """Findings alone, as a piece of HTML without scripts that stands in any page.
+
+    Args:
+      findings: of one run.
+
+    Returns:
+      HTML, escaped.
+
+    Raises:
+      Nothing of its own.
+    """
+    template = _environment().get_template("findings.html")
+    ill = [{"name": "", "findings": findings}] if findings else []
+    diagnosis = {"group": "", "ill": ill, "well": [] if findings else [""], "empty": []}
+    return template.render(diagnoses=[diagnosis], style=_raw("findings.css"), alone=True)
+
+
+def _render(
+    runs: Sequence[Run],
+    versions: Mapping[str, str],
+    charts: dict[str, Any],
+    study: dict[str, Any] | None,
+) -> str:
+    collected = collect(runs)
+    names = list(dict.fromkeys(run.name for run in runs))
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            study=study,
+            title=f"What normalization does: {study['data']['name']}" if study else _title(names),
+            runs=runs,
+            groups=list(dict.fromkeys(run.group for run in runs)),
+            diagnoses=collected.diagnoses,
+            facts=collected.facts,
+            differences=collected.differences,
+            panels={name: title for name, (title, _, _) in PANELS.items()},
+            data=collected.data,
+            versions=versions,
+            charts=charts,
+            run_charts=build_run_charts(collected.colours, names) if runs else {},
+            theme=THEME | {line.light: line.dark for line in LINES.values()},
+            bundle=_bundle(),
+            style=_raw("page.css") + _raw("findings.css"),
+            scripts=[_raw("draw.js"), *([_raw("study.js")] if study else [])]
+            + ([_raw("runs.js")] if collected.data["measures"] else []),
+            alone=False,
+        )
     )
-    return page
 
 
-def _script(code: str) -> Any:
+def _title(names: Sequence[str]) -> str:
+    if len(names) < 2:
+        return f"Inside {''.join(names) or 'no run'}"
+    return f"{', '.join(names[:-1])} and {names[-1]}, side by side"
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: _text(name)),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+@functools.cache  # it takes seconds to put together
+def _bundle() -> Any:
+    code = vl_convert.javascript_bundle("window.embedChart = vegaEmbed;")
+    # The libraries name their schemas by address; a comment with "</script" would end the tag.
     return markupsafe.Markup(code.replace("</script", "<\\/script"))
 
 

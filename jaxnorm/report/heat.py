@@ -1,0 +1,74 @@
+"""Heatmaps over the steps of a run, as Altair charts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import altair as alt
+
+SHORT = "abs(datum.value) < 0.001 && datum.value ? format(datum.value, '.0e') : datum.label"
+"""Of an axis or a legend, where small numbers would be rows of zeros."""
+
+
+def steps(title: str | None = "training step", **options: Any) -> alt.X:
+    """The axis that every chart over time has."""
+    return alt.X(
+        "step:Q",
+        title=title,
+        scale=alt.Scale(nice=False, zero=False),
+        axis=alt.Axis(grid=False, tickCount=8, tickMinStep=1, format="~s", **options),
+    )
+
+
+def heatmap(
+    data: Any, row: str, of: str, colours: Mapping[float, str], kind: Any, **row_axis: Any
+) -> alt.Chart:
+    """Rows by step, in colours.
+
+    Args:
+      data: of Altair, with the fields "step", "end", "value" and `row`.
+      row: the field that names a row.
+      of: what the value is of, for people.
+      colours: value -> colour; beyond the first and the last the colour stays.
+      kind: of the colours' scale.
+      row_axis: options of the axis of the rows.
+
+    Returns:
+      A chart without a size.
+
+    Raises:
+      Nothing of its own.
+    """
+    scale = alt.Scale(
+        type=kind,
+        domain=list(colours),
+        range=list(colours.values()),
+        clamp=True,
+        interpolate="lab",  # the default goes from grey to orange by way of pink
+    )
+    legend = alt.Legend(
+        orient="bottom", values=list(colours), format="~g", labelExpr=SHORT, gradientLength=260
+    )
+    axis = {"ticks": False, "domain": False, "labelAngle": 0, **row_axis}
+    x = steps()
+    x.axis.domain = False  # type: ignore[union-attr]
+    return (
+        alt.Chart(data)
+        .mark_rect(invalid="filter", aria=False)  # thousands; the chart has a label as a whole
+        .encode(
+            x=x,
+            x2="end:Q",
+            y=alt.Y(
+                f"{row}:O",
+                title=axis.pop("title", row),
+                sort=axis.pop("sort", None),
+                axis=alt.Axis(**axis),
+                scale=alt.Scale(paddingInner=0.06),
+            ),
+            color=alt.Color("value:Q", title=of, scale=scale, legend=legend),
+            tooltip=[
+                alt.Tooltip(f"{row}:N"),
+                alt.Tooltip("step:Q"),
+                alt.Tooltip("value:Q", title=of, format=".3~g"),
+            ],
+        )
+    )

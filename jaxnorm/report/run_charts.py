@@ -1,0 +1,198 @@
+"""The charts of recordings as Vega-Lite specifications, made with Altair.
+
+They hold no numbers: the page fills the data sets "cells", "bars", "lines" and "now" with what is
+chosen. "now" is the step of the slider.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+
+from jaxnorm.report.heat import SHORT, heatmap, steps
+from jaxnorm.report.scales import CHANNELS, LOOKS, NOT_FINITE, UPDATES, Look
+from jaxnorm.report.words import LINES, Line
+
+LINE, MARKER = LINES["batch"].light, "#888888"
+PANELS: dict[str, tuple[str, Any, list[float]]] = {
+    # Of the section on shift: title, kind of scale, and what the axis covers at least. Scaled to
+    # their own range, numbers that hardly change would look as restless as any.
+    "mean_drift": ("mean drift", "log", [0.001, 0.1]),
+    "variance_ratio": ("variance ratio", "log", [0.5, 2.0]),
+    "kl_divergence": ("KL divergence, in nats", "log", [0.0001, 0.1]),
+    "l2": ("gradient-based shift: l2 distance", "log", []),
+    "cosine": ("gradient-based shift: cosine", "linear", [0.0, 1.0]),
+    "loss": ("loss", "linear", []),
+}
+_EXTENT = 52  # of the axes of charts that stand above each other, so that their steps are in line
+# Of a long name the end is what tells it from the others.
+_TAIL = """(length(datum.label) > (width < 400 ? 16 : 28)
+  ? '…' + slice(datum.label, width < 400 ? -15 : -27) : datum.label)"""
+
+
+def build_run_charts(
+    measures: Mapping[str, Mapping[float, str]], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Every chart of the sections on runs.
+
+    Args:
+      measures: name of each measure that a run has -> value -> colour.
+      names: of the runs.
+
+    Returns:
+      Name -> Vega-Lite specification.
+
+    Raises:
+      Nothing of its own.
+    """
+    charts = {f"heat-{name}": _cells(LOOKS[name], colours) for name, colours in measures.items()}
+    for name, look in {"channels": CHANNELS, "updates": UPDATES}.items():
+        assert look.colours is not None
+        charts[name] = _cells(look, look.colours, "channel" if name == "channels" else "parameter")
+    lowest = list(PANELS)[-1]  # the one whose axis has numbers, as its steps are those of all
+    charts |= {f"panel-{name}": _panel(*panel, name == lowest) for name, panel in PANELS.items()}
+    charts |= {"histogram": _histogram(), "band": _band(), "metric": _metric(names)}
+    # The tests draw them all; to check them against the grammar at each use would take seconds.
+    return {name: chart.to_dict(validate=False) for name, chart in charts.items()}
+
+
+def _data(name: str) -> alt.NamedData:
+    return alt.NamedData(name)
+
+
+def _now() -> alt.Chart:
+    return (
+        alt.Chart(_data("now"))
+        .mark_rule(color=MARKER, strokeWidth=1.5, strokeDash=[4, 2])
+        .encode(x="step:Q")
+    )
+
+
+def _cells(look: Look, colours: Mapping[float, str], row: str = "layer") -> Any:
+    heat = heatmap(
+        _data("cells"), row, look.label, colours, look.kind,
+        title=None, labelExpr=_TAIL, labelLimit=200, labelOverlap=True, labelFontSize=11,
+    )  # fmt: skip
+    # What is infinite or no number has no place on a scale, and is what must not be overlooked.
+    heat.mark.invalid = None
+    heat.encoding.color = alt.condition(
+        "!isValid(datum.value)", alt.value(NOT_FINITE), heat.encoding.color
+    )
+    heat.encoding.tooltip = [
+        alt.Tooltip(f"{row}:N"),
+        alt.Tooltip("step:Q"),
+        alt.Tooltip("said:N", title=look.label),
+    ]
+    return _sized(heat + _now())
+
+
+def _sized(chart: Any, **options: Any) -> Any:
+    """As wide as its place on the page, and as tall as it is told."""
+    fit = alt.AutoSizeParams(type="fit-x", contains="padding")
+    return chart.properties(width="container", autosize=fit, **options)
+
+
+def _histogram() -> Any:
+    # Every bin that matters at any step is in the data, and the highest bar of all steps with it:
+    # the axes stay while the slider moves.
+    x = alt.X(
+        "start:Q",
+        title="value",
+        scale=alt.Scale(nice=False, zero=False),
+        axis=alt.Axis(format="~g", grid=False, tickCount=6),
+    )
+    base = alt.Chart(_data("bars"))
+    y = alt.Y("height:Q", title="density", axis=alt.Axis(labels=False, ticks=False, grid=False))
+    bars = base.mark_rect(color=LINE, opacity=0.85).encode(
+        x=x,
+        x2="end:Q",
+        y=y,
+        y2=alt.datum(0),
+        tooltip=[
+            alt.Tooltip("start:Q", title="from", format=".3~g"),
+            alt.Tooltip("end:Q", title="to", format=".3~g"),
+            alt.Tooltip("count:Q", title="elements counted", format=".0f"),
+        ],
+    )
+    top = base.mark_point(opacity=0, tooltip=None).encode(x="start:Q", y="highest:Q")
+    return _sized(bars + top, height=220)
+
+
+def _band() -> Any:
+    base = alt.Chart(_data("lines")).encode(x=steps())
+    y = alt.Y(
+        "low:Q", title="value", axis=alt.Axis(tickCount=5, format="~g", minExtent=_EXTENT),
+        scale=alt.Scale(zero=False),
+    )  # fmt: skip
+    band = base.mark_area(opacity=0.25, color=LINE, clip=True).encode(y=y, y2="high:Q")
+    line = base.mark_line(color=LINE, clip=True).encode(
+        y="middle:Q",
+        tooltip=[
+            alt.Tooltip("step:Q"),
+            alt.Tooltip("low:Q", title="15th percentile", format=".3~g"),
+            alt.Tooltip("middle:Q", title="median", format=".3~g"),
+            alt.Tooltip("high:Q", title="85th percentile", format=".3~g"),
+        ],
+    )
+    points = base.mark_point(color=LINE, filled=True, size=14).encode(y="middle:Q")
+    return _sized(band + line + points + _now(), height=220)
+
+
+def _panel(title: str, kind: Any, least: list[float], lowest: bool) -> Any:
+    scale = alt.Scale(type=kind, nice=False)
+    if kind == "linear":
+        scale.zero = False
+    if least:
+        scale.domain = alt.DomainUnionWith(unionWith=least)
+    x = steps() if lowest else steps(None, labels=False, ticks=False)
+    axis = alt.Axis(
+        tickCount=3, format="~g", labelExpr=SHORT, labelLimit=_EXTENT - 8,
+        minExtent=_EXTENT, maxExtent=_EXTENT, grid=kind == "linear",
+    )  # fmt: skip
+    base = alt.Chart(_data("lines")).encode(x=x)
+    line = base.mark_line(color=LINE, strokeWidth=1.8).encode(
+        y=alt.Y("value:Q", title=None, scale=scale, axis=axis)
+    )
+    points = base.mark_point(color=LINE, filled=True, size=14).encode(
+        y="value:Q",
+        tooltip=[alt.Tooltip("step:Q"), alt.Tooltip("value:Q", title=title, format=".3~g")],
+    )
+    head = alt.TitleParams(title, anchor="start", fontSize=12, fontWeight=600, offset=4)
+    return _sized(line + points + _now(), height=70, title=head)
+
+
+def _metric(names: Sequence[str]) -> Any:
+    lines = list(LINES.values())
+    by_name: dict[str, Line] = {
+        name: LINES.get(name, lines[(i + 1) % len(lines)]) for i, name in enumerate(names)
+    }
+    legend = alt.Legend(
+        title=None, orient="bottom", columns=4, symbolType="stroke", symbolSize=300, symbolOpacity=1
+    )
+    drawn = (
+        alt.Chart(_data("lines"))
+        .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=14))
+        .encode(
+            x=steps(),
+            y=alt.Y(
+                "value:Q", title=None, scale=alt.Scale(zero=False),
+                axis=alt.Axis(tickCount=5, format="~g", minExtent=_EXTENT),
+            ),
+            color=alt.Color(
+                "run:N", legend=legend,
+                scale=alt.Scale(domain=list(by_name), range=[a.light for a in by_name.values()]),
+            ),
+            strokeDash=alt.StrokeDash(
+                "run:N", legend=legend,
+                scale=alt.Scale(
+                    domain=list(by_name), range=[list(a.dash) or [1, 0] for a in by_name.values()]
+                ),
+            ),
+            tooltip=[
+                alt.Tooltip("run:N"),
+                alt.Tooltip("step:Q"),
+                alt.Tooltip("value:Q", format=".4~g"),
+            ],
+        )
+    )  # fmt: skip
+    return _sized(drawn + _now(), height=220)

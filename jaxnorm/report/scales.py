@@ -1,0 +1,177 @@
+"""How each measure is drawn: its name, its colours, and what good looks like.
+
+Colours are those for a light page; the page exchanges them for `THEME`'s in the dark, where what is
+far from good is bright. Blue and orange, and the lightness of purple, can be told apart by the
+colour-blind.
+"""
+
+from typing import Literal, NamedTuple
+
+from jaxnorm.report.pack import Mode
+
+Kind = Literal["linear", "log", "symlog", "sqrt"]
+
+NEUTRAL = ("#efeeea", "#2a2e35")  # what is good: light page, dark page
+_FAR_LOW, _LOW, _HIGH, _FAR_HIGH = "#053061", "#4393c3", "#e08214", "#7f3b08"
+_SOME, _MUCH, _FAR = "#b7a3d0", "#7b5aa6", "#3f1b6b"
+FREE = ("#00204d", "#414d6b", "#7c7b78", "#bcaf6f", "#ffea46")  # cividis: no value is the good one
+NOT_FINITE = "#d6006c"
+
+THEME = {  # what a light page shows -> what a dark page shows
+    NEUTRAL[0]: NEUTRAL[1],
+    _FAR_LOW: "#b3dbff",
+    _LOW: "#3f86c4",
+    _HIGH: "#c8741a",
+    _FAR_HIGH: "#ffcf94",
+    _SOME: "#5b4a80",
+    _MUCH: "#9a7fd1",
+    _FAR: "#d9c8ff",
+    NOT_FINITE: "#ff4d9e",
+}
+
+
+class Look(NamedTuple):
+    """How a measure is drawn."""
+
+    label: str
+    kind: Kind
+    colours: dict[float, str] | None
+    """Value -> colour; None where the scale has to come from the runs."""
+    good: str
+    """What good looks like, in one sentence."""
+    bad: str
+    """What the other colours tell."""
+    compares: bool = False
+    """With the sample before, so that there is nothing at the first."""
+
+    @property
+    def mode(self) -> Mode:
+        """How its numbers are packed."""
+        return _MODES[self.kind]
+
+
+_MODES: dict[Kind, Mode] = {"linear": "linear", "log": "log", "sqrt": "log", "symlog": "signed"}
+
+
+def _around(*stops: float) -> dict[float, str]:
+    colours = (_FAR_LOW, _LOW, NEUTRAL[0], _HIGH, _FAR_HIGH)
+    return dict(zip(stops, colours, strict=True))
+
+
+def _above(*stops: float) -> dict[float, str]:
+    return dict(zip(stops, (NEUTRAL[0], _SOME, _MUCH, _FAR), strict=True))
+
+
+SPREAD, DRIFT = _around(0.01, 0.1, 1.0, 4.0, 16.0), _above(0.0, 0.5, 2.0, 8.0)
+_NATS = _above(0.0, 0.05, 0.5, 5.0)
+_SHARE = _above(0.0, 0.3, 0.6, 1.0)
+
+LOOKS = {
+    "mean": Look(
+        "mean", "symlog", _around(-10, -1, 0, 1, 10),
+        "Good is neutral, the shade of 0, after a normalization; elsewhere a colour that stays.",
+        "Blue lies below zero, orange above; a row that changes its colour moves.",
+    ),
+    "deviation": Look(
+        "standard deviation", "log", SPREAD,
+        "Good is neutral, the shade of 1, in every row and from the first step on.",
+        "Blue: a signal that dies out. Orange: one that grows. Shades that deepen from row to row "
+        "are a network that shrinks or blows up what passes through it.",
+    ),
+    "mean_drift": Look(
+        "mean drift", "sqrt", _above(0.0, 0.1, 0.5, 2.0),
+        "Good is neutral, the shade of 0, and stays so.",
+        "Purple: the mean moved since the sample before; the layers above have to follow.", True,
+    ),
+    "variance_ratio": Look(
+        "variance ratio", "log", _around(0.1, 0.5, 1.0, 2.0, 10.0),
+        "Good is neutral, the shade of 1: the spread is that of the sample before.",
+        "Blue: it shrank. Orange: it grew.", True,
+    ),
+    "kl_divergence": Look(
+        "KL divergence", "sqrt", _NATS,
+        "Good is neutral, the shade of 0: the distribution stays where it is.",
+        "Purple: mean or variance are not those of the sample before.", True,
+    ),
+    "histogram_kl": Look(
+        "KL divergence of histograms", "sqrt", _NATS,
+        "Good is neutral, the shade of 0: the distribution keeps its shape.",
+        "Purple: its shape is not that of the sample before.", True,
+    ),
+    "population_stability_index": Look(
+        "population stability index", "sqrt", _above(0.0, 0.1, 0.25, 1.0),
+        "Good is neutral: below 0.1 a distribution is held to be stable.",
+        "Between 0.1 and 0.25 it is held to have moved a little, above that much.", True,
+    ),
+    "skewness": Look(
+        "skewness", "symlog", _around(-10, -2, 0, 2, 10),
+        "Good is neutral, the shade of 0: as symmetric as a normal distribution.",
+        "Blue: a long tail to the left. Orange: one to the right, as after every ReLU.",
+    ),
+    "excess_kurtosis": Look(
+        "excess kurtosis", "symlog", _around(-10, -2, 0, 3, 30),
+        "Good is neutral, the shade of 0: tails as of a normal distribution.",
+        "Orange: few elements carry most of the signal. Blue: two heaps, or hard limits.",
+    ),
+    "minimum": Look(
+        "minimum", "symlog", _around(-100, -10, 0, 10, 100),
+        "Good is a colour that stays.", "A shade that deepens is a tail that grows.",
+    ),
+    "maximum": Look(
+        "maximum", "symlog", _around(-100, -10, 0, 10, 100),
+        "Good is a colour that stays.", "A shade that deepens is a tail that grows.",
+    ),
+    "zeros": Look(
+        "zeros", "linear", _SHARE,
+        "Good is about half after a ReLU, and none elsewhere.",
+        "Dark purple: hardly anything comes through.",
+    ),
+    "saturated": Look(
+        "saturated", "linear", _SHARE,
+        "Good is the lighter half: most elements lie where the nonlinearity has a slope.",
+        "Dark purple: elements that no gradient passes.",
+    ),
+    "dead": Look(
+        "dead", "linear", _SHARE,
+        "Good is neutral, the shade of 0: each channel is alive for some example.",
+        "Purple: channels that are flat for every example, and learn nothing more.",
+    ),
+    "nonfinite": Look(
+        "not finite", "linear", _above(0.0, 0.01, 0.1, 1.0),
+        "Good is neutral, the shade of 0, everywhere.",
+        "The first cell of another shade is where a run broke.",
+    ),
+    "gradient_norm": Look(
+        "gradient norm", "log", None,
+        "Good is about one shade in all rows: each layer hears of the loss.",
+        "Shades that change from row to row are gradients that vanish or explode with depth.",
+    ),
+    "running_kl": Look(
+        "running against batch", "sqrt", _NATS,
+        "Good is neutral, the shade of 0, soon after the start: evaluation will see what training "
+        "sees.",
+        "Purple: the running statistics are not those of the batch.",
+    ),
+    "effective_batch": Look(
+        "effective batch", "log", None,
+        "Good is bright: many independent numbers stand behind the statistics.",
+        "Dark: few do, and the statistics are noise.",
+    ),
+    "near_epsilon": Look(
+        "near epsilon", "linear", _SHARE,
+        "Good is neutral, the shade of 0: epsilon changes no channel.",
+        "Purple: channels so constant that epsilon decides how they are scaled.",
+    ),
+}  # fmt: skip
+
+CHANNELS = Look(
+    "nats", "sqrt", _NATS,
+    "Good is neutral soon after the start, in every channel.",
+    "Purple: a channel that evaluation will normalize otherwise than training does. The rows are "
+    "the channels that come furthest apart.",
+)  # fmt: skip
+UPDATES = Look(
+    "update to weight", "log", _around(1e-6, 1e-4, 1e-3, 1e-2, 1e-1),
+    "Good is close to neutral, a thousandth, in every row.",
+    "Blue: parameters that hardly move. Orange: ones that are thrown about.",
+)  # fmt: skip

@@ -1,0 +1,83 @@
+"""Recordings of networks that were never trained: any size and any names, in no time."""
+
+import numpy as np
+
+from jaxnorm.monitor import Recording
+from jaxnorm.monitor.buffer import Buffer
+from jaxnorm.monitor.gradients import GradientShift
+from jaxnorm.monitor.marks import Place
+from jaxnorm.monitor.schema import Schema
+from jaxnorm.monitor.summary import BINS, EDGES
+
+FIELDS = ("size", "moments|count", "moments|mean", "moments|m2", "minimum", "maximum", "nonfinite")
+VALUES = ("zeros", "saturated", "dead")
+CHANNELS = ("moments|count", "moments|mean", "moments|m2", "running_mean", "running_var")
+
+
+def invent(
+    folder, layers=3, samples=12, *, norm="BatchNorm", nonlinearity="relu", prefix="", channels=16,
+    settings=None, spoil=None, lost=0,
+):  # fmt: skip
+    """A recording whose every layer sees a normal distribution that widens with depth.
+
+    `norm` and `nonlinearity` may be "", for none; `spoil(arrays)` may change what is recorded.
+    """
+    kinds = [kind for kind in (norm, nonlinearity) if kind]
+    places = tuple(
+        Place(
+            f"{prefix}{kind}_{i}", kind, side, is_norm=kind == norm,
+            facts=(("epsilon", 1e-5),) if kind == norm else (),
+        )
+        for i in range(layers) for kind in kinds for side in ("input", "output")
+    )  # fmt: skip
+    parameters = tuple(f"{prefix}Dense_{i}/{name}" for i in range(layers) for name in "wb")
+    rng, n, k = np.random.default_rng(0), samples, len(places)
+    time = np.linspace(0, 1, n)[:, None] + np.zeros((n, k))
+    mean = 0.2 * np.sin(6 * time + np.arange(k)) + rng.normal(size=(n, k)) * 0.01
+    deviation = (1 + time) * 1.1 ** np.arange(k)
+    values = mean[..., None] + deviation[..., None] * rng.normal(size=(n, k, 256))
+    arrays = {f"sights|values|{name}": np.zeros((n, k)) for name in FIELDS + VALUES}
+    arrays["sights|values|size"] += 4096
+    arrays["sights|values|moments|count"] += 256
+    arrays["sights|values|moments|mean"] += mean
+    arrays["sights|values|moments|m2"] += 256 * deviation**2
+    arrays["sights|values|minimum"], arrays["sights|values|maximum"] = (
+        values.min(-1),
+        values.max(-1),
+    )
+    for name in VALUES:
+        arrays[f"sights|values|{name}"] += rng.uniform(size=(n, k))
+    bins = np.searchsorted(EDGES, values)
+    arrays["sights|values|histogram"] = (bins[..., None] == np.arange(BINS)).sum(2, dtype=float)
+    for name in FIELDS:
+        arrays[f"sights|gradients|{name}"] = arrays[f"sights|values|{name}"] * 1e-3
+    for place in places:
+        if place.kind == "BatchNorm" and place.side == "input":
+            for name in CHANNELS:
+                shown = np.exp(0.3 * rng.normal(size=(n, channels)))
+                arrays[f"sights|batches|{place.name}|{name}"] = shown
+            for name in ("examples", "independent"):
+                arrays[f"sights|batches|{place.name}|{name}"] = np.full(n, 64.0)
+    for name, size in (("weight", 1.0), ("gradient", 0.1), ("update", 1e-3)):
+        shown = size * np.exp(rng.normal(size=(n, len(parameters))))
+        arrays[f"parameters|{name}"] = shown
+    arrays["metrics|loss"] = 2 * np.exp(-time[:, 0]) if k else np.linspace(2, 1, n)
+    if spoil is not None:
+        spoil(arrays)
+    columns = tuple((path, array.shape[1:]) for path, array in arrays.items())
+    schema = Schema(columns, places, tuple(place.name for place in places), parameters)
+    rows = np.concatenate([a.reshape(n, -1) for a in arrays.values()], 1).astype(np.float32)
+    recording = Recording(folder, settings or {"learning rate": 0.1})
+    free = np.zeros((1, rows.shape[1]), np.float32)  # the row that a buffer keeps for the next
+    recording.append(Buffer(np.concatenate([rows, free]), np.arange(n + 1) * 4, n, schema))
+    recording.lost += lost
+    return recording
+
+
+def shifted(recording, layers=4):
+    """The same with a gradient-based shift, as a monitor that is asked for it records it."""
+    rng = np.random.default_rng(1)
+    l2 = np.exp(rng.normal(size=(len(recording), layers)))
+    names = tuple(f"Dense_{i}" for i in range(layers))
+    recording.shift = GradientShift(names, l2, np.tanh(l2))
+    return recording
