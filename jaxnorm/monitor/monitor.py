@@ -101,24 +101,26 @@ class Monitor:
         """
 
         def step(state: Any, batch: Any) -> Any:
-            traced = _Traced(made, state.replace(monitor=None), batch)
+            bare = state.replace(monitor=None)
+            traced = _Traced(made, bare, batch)
 
-            def plain(leaves: list[Any]) -> Any:
-                new, metrics, _ = traced.run(leaves)
-                return new, metrics, jnp.zeros(schema.width, jnp.float32)
+            def plain(state: Any, row: Any) -> Any:
+                new, metrics, _ = traced.run(jax.tree.leaves((state, batch)))
+                return new, metrics, row
 
-            def looking(leaves: list[Any]) -> Any:
-                new, metrics, sample = self._look(traced, leaves)
+            def looking(state: Any, row: Any) -> Any:
+                new, metrics, sample = self._look(traced, state, batch)
                 _check_same(schema, Schema.of(sample, state.params))
                 return new, metrics, row_of(sample)
 
             schema = state.monitor.schema
             now = state.step if members is None else lax.pmax(state.step, members)
             taken = now % self.every == 0
+            row = jnp.zeros(schema.width, jnp.float32)
             if self.every == 1:
-                new, metrics, row = looking(traced.leaves)
+                new, metrics, row = looking(bare, row)
             else:
-                new, metrics, row = lax.cond(taken, looking, plain, traced.leaves)
+                new, metrics, row = _either(taken, looking, plain, bare, row)
             return new.replace(monitor=state.monitor.push(state.step, row, taken)), metrics
 
         return step
@@ -127,18 +129,17 @@ class Monitor:
         """An empty buffer for the samples of a step; nothing is computed."""
 
         def look(state: Any, batch: Any) -> Sample:
-            traced = _Traced(made, state, batch)
-            return self._look(traced, traced.leaves)[2]
+            return self._look(_Traced(made, state, batch), state, batch)[2]
 
         sample = jax.eval_shape(look, state, batch)
         return Buffer.empty(Schema.of(sample, state.params), self.capacity)
 
-    def _look(self, traced: _Traced, leaves: list[Any]) -> tuple[Any, Any, Sample]:
+    def _look(self, traced: _Traced, state: Any, batch: Any) -> tuple[Any, Any, Sample]:
         """The step's results, and a sample of what went on in it."""
+        leaves = jax.tree.leaves((state, batch))
         made, sights = look(traced.program, leaves, self.elements, self.gradients, self.channels)
         new, metrics, (gradient, update) = jax.tree.unflatten(traced.results, made)
         numbers = {name: m for name, m in metrics.items() if jnp.ndim(m) == 0}
-        state, batch = jax.tree.unflatten(traced.arguments, leaves)
 
         def gradient_at(params: Any) -> Any:
             # The rest of the step nobody asks for, and the compiler leaves out.
@@ -152,16 +153,35 @@ class Monitor:
 
 
 class _Traced:
-    """The program of a step, its inputs, and the structures of its arguments and results."""
+    """The program of a step, and the structure of its results."""
 
     def __init__(self, made: Callable, *args: Any):
         self.program, shape = jax.make_jaxpr(made, return_shape=True)(*args)
-        self.leaves, self.arguments = jax.tree.flatten(args)
         self.results = jax.tree.structure(shape)
 
     def run(self, leaves: list[Any]) -> Any:
         """The step."""
         return jax.tree.unflatten(self.results, jaxpr_as_fun(self.program)(*leaves))
+
+
+def _either(taken: Any, looking: Callable, plain: Callable, state: Any, row: Any) -> Any:
+    """What one of two steps makes of a state."""
+
+    def branch(state: Any, row: Any) -> Any:
+        return lax.cond(taken, looking, plain, state, row)
+
+    def turns(state: Any, row: Any) -> Any:
+        metrics = jax.eval_shape(plain, state, row)[1]
+        made = state, jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics), row
+        for step, times in ((plain, ~taken), (looking, taken)):
+            made = lax.fori_loop(
+                0, times.astype(jnp.int32), lambda _, m, step=step: step(m[0], m[2]), made
+            )
+        return made
+
+    # On CPUs the results of a branch are copied to where the state was: thirty small copies are a
+    # few percent of a small step. A loop of one turn, or of none, changes the state in place.
+    return lax.platform_dependent(state, row, cpu=turns, default=branch)
 
 
 def _norms(*trees: Any) -> ParameterSummary:
