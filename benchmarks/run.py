@@ -1,6 +1,7 @@
 """Run a benchmark, or render the committed results.
 
-    python benchmarks/run.py ops|blocks|tpu|memory|compile|scaling|accuracy [--quick] [--out DIR]
+    python benchmarks/run.py ops|blocks|tpu|memory|compile|scaling|accuracy|monitor [--quick]
+        [--out DIR]
     python benchmarks/run.py report [--readme|--evidence] [--results DIR] [--out DIR]
 
 A run prints its tables and writes every sample to `<DIR>/<name>.json`; DIR is
@@ -28,6 +29,7 @@ BENCHMARKS = {
     "compile": "compiling",
     "scaling": "scaling",
     "accuracy": "accuracy",
+    "monitor": "monitoring",
 }
 
 

@@ -25,6 +25,7 @@ TABLES: dict[str, Callable[[dict], list[Table]]] = {
         programs.devices(results),
     ],
     "accuracy": accuracy.tables,
+    "monitor": lambda results: [speed.monitoring(results)],
 }
 
 

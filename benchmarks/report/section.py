@@ -9,8 +9,9 @@ from benchmarks.report.table import Table, origin, shape
 def section(read: dict[str, dict]) -> str:
     """Of the records that are there, by name."""
     parts = [part(read[name]) for name, part in _PARTS.items() if name in read]
-    ending = "`python benchmarks/run.py ops` (blocks, tpu, memory, compile, scaling, accuracy) in\n"
-    ending += "`.venv-test` measures them again; `python benchmarks/run.py report` shows all.\n"
+    ending = "`python benchmarks/run.py ops` (blocks, tpu, memory, compile, scaling, accuracy,\n"
+    ending += "monitor) in `.venv-test` measures them again; `python benchmarks/run.py report`\n"
+    ending += "shows all.\n"
     return "\n" + "\n".join([*parts, ending])
 
 
@@ -57,6 +58,15 @@ def _memory(results: dict) -> str:
         results,
         "Kept under `jit` from forward to backward for bfloat16 `x`, in bytes of `x`:",
         programs.memory(results, traced=("jit",)),
+    )
+
+
+def _monitor(results: dict) -> str:
+    return _part(
+        results,
+        """Time of a training step with a monitor that looks at each 64th step, and at every one,
+over the same step without; median and quartiles of interleaved rounds:""",
+        speed.monitoring(results),
     )
 
 
@@ -117,4 +127,5 @@ _PARTS: dict[str, Callable[[dict], str]] = {
     "memory": _memory,
     "compile": _compile,
     "scaling": _scaling,
+    "monitor": _monitor,
 }

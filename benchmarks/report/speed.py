@@ -1,4 +1,4 @@
-"""Time, as tables: operations, whole train steps, tracing and compiling, growth."""
+"""Time, as tables: operations, train steps, what monitors cost, compiling, growth."""
 
 import statistics
 from dataclasses import dataclass
@@ -127,6 +127,19 @@ def compiling(results: dict) -> Table:
         rows.append((WORD[norm], network, *map(spread, found.values()), spread(ratio)))
     columns = ("", "network", *peers, "jaxnorm / flax")
     title = "Seconds to trace and compile jit(grad) of eight layers, median (quartiles)"
+    return Table(title, columns, rows, 2)
+
+
+def monitoring(results: dict) -> Table:
+    """Milliseconds of a step without a monitor, and what a monitor makes of them."""
+    bare, *watched = results["settings"]["peers"]
+    rows = []
+    for (network, size), samples in grouped(results["samples"], 2).items():
+        found = columns_of(samples, [bare, *watched])
+        costs = [spread(ratios(found, peer, bare)) for peer in watched]
+        rows.append((network, shape(size), spread(found[bare]), *costs))
+    columns = ("network", "input", f"{bare}, ms", *watched)
+    title = "A training step with a monitor over one without, median (quartiles)"
     return Table(title, columns, rows, 2)
 
 

@@ -72,6 +72,19 @@ def test_train_steps():
     assert row[1] == "RMSNorm" and row[-2].startswith("0.75") and row[-1] == "0.50"
 
 
+def test_monitored_steps_are_compared_round_by_round():
+    from benchmarks.report import speed
+
+    found = record(
+        "monitor",
+        ["no monitor", "every 64", "every 1"],
+        samples=[["net", [2, 3], i, [v, 1.01 * v, 1.5 * v]] for i, v in enumerate((1.0, 2.0, 9.0))],
+    )
+    (row,) = speed.monitoring(found).rows
+    assert row[:2] == ("net", "2x3") and row[2].startswith("2.00")
+    assert row[3].startswith("1.01") and row[4].startswith("1.50")
+
+
 def test_programs():
     from benchmarks.report import programs
 
