@@ -74,7 +74,9 @@ const page = (() => {
       const key = `${wanted.key} ${dark.matches} ${small.matches}`;
       chart.wanted = null;
       if (chart.key === key) {
-        for (const [name, rows] of Object.entries(wanted.data)) if (rows !== chart.given[name]) chart.view.data(name, rows);
+        const changed = Object.entries(wanted.data).filter(([name, rows]) => rows !== chart.given[name]);
+        for (const [name, rows] of changed) chart.view.data(name, rows);
+        if (changed.some(([name]) => name !== "now")) chart.view.resize(); // the labels may be longer
       } else {
         chart.view?.finalize();
         chart.view = await embed(chart, wanted);

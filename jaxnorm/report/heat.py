@@ -5,7 +5,7 @@ from typing import Any
 
 import altair as alt
 
-SHORT = "abs(datum.value) < 0.001 && datum.value ? format(datum.value, '.0e') : datum.label"
+SHORT = "format(datum.value, abs(datum.value) < 0.001 && datum.value ? '.0e' : '~g')"
 """Of an axis or a legend, where small numbers would be rows of zeros."""
 
 

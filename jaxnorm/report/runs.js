@@ -148,13 +148,14 @@
     page.draw("band", { spec: specs.band, data: { lines, now: now() } });
   };
 
-  // Layers of parameters and places have names of their own: the nearest is the one that shares
-  // most of its path.
+  // Layers of parameters and places have names of their own: the nearest is the one that shares most
+  // of its path, and of those the one of the same number.
   const nearest = (layers, path) => {
     const shared = (layer) => {
       const [a, b] = [layer.split("/"), path.split("/")];
       const apart = a.findIndex((part, i) => part !== b[i]);
-      return apart < 0 ? a.length : apart;
+      const [number, other] = [layer, path].map((name) => /\d*$/.exec(name)[0]);
+      return 2 * (apart < 0 ? a.length : apart) + (number === other);
     };
     return layers.reduce((best, layer, i) => (shared(layer) > shared(layers[best]) ? i : best), 0);
   };
