@@ -6,9 +6,11 @@ Each command imports what it needs when it runs, so that `jaxnorm --help` answer
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -122,6 +124,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(command=_doctor)
     doctor.add_argument("run", metavar="RUN", help="folder of the recording")
+    report = commands.add_parser(
+        "report",
+        help="write a page of HTML on one run, or on several side by side",
+        description=(
+            "Read what a monitor recorded, and write one page of HTML that works offline: what is "
+            "wrong first, then what every layer saw, step by step. With several runs the page "
+            "switches between them, on one scale of colours."
+        ),
+    )
+    report.set_defaults(command=_report)
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a recording")
+    report.add_argument(
+        "--out",
+        metavar="FILE",
+        default=REPORT,
+        help="the page; one that is there is replaced (default: %(default)s)",
+    )
     return parser
 
 
@@ -152,12 +171,7 @@ def _recording(command: str, folder: str) -> "Recording":
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    missing = [name for module, name in LAB_PACKAGES.items() if not _installed(module)]
-    if missing:
-        raise UsageError(
-            f"demo: the packages of the extra 'lab' must be installed; {', '.join(missing)} "
-            f'{"is" if len(missing) == 1 else "are"} not. Run: pip install "jaxnorm[lab]"'
-        )
+    _check_packages("demo")
     from jaxnorm.report.files import OutputError, check_folder
 
     try:
@@ -183,10 +197,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     config = demo_config(seed=arguments.seed, steps=arguments.steps, quick=arguments.quick)
     result = _run(config, data)
-    versions = {
-        name: _version(name)
-        for name in ("jaxnorm", "jax", "flax", "optax", "numpy", "scikit-learn", "altair")
-    } | {"python": sys.version.split()[0]}
+    versions = _versions()
     stored = {"command": "jaxnorm demo", "versions": versions, **result.to_json()}
     texts = {
         REPORT: render_page(result, versions),
@@ -237,6 +248,71 @@ def _run(config: "StudyConfig", data: object) -> "StudyResult":
                 bar.console.print(f"  {name:<48} validation accuracy {state.accuracy:6.1%}")
 
         return run_study(config, data, show)  # type: ignore[arg-type]
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    _check_packages("report")
+    from jaxnorm.report.files import OutputError, check_folder, write_files
+
+    out = Path(os.path.abspath(arguments.out))  # of "." the name is that of the folder
+    try:
+        check_folder(out.parent, (out.name,))
+    except OutputError as error:
+        raise UsageError(str(error)) from None
+
+    from jaxnorm.monitor import diagnose
+    from jaxnorm.report import Run, render_runs
+
+    folders = [Path(folder) for folder in arguments.runs]
+    names = [folder.resolve().name for folder in folders]
+    runs = []
+    for folder, name in zip(folders, names):
+        recording = _recording("report", folder)
+        # Of two folders of one name the paths tell which is which.
+        name = name if names.count(name) == 1 else str(folder)
+        runs.append(Run(name, "", recording, diagnose(recording)))
+    try:
+        [page] = write_files(out.parent, {out.name: render_runs(runs, _versions())})
+    except OutputError as error:
+        raise UsageError(str(error)) from None
+    print(f"Report: {page}")
+    return 0
+
+
+def _recording(command: str, folder: Path) -> "Recording":
+    """A recording with something in it."""
+    from jaxnorm.monitor import Recording, RecordingError
+
+    if not folder.is_dir():
+        raise UsageError(
+            f"{command}: a run must be a folder that a Recording was written to; got '{folder}', "
+            f"which is {'a file' if folder.exists() else 'not there'}. Give the folder that was "
+            "passed to Recording."
+        )
+    try:
+        recording = Recording(folder)
+    except RecordingError as error:
+        raise UsageError(str(error)) from None
+    if not len(recording):
+        raise UsageError(
+            f"{command}: a run must have samples; got '{folder}' with none. Train with a monitor, "
+            "and hand the state to Recording.append."
+        )
+    return recording
+
+
+def _check_packages(command: str) -> None:
+    missing = [name for module, name in LAB_PACKAGES.items() if not _installed(module)]
+    if missing:
+        raise UsageError(
+            f"{command}: the packages of the extra 'lab' must be installed; {', '.join(missing)} "
+            f'{"is" if len(missing) == 1 else "are"} not. Run: pip install "jaxnorm[lab]"'
+        )
+
+
+def _versions() -> dict[str, str]:
+    names = ("jaxnorm", "jax", "flax", "optax", "numpy", "scikit-learn", "altair")
+    return {name: _version(name) for name in names} | {"python": sys.version.split()[0]}
 
 
 def _integer(least: int):

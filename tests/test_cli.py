@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from recordings import invent
 
 from jaxnorm import cli
 from jaxnorm.lab import study
@@ -73,6 +74,54 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "out" / "report.html").mkdir(parents=True)
     refused(capsys, ["--out", tmp_path / "out"], "'report.html' must be a file", "Move it")
+
+
+def test_a_report_on_runs(tmp_path, monkeypatch, capsys):
+    for folder, norm in (("a/run", "BatchNorm"), ("b/run", ""), ("c", "LayerNorm")):
+        invent(tmp_path / folder, norm=norm)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", "a/run"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<title>Inside run</title>" in page and "BatchNorm_0" in page and "LayerNorm" not in page
+    assert str(tmp_path / "report.html") in capsys.readouterr().out
+    out = tmp_path / "new" / "page.html"
+    assert cli.main(["report", "a/run", "b/run", "c", "--out", str(out)]) == 0
+    # What has the same name is told apart by its path.
+    assert "<title>a/run, b/run and c, side by side</title>" in out.read_text()
+
+
+def test_runs_that_cannot_be_read(tmp_path, capsys):
+    def refuse(folder, *expected, name="report.html"):
+        assert cli.main(["report", str(folder), "--out", str(tmp_path / name)]) == 2
+        printed, error = capsys.readouterr()
+        assert printed == "" and error.startswith("jaxnorm: ") and error.count("\n") == 1
+        for text in (str(folder), *expected):
+            assert text in error
+
+    run = tmp_path / "run"
+    invent(run)
+    head, [chunk] = run / "recording.json", run.glob("*.npz")
+    refuse(tmp_path / "none", "not there", "Give the folder")
+    refuse(head, "a file", "Give the folder")
+    (tmp_path / "photos").mkdir()
+    refuse(tmp_path / "photos", "with none", "Recording.append")
+    (tmp_path / "photos" / "cat.png").write_bytes(b"")
+    refuse(tmp_path / "photos", "other files", "Choose another")
+    text, content = head.read_text(), chunk.read_bytes()
+    chunk.write_bytes(content[:-100])
+    refuse(run, chunk.name, "Move that file away")
+    chunk.unlink()
+    refuse(run, "with none")
+    head.write_text(text.replace('"format": 1', '"format": 9'))
+    refuse(run, "another version")
+    head.write_text(text[:50])
+    refuse(run, head.name)
+    head.write_text(text)
+    chunk.write_bytes(content)
+    assert not (tmp_path / "report.html").exists()
+    (tmp_path / "report.html").mkdir()
+    assert cli.main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 2
+    assert "'report.html' must be a file" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("never_trains")
