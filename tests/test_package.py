@@ -25,6 +25,8 @@ ROOMS = (
     "monitor", "lab", "report", "testing", "examples", "cli",
 )  # fmt: skip
 APART = {("linen", "nnx"), ("nnx", "linen")}
+# What a notebook asks to show itself asks the report, when it is asked: nothing is imported before.
+DISPLAY = {("monitor/display.py", "jaxnorm.report.notebook")}
 
 
 def room(path: Path) -> str:
@@ -47,6 +49,8 @@ def test_imports_go_upward():
         for name in imported(path):
             parts = name.split(".")
             if parts[0] != "jaxnorm" or len(parts) < 2 or parts[1] not in ROOMS:
+                continue
+            if (path.relative_to(ROOT).as_posix(), name) in DISPLAY:
                 continue
             assert ROOMS.index(parts[1]) <= ROOMS.index(here), f"{path}: {name}"
             assert (here, parts[1]) not in APART, f"{path}: {name}"

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxnorm.monitor.display import Displayed
+
 Severity = Literal["critical", "warning", "advice"]
 SEVERITIES: tuple[Severity, ...] = ("critical", "warning", "advice")
 """From what breaks a run or its result, by what costs quality, to what could be better."""
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Displayed):
     """One thing that a rule has found."""
 
     rule: str

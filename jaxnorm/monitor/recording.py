@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxnorm.files import write_whole
 from jaxnorm.monitor.buffer import Buffer
+from jaxnorm.monitor.display import Displayed
 from jaxnorm.monitor.gradients import GradientShift
 from jaxnorm.monitor.marks import Place
 from jaxnorm.monitor.schema import ParameterSummary, Schema
@@ -31,7 +32,7 @@ class RecordingError(ValueError):
     """A recording that cannot be read or written; the message says why, and what to do."""
 
 
-class Recording:
+class Recording(Displayed):
     """What a monitor saw, step by step, in a folder.
 
     Args:

@@ -1,0 +1,70 @@
+"""The views of the report in a notebook: recordings and findings show themselves there."""
+
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import markupsafe
+
+from jaxnorm import __version__
+from jaxnorm.monitor import Recording, diagnose
+from jaxnorm.monitor.findings import Finding
+from jaxnorm.report.page import render_findings, render_runs
+from jaxnorm.report.runs import Run
+
+HEIGHT = 640  # pixels: a frame that leaves room for the cells around it
+
+
+def show(thing: Any) -> str:
+    """What a notebook shows of a recording, of a finding, or of several.
+
+    Args:
+      thing: a `Recording`, a `Finding`, or a sequence of findings.
+
+    Returns:
+      HTML that needs nothing from the network.
+
+    Raises:
+      Nothing of its own.
+    """
+    if isinstance(thing, Recording):
+        return show_recording(thing)
+    return show_findings([thing] if isinstance(thing, Finding) else thing)
+
+
+def show_recording(recording: Recording) -> str:
+    """The page of a run, in a frame of its own.
+
+    Args:
+      recording: of one run, with as many samples as it has.
+
+    Returns:
+      HTML. In a frame the page keeps its own styles and scripts, and the notebook its own.
+
+    Raises:
+      Nothing of its own.
+    """
+    run = Run(recording.folder.name, "", recording, diagnose(recording))
+    versions = {"jaxnorm": __version__}
+    versions |= {name: metadata.version(name) for name in ("jax", "flax")}
+    page = markupsafe.escape(render_runs([run], versions))
+    return (
+        f'<iframe srcdoc="{page}" title="What the monitor saw" '
+        'sandbox="allow-scripts allow-popups" '
+        f'style="width: 100%; height: {HEIGHT}px; border: 0"></iframe>'
+    )
+
+
+def show_findings(findings: Sequence[Finding]) -> str:
+    """Findings, as the report shows them.
+
+    Args:
+      findings: of one run.
+
+    Returns:
+      HTML without scripts, which any notebook shows.
+
+    Raises:
+      Nothing of its own.
+    """
+    return render_findings(findings)
