@@ -4,6 +4,7 @@ They hold no numbers: the page fills the data sets "cells", "bars", "lines" and 
 chosen. "now" is the step of the slider.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import altair as alt
 
 from jaxnorm.report.heat import SHORT, heatmap, steps
 from jaxnorm.report.scales import CHANNELS, LOOKS, NOT_FINITE, UPDATES, Look
-from jaxnorm.report.words import LINES, Line
+from jaxnorm.report.words import LINES, NORMALIZATIONS, Line
 
 LINE, MARKER = LINES["batch"].light, "#888888"
 PANELS: dict[str, tuple[str, Any, list[float]]] = {
@@ -162,9 +163,13 @@ def _panel(title: str, kind: Any, least: list[float], lowest: bool) -> Any:
 
 
 def _metric(names: Sequence[str]) -> Any:
-    lines = list(LINES.values())
+    known = LINES | {NORMALIZATIONS[name]: line for name, line in LINES.items()}
+    others = itertools.cycle(
+        [line for line in LINES.values() if line not in [known.get(name) for name in names]]
+        or LINES.values()
+    )
     by_name: dict[str, Line] = {
-        name: LINES.get(name, lines[(i + 1) % len(lines)]) for i, name in enumerate(names)
+        name: known[name] if name in known else next(others) for name in names
     }
     legend = alt.Legend(
         title=None, orient="bottom", columns=4, symbolType="stroke", symbolSize=300, symbolOpacity=1
