@@ -147,27 +147,11 @@ def _parser() -> argparse.ArgumentParser:
 def _doctor(arguments: argparse.Namespace) -> int:
     from jaxnorm.monitor import diagnose
 
-    recording = _recording("doctor", arguments.run)
+    recording = _recording("doctor", Path(arguments.run))
     findings = diagnose(recording)
     steps = recording.steps
     print(f"{len(steps)} samples, steps {steps[0]} to {steps[-1]}.\n\n{findings}")
     return FOUND if any(finding.severity != "advice" for finding in findings) else 0
-
-
-def _recording(command: str, folder: str) -> "Recording":
-    """A recording with samples in it."""
-    from jaxnorm.monitor import Recording, RecordingError
-
-    try:
-        recording = Recording(folder)
-    except RecordingError as error:
-        raise UsageError(str(error)) from None
-    if not len(recording):
-        raise UsageError(
-            f"{command}: a recording must have samples; got '{folder}' without any. Name the "
-            "folder that jaxnorm.monitor.Recording wrote."
-        )
-    return recording
 
 
 def _demo(arguments: argparse.Namespace) -> int:

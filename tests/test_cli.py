@@ -199,7 +199,7 @@ def test_doctor_of_a_healthy_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("missing", None, "must have samples"),
+        ("missing", None, "is not there"),
         ("recording.json", "{}", "must be whole"),
         ("recording.json", '{"format": 99}', "of another version"),
         ("notes.txt", "mine", "must be empty, or hold a recording"),
