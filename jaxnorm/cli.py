@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FOUND = 1  # of `jaxnorm doctor`, as checkers of code do
 USAGE_ERROR = 2  # what argparse exits with, too
 INTERRUPTED = 130
-REPORT, RESULTS = "report.html", "results.json"
+REPORT, RESULTS, RECORDINGS = "report.html", "results.json", "recordings"
 LAB_PACKAGES = {  # module -> distribution, of the extra "lab"
     "sklearn": "scikit-learn",
     "altair": "altair",
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         metavar="DIR",
         default="jaxnorm-demo",
-        help=f"folder for {REPORT} and {RESULTS}; other files in it are left alone "
+        help=f"folder for {REPORT}, {RESULTS} and {RECORDINGS}; other files in it are left alone "
         "(default: %(default)s)",
     )
     demo.add_argument(
@@ -176,20 +176,26 @@ def _demo(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from jaxnorm.lab.study import demo_config
-    from jaxnorm.report import build_tables, render_page, write_files
-    from jaxnorm.report.words import FOOTNOTE
+    from jaxnorm.monitor import RecordingError, diagnose
+    from jaxnorm.report import Run, build_tables, render_page, write_files
+    from jaxnorm.report.words import FOOTNOTE, NETWORKS, NORMALIZATIONS
 
     config = demo_config(seed=arguments.seed, steps=arguments.steps, quick=arguments.quick)
     result = _run(config, data)
     versions = _versions()
     stored = {"command": "jaxnorm demo", "versions": versions, **result.to_json()}
-    texts = {
-        REPORT: render_page(result, versions),
-        RESULTS: json.dumps(stored, ensure_ascii=False, allow_nan=False) + "\n",
-    }
     try:
+        recordings = result.write_recordings(folder / RECORDINGS)
+        runs = [
+            Run(NORMALIZATIONS[name], NETWORKS[network], recording, diagnose(recording))
+            for (network, name), recording in recordings.items()
+        ]
+        texts = {
+            REPORT: render_page(result, versions, runs),
+            RESULTS: json.dumps(stored, ensure_ascii=False, allow_nan=False) + "\n",
+        }
         report, results = write_files(folder, texts)
-    except OutputError as error:
+    except (OutputError, RecordingError) as error:
         raise UsageError(str(error)) from None
     console = Console(highlight=False)
     for table in build_tables(result):

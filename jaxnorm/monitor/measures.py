@@ -25,6 +25,7 @@ from jaxnorm.monitor.sights import Sight
 from jaxnorm.monitor.summary import EDGES, FLAT_ENDS, BatchSummary, Summary
 
 MEASURES = {
+    "spread": "standard deviation of a channel over examples and positions, mean over channels",
     "mean": "mean of all elements",
     "deviation": "standard deviation of all elements",
     "mean_drift": "distance of the mean from that of the sample before",
@@ -192,6 +193,11 @@ def _of_place(sight: Sight, place: Place) -> Iterator[tuple[str, ArrayLike]]:
             yield "gradient_norm", sight.gradient.norm
         if sight.batch is not None:
             yield from _of_batch(sight.batch, place)
+        channels = (
+            sight.channels if sight.channels is not None else sight.batch and sight.batch.moments
+        )
+        if channels is not None:
+            yield "spread", np.sqrt(channels.var).mean(-1)
 
 
 def _fields(value: Summary, place: Place) -> Iterator[tuple[str, ArrayLike]]:

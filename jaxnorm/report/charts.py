@@ -1,7 +1,6 @@
 """The charts of a study as Vega-Lite specifications, made with Altair.
 
-Charts with a choice carry Vega-Lite parameters, which the page's buttons set: "network" and
-"variant" of the activation charts, "measure" of the curves.
+The curves carry a Vega-Lite parameter, "measure", which the page's buttons set.
 """
 
 import math
@@ -11,31 +10,24 @@ import altair as alt
 import numpy as np
 
 from jaxnorm.lab.results import Curves, StudyResult
-from jaxnorm.report.heat import heatmap, steps
-from jaxnorm.report.scales import DRIFT, SPREAD
+from jaxnorm.report.heat import steps
 from jaxnorm.report.words import LINES, NORMALIZATIONS, Line
 
 
-def build_charts(result: StudyResult, *, activations: bool = True) -> dict[str, dict[str, Any]]:
+def build_charts(result: StudyResult) -> dict[str, dict[str, Any]]:
     """Every chart of a study's own.
 
     Args:
       result: a finished study.
-      activations: whether those on what the layers saw are wanted, too.
 
     Returns:
-      Name -> Vega-Lite specification: "spread", "drift" and "unit" of the activations; "curves-N"
-      and "rates-N" for each network N.
+      Name -> Vega-Lite specification: "curves-N" and "rates-N" for each network N.
 
     Raises:
       Nothing of its own.
     """
     networks = list(dict.fromkeys(curves.network for curves in result.curves))
     charts: dict[str, Any] = {}
-    if activations:
-        charts["spread"] = _heatmap(result, "spread", "spread", SPREAD, "log")
-        charts["drift"] = _heatmap(result, "drift", "drift", DRIFT, "sqrt")
-        charts["unit"] = _unit(result)
     for network in networks:
         group = [curves for curves in result.curves if curves.network == network]
         target = next(
@@ -44,77 +36,6 @@ def build_charts(result: StudyResult, *, activations: bool = True) -> dict[str, 
         charts[f"curves-{network}"] = _curves(group, target)
         charts[f"rates-{network}"] = _rates(group)
     return {name: chart.to_dict() for name, chart in charts.items()}
-
-
-def _choices(result: StudyResult) -> tuple[alt.Parameter, alt.Parameter]:
-    first = result.curves[0]
-    network = alt.param(name="network", value=first.network)
-    return network, alt.param(name="variant", value=first.normalization)
-
-
-def _heatmap(
-    result: StudyResult, name: str, title: str, colours: dict[float, str], kind: Any
-) -> alt.Chart:
-    rows = []
-    for curves in result.curves:
-        values = getattr(curves.activations, name)[curves.best, 0]
-        ends = [*curves.steps[1:], 2 * curves.steps[-1] - curves.steps[-2]]
-        for layer, of_layer in enumerate(values):
-            for step, end, value in zip(curves.steps, ends, of_layer, strict=True):
-                rows.append(
-                    {
-                        "network": curves.network,
-                        "variant": curves.normalization,
-                        "layer": layer + 1,
-                        "step": step,
-                        "end": end,
-                        "value": _number(value),
-                    }
-                )
-    network, variant = _choices(result)
-    return (
-        heatmap(alt.InlineData(rows), "layer", title, colours, kind, sort="descending")
-        .transform_filter("datum.network === network && datum.variant === variant")
-        .add_params(network, variant)
-        .properties(width="container", height=alt.Step(40))
-    )
-
-
-def _unit(result: StudyResult) -> Any:
-    rows = []
-    for curves in result.curves:
-        values = curves.activations.percentiles[curves.best, 0, -1]
-        for step, (low, middle, high) in zip(curves.steps, values, strict=True):
-            rows.append(
-                {
-                    "network": curves.network,
-                    "variant": curves.normalization,
-                    "step": step,
-                    "low": _number(low),
-                    "middle": _number(middle),
-                    "high": _number(high),
-                }
-            )
-    network, variant = _choices(result)
-    base = alt.Chart(alt.InlineData(rows)).encode(x=steps())
-    y = alt.Y("low:Q", title="input of the unit", scale=alt.Scale(zero=True))
-    colour = LINES["batch"].light
-    band = base.mark_area(opacity=0.25, color=colour, clip=True).encode(y=y, y2="high:Q")
-    line = base.mark_line(color=colour, clip=True).encode(
-        y="middle:Q",
-        tooltip=[
-            alt.Tooltip("step:Q"),
-            alt.Tooltip("low:Q", title="15th percentile", format=".3~g"),
-            alt.Tooltip("middle:Q", title="median", format=".3~g"),
-            alt.Tooltip("high:Q", title="85th percentile", format=".3~g"),
-        ],
-    )
-    return (
-        (band + line)
-        .transform_filter("datum.network === network && datum.variant === variant")
-        .add_params(network, variant)
-        .properties(width="container", height=200)
-    )
 
 
 def _curves(group: list[Curves], target: float | None) -> Any:

@@ -22,7 +22,7 @@ from jaxnorm.report.scales import THEME
 from jaxnorm.report.words import COLUMNS, FOOTNOTE, LINES, NETWORKS, NORMALIZATIONS, cells
 
 
-def render_page(result: StudyResult, versions: Mapping[str, str], runs: Sequence[Run] = ()) -> str:
+def render_page(result: StudyResult, versions: Mapping[str, str], runs: Sequence[Run]) -> str:
     """The report of a study: one file that asks the network for nothing.
 
     Args:
@@ -66,7 +66,7 @@ def render_page(result: StudyResult, versions: Mapping[str, str], runs: Sequence
         "settings": result.settings,
         "seconds": result.seconds,
     }
-    return _render(runs, versions, build_charts(result, activations=not runs), study)
+    return _render(runs, versions, build_charts(result), study)
 
 
 def render_runs(runs: Sequence[Run], versions: Mapping[str, str]) -> str:

@@ -62,18 +62,24 @@ def _above(*stops: float) -> dict[float, str]:
     return dict(zip(stops, (NEUTRAL[0], _SOME, _MUCH, _FAR), strict=True))
 
 
-SPREAD, DRIFT = _around(0.01, 0.1, 1.0, 4.0, 16.0), _above(0.0, 0.5, 2.0, 8.0)
+_SPREAD = _around(0.01, 0.1, 1.0, 4.0, 16.0)
 _NATS = _above(0.0, 0.05, 0.5, 5.0)
 _SHARE = _above(0.0, 0.3, 0.6, 1.0)
 
 LOOKS = {
+    "spread": Look(
+        "spread of a channel", "log", _SPREAD,
+        "Good is neutral, the shade of 1, in every row and from the first step on.",
+        "Blue: the examples have become indistinguishable to this layer, and no gradient tells them "
+        "apart. Orange: inputs so large that a sigmoid saturates.",
+    ),
     "mean": Look(
         "mean", "symlog", _around(-10, -1, 0, 1, 10),
         "Good is neutral, the shade of 0, after a normalization; elsewhere a colour that stays.",
         "Blue lies below zero, orange above; a row that changes its colour moves.",
     ),
     "deviation": Look(
-        "standard deviation", "log", SPREAD,
+        "standard deviation", "log", _SPREAD,
         "Good is neutral, the shade of 1, in every row and from the first step on.",
         "Blue: a signal that dies out. Orange: one that grows. Shades that deepen from row to row "
         "are a network that shrinks or blows up what passes through it.",
