@@ -1,7 +1,7 @@
 """The charts of recordings as Vega-Lite specifications, made with Altair.
 
-They hold no numbers: the page fills the data sets "cells", "bars", "lines" and "now" with what is
-chosen. "now" is the step of the slider.
+They hold no numbers: the page fills the data sets "cells", "broken", "bars", "lines" and "now" with
+what is chosen. "now" is the step of the slider.
 """
 
 import itertools
@@ -74,17 +74,21 @@ def _cells(look: Look, colours: Mapping[float, str], row: str = "layer") -> Any:
         _data("cells"), row, look.label, colours, look.kind,
         title=None, labelExpr=_TAIL, labelLimit=200, labelOverlap=True, labelFontSize=11,
     )  # fmt: skip
-    # What is infinite or no number has no place on a scale, and is what must not be overlooked.
-    heat.mark.invalid = None
-    heat.encoding.color = alt.condition(
-        "!isValid(datum.value)", alt.value(NOT_FINITE), heat.encoding.color
-    )
     heat.encoding.tooltip = [
         alt.Tooltip(f"{row}:N"),
         alt.Tooltip("step:Q"),
         alt.Tooltip("said:N", title=look.label),
     ]
-    return _sized(heat + _now())
+    # What is infinite or no number has no place on a scale, and is what must not be overlooked: it
+    # has a colour and a shape of its own, as not everybody sees the colour.
+    broken = (
+        alt.Chart(_data("broken"))
+        .mark_rect(color=NOT_FINITE, aria=False, height=alt.RelativeBandSize(band=0.4))
+        .encode(
+            x="step:Q", x2="end:Q", y=alt.Y(f"{row}:O", sort=None), tooltip=heat.encoding.tooltip
+        )
+    )
+    return _sized(heat + broken + _now())
 
 
 def _sized(chart: Any, **options: Any) -> Any:
@@ -164,10 +168,10 @@ def _panel(title: str, kind: Any, least: list[float], lowest: bool) -> Any:
 
 def _metric(names: Sequence[str]) -> Any:
     known = LINES | {NORMALIZATIONS[name]: line for name, line in LINES.items()}
-    others = itertools.cycle(
-        [line for line in LINES.values() if line not in [known.get(name) for name in names]]
-        or LINES.values()
-    )
+    taken = [known.get(name) for name in names]
+    # Dots are for what has no normalization, as long as there is another line.
+    lines = sorted(LINES.values(), key=lambda line: line is LINES["none"])
+    others = itertools.cycle([line for line in lines if line not in taken] or lines)
     by_name: dict[str, Line] = {
         name: known[name] if name in known else next(others) for name in names
     }

@@ -33,6 +33,17 @@
   // Of so many things some, evenly spread, with the first and the last.
   const some = (count, most) =>
     [...new Set(Array.from({ length: Math.min(count, most) }, (_, i) => Math.round((i * (count - 1)) / Math.max(1, Math.min(count, most) - 1))))];
+  // Each row begins with a cell of no width: so all have their place, in their order, whatever is in
+  // them, and no chart is without any data.
+  const parts = (field, names, shown) => {
+    const [first] = run().steps;
+    const none = names.map((name) => ({ [field]: name, step: first, end: first, value: 0 }));
+    return {
+      cells: [...none, ...shown.filter((cell) => cell.value !== null)],
+      broken: [none[0], ...shown.filter((cell) => cell.value === null)],
+      now: now(),
+    };
+  };
   // So many cells can be drawn while somebody waits.
   const columns = (count, rows) => some(count, Math.max(20, Math.floor(8000 / rows)));
   // Very many rows become thin, and few do not become tall.
@@ -93,7 +104,7 @@
     page.draw("heat", {
       key: `${name} ${rows.length}`,
       spec: { ...specs[`heat-${name}`], height: tall(rows.length) },
-      data: { cells: shown, now: now() },
+      data: parts("layer", rows.map(([place]) => place.layer), shown),
       clicked: choose,
     });
     $("chart-heat").ariaLabel = `Heatmap: ${words.label} of ${run().name}, ${kinds[kind]}, ${rows.length} layers by ${run().steps.length} steps`;
@@ -197,14 +208,12 @@
     if (!either("channels", ["channels"], lacking() || (norm ? "" : none))) return;
     const steps = run().frames.map((i) => run().steps[i]);
     const at = columns(steps.length, norm.rows.length);
+    const shown = norm.rows.flatMap((channel, i) =>
+      cells({ channel }, at, steps, numbers(run(), norm.at, i * steps.length, steps.length), () => false));
     page.draw("channels", {
       key: `channels ${norm.rows.length}`,
       spec: { ...specs.channels, height: tall(norm.rows.length) },
-      data: {
-        cells: norm.rows.flatMap((channel, i) =>
-          cells({ channel }, at, steps, numbers(run(), norm.at, i * steps.length, steps.length), () => false)),
-        now: now(),
-      },
+      data: parts("channel", norm.rows, shown),
       clicked: choose,
     });
   };
@@ -240,7 +249,7 @@
     page.draw("updates", {
       key: `updates ${updates.length}`,
       spec: { ...specs.updates, height: tall(updates.length) },
-      data: { cells: shown, now: now() },
+      data: parts("parameter", updates.map(([name]) => name), shown),
       clicked: choose,
     });
   };
