@@ -4,7 +4,6 @@ import numpy as np
 
 from jaxnorm.monitor import Recording
 from jaxnorm.monitor.buffer import Buffer
-from jaxnorm.monitor.gradients import GradientShift
 from jaxnorm.monitor.marks import Place
 from jaxnorm.monitor.schema import Schema
 from jaxnorm.monitor.summary import BINS, EDGES
@@ -16,11 +15,12 @@ CHANNELS = ("moments|count", "moments|mean", "moments|m2", "running_mean", "runn
 
 def invent(
     folder, layers=3, samples=12, *, norm="BatchNorm", nonlinearity="relu", prefix="", channels=16,
-    settings=None, spoil=None, lost=0,
+    settings=None, spoil=None, lost=0, shift=0,
 ):  # fmt: skip
     """A recording whose every layer sees a normal distribution that widens with depth.
 
-    `norm` and `nonlinearity` may be "", for none; `spoil(arrays)` may change what is recorded.
+    `norm` and `nonlinearity` may be "", for none; `spoil(arrays)` may change what is recorded;
+    `shift` layers have a gradient-based shift.
     """
     kinds = [kind for kind in (norm, nonlinearity) if kind]
     places = tuple(
@@ -64,22 +64,18 @@ def invent(
         shown = size * np.exp(rng.normal(size=(n, len(parameters))))
         arrays[f"parameters|{name}"] = shown
     arrays["metrics|loss"] = 2 * np.exp(-time[:, 0]) if k else np.linspace(2, 1, n)
+    if shift:
+        arrays["shift|l2"] = np.exp(rng.normal(size=(n, shift)))
+        arrays["shift|cosine"] = np.tanh(arrays["shift|l2"])
     if spoil is not None:
         spoil(arrays)
     columns = tuple((path, array.shape[1:]) for path, array in arrays.items())
-    schema = Schema(columns, places, tuple(place.name for place in places), parameters)
+    with_gradient = tuple(place.name for place in places)
+    of_shift = tuple(f"{prefix}Dense_{i}" for i in range(shift))
+    schema = Schema(columns, places, with_gradient, parameters, of_shift)
     rows = np.concatenate([a.reshape(n, -1) for a in arrays.values()], 1).astype(np.float32)
     recording = Recording(folder, settings or {"learning rate": 0.1})
     free = np.zeros((1, rows.shape[1]), np.float32)  # the row that a buffer keeps for the next
     recording.append(Buffer(np.concatenate([rows, free]), np.arange(n + 1) * 4, n, schema))
     recording.lost += lost
-    return recording
-
-
-def shifted(recording, layers=4):
-    """The same with a gradient-based shift, as a monitor that is asked for it records it."""
-    rng = np.random.default_rng(1)
-    l2 = np.exp(rng.normal(size=(len(recording), layers)))
-    names = tuple(f"Dense_{i}" for i in range(layers))
-    recording.shift = GradientShift(names, l2, np.tanh(l2))
     return recording

@@ -122,7 +122,7 @@ def _packed(run: Run, measured: dict[str, Series], most: int, stops: int) -> dic
             rows = _furthest(apart)
             packed = packer.add(apart[shown][:, rows].T, CHANNELS.mode)
             channels[i] = {"rows": rows.tolist(), "at": packed}
-    shift = getattr(recording, "shift", None)
+    shift = recording.shift
     return {
         "name": run.name,
         "group": run.group,

@@ -70,8 +70,8 @@ LOOKS = {
     "spread": Look(
         "spread of a channel", "log", _SPREAD,
         "Good is neutral, the shade of 1, in every row and from the first step on.",
-        "Blue: the examples have become indistinguishable to this layer, and no gradient tells them "
-        "apart. Orange: inputs so large that a sigmoid saturates.",
+        "Blue: the examples have become indistinguishable to this layer, and no gradient tells "
+        "them apart. Orange: inputs so large that a sigmoid saturates.",
     ),
     "mean": Look(
         "mean", "symlog", _around(-10, -1, 0, 1, 10),

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 from browser import Browser, needs_chromium
-from recordings import invent, shifted
+from recordings import invent
 
 from jaxnorm.monitor import MEASURES, Recording
 from jaxnorm.monitor.findings import Finding
@@ -56,7 +56,7 @@ def show(browser, tmp_path):
 def pair(tmp_path):
     """With and without normalization."""
     return (
-        Run("with", "", shifted(invent(tmp_path / "a")), [finding()]),
+        Run("with", "", invent(tmp_path / "a", shift=4), [finding()]),
         Run("without", "", invent(tmp_path / "b", norm="")),
     )
 
