@@ -209,3 +209,19 @@ def test_summaries_are_a_monoid():
         np.testing.assert_allclose(getattr(pooled, name), getattr(expected, name), rtol=1e-6)
     np.testing.assert_allclose(pooled.moments.mean, expected.moments.mean, rtol=1e-5)
     np.testing.assert_allclose(pooled.moments.var, expected.moments.var, rtol=1e-5)
+
+
+def test_of_a_wide_layer_enough_rows_are_looked_at():
+    """With few, units that are zero half of the time look dead, and variances are wild."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(512, 4096)), jnp.float32)
+    model = attach(nn.Sequential([nn.BatchNorm(use_running_average=False), nn.relu]))
+    variables = model.init(jax.random.key(0), x)
+
+    def run(variables, x):
+        return model.apply(variables, x, mutable=["batch_stats"])
+
+    _, seen = jax.jit(observe(run, elements=4096))(variables, x)
+    assert seen["relu_0:output"].value.dead == 0
+    moments = seen["layers_0:input"].batch.moments
+    assert moments.count.min() >= 64
+    np.testing.assert_allclose(moments.var.mean(), 1, atol=0.02)

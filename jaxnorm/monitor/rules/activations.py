@@ -115,8 +115,8 @@ def dead_units(evidence: Evidence) -> Iterator[Finding]:
     found = []
     for name, series in evidence.measures.get("dead", {}).items():
         place, share = _place(evidence, name), evidence.typical(series)
-        looked_at = evidence.typical(evidence.seen[name].value.moments.count)
-        rows = looked_at / evidence.facts[name].get("shape", (1,))[-1]
+        # So many are looked at of every channel, if there are as many.
+        rows = math.prod(evidence.facts[name].get("shape", (1,))[:-1])
         if place.kind.startswith("relu") and rows >= FEWEST_EXAMPLES and share > DEAD:
             found.append((share, place.layer))
     if found:
