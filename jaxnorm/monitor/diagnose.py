@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from flax import linen, nnx
 
 from jaxnorm.monitor.attach import Layers, attach
 from jaxnorm.monitor.evidence import Evidence, Look
 from jaxnorm.monitor.findings import SEVERITIES, Findings
-from jaxnorm.monitor.observe import observe
+from jaxnorm.monitor.observe import observe, on_arrays
 from jaxnorm.monitor.recording import Recording
 from jaxnorm.monitor.rules import RULES
+from jaxnorm.monitor.sights import Sights
 
 
 def diagnose(seen: Any, *args: Any, layers: Layers | None = None, **kwargs: Any) -> Findings:
@@ -71,7 +74,7 @@ def diagnose(seen: Any, *args: Any, layers: Layers | None = None, **kwargs: Any)
     return Findings(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
-def _look_linen(op: str, module: linen.Module, layers: Any, args: Any, kwargs: Any) -> Any:
+def _look_linen(op: str, module: linen.Module, layers: Any, args: Any, kwargs: Any) -> Sights:
     if not args:
         raise TypeError(
             f"{op}: a Linen module comes with its variables and a batch; got neither. Call "
@@ -84,14 +87,20 @@ def _look_linen(op: str, module: linen.Module, layers: Any, args: Any, kwargs: A
         kept = [name for name in variables if name != "params"]
         return model.apply(variables, *inputs, mutable=kept, **kwargs)
 
-    return observe(run)(variables, inputs)[1]
+    return _seen(run, variables, inputs)
 
 
-def _look_nnx(module: nnx.Module, layers: Any, args: Any, kwargs: Any) -> Any:
+def _look_nnx(module: nnx.Module, layers: Any, args: Any, kwargs: Any) -> Sights:
     graph, state = nnx.split(module)
 
     def run(state: Any, args: Any, kwargs: Any) -> Any:
         # A copy, whose statistics may be updated.
         return attach(nnx.merge(graph, state), layers)(*args, **kwargs)
 
-    return observe(run)(state, args, kwargs)[1]
+    return _seen(run, state, args, kwargs)
+
+
+def _seen(function: Callable[..., Any], *args: Any) -> Sights:
+    """What a run of it shows, compiled."""
+    run, arrays = on_arrays(lambda *args: observe(function)(*args)[1], args, {})
+    return jax.jit(run)(arrays)

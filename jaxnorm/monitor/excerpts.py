@@ -65,7 +65,7 @@ def excerpt(
         rows = x.reshape(devices, n_kept // devices, s, c)
         rows = every_nth(rows, 2, odd_stride(s, max(1, wanted // n_kept)))
         if not feature_axes:
-            rows = every_nth(rows, 3, max(1, rows.size // elements))
+            rows = every_nth(rows, 3, min(c, max(1, rows.size // elements)))
     return Excerpt(rows.astype(wide_dtype(x.dtype)), (n, s, c), kind)
 
 
