@@ -1,4 +1,4 @@
-"""No rule has anything to say of the demo's normalized networks, trained as the demo trains them."""
+"""No rule has anything to say of the normalized networks of the demo, trained as it does."""
 
 import jax
 import jax.numpy as jnp
