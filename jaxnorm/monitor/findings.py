@@ -50,7 +50,7 @@ def listed(names: tuple[str, ...], most: int = 4) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-class Findings(tuple[Finding, ...]):
+class Findings(Displayed, tuple[Finding, ...]):
     """Findings, the gravest first."""
 
     def __str__(self) -> str:

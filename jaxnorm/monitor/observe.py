@@ -57,6 +57,16 @@ def observe(
 
     Raises:
         ValueError: when traced: there is no mark; a marked layer runs in a `while_loop`.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from jaxnorm.monitor import attach, observe
+        >>> model = attach(nn.Sequential([nn.Dense(3), nn.relu]))
+        >>> x = jnp.arange(8.0).reshape(4, 2)
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> y, seen = jax.jit(observe(model.apply))(variables, x)
+        >>> seen["relu_0:output"].value.maximum.item() == y.max().item()
+        True
     """
 
     def run(*args: Any, **kwargs: Any) -> tuple[Any, Sights]:

@@ -44,7 +44,8 @@ def show_recording(recording: Recording) -> str:
     Raises:
       Nothing of its own.
     """
-    run = Run(recording.folder.name, "", recording, diagnose(recording))
+    findings = diagnose(recording) if len(recording) else ()
+    run = Run(recording.folder.name, "", recording, findings)
     versions = {"jaxnorm": __version__}
     versions |= {name: metadata.version(name) for name in ("jax", "flax")}
     page = markupsafe.escape(render_runs([run], versions))

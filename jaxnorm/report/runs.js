@@ -301,7 +301,9 @@
     const stops = run().frames.map((i) => Math.abs(run().steps[i] - at));
     pickFrame(first ? run().frames.length - 1 : stops.indexOf(Math.min(...stops)));
     const same = places.findIndex((place) => before && called(place) === called(before));
-    pickPlace(first || same < 0 ? Math.max(0, places.findIndex((place) => place.kind === "nonlinearity-input")) : same);
+    // The deepest layer is where the most has come together, and has a gradient-based shift.
+    const deepest = places.findLastIndex((place) => place.kind === "nonlinearity-input");
+    pickPlace(first || same < 0 ? Math.max(0, deepest) : same);
     drawAll();
   };
   const choose = (datum) => {

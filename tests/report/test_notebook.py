@@ -10,7 +10,7 @@ from browser import Browser, needs_chromium
 from IPython.core.formatters import DisplayFormatter
 from recordings import invent
 
-from jaxnorm.monitor import findings
+from jaxnorm.monitor import Recording, findings
 from jaxnorm.report import notebook
 
 NOTE = findings.Finding(
@@ -47,11 +47,16 @@ def test_a_recording_shows_its_page(tmp_path):
 
 def test_findings_show_themselves_without_scripts():
     one = displayed(NOTE)["text/html"]
-    both = notebook.show([NOTE, NOTE])
+    both = displayed(findings.Findings([NOTE, NOTE]))["text/html"]
     assert one.count("<article") == 1 and both.count("<article") == 2
     assert "&lt;i&gt;the matter" in one and "0.25" in one and "A remedy." in one
     assert "<script" not in one and "<b>:input" not in one
-    assert "Nothing found" in notebook.show([])
+    assert "Nothing found" in displayed(findings.Findings())["text/html"]
+
+
+def test_a_recording_without_samples_shows_that(tmp_path):
+    [page] = Frames(displayed(Recording(tmp_path / "new"))["text/html"]).pages
+    assert "has no samples yet" in page
 
 
 def test_without_the_packages_of_the_extra_there_is_the_text(tmp_path, monkeypatch):
