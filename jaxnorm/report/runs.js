@@ -335,6 +335,10 @@
     input.checked = input.value === first;
     input.addEventListener("change", drawHeat);
   }
+  // The spread of a channel says more than that of a layer, where channels were looked at.
+  const known = (each, name) => each.places.some((place, i) => place.kind === first && each.measures[name]?.[i]);
+  const measure = ["spread", "deviation"].find((name) => runs.every((each) => !each.places.length || known(each, name)));
+  if (measure) $("measure").value = measure;
   $("measure").addEventListener("change", drawHeat);
   $("table-heat").addEventListener("toggle", drawHeat);
   $("table-agreement").addEventListener("toggle", drawAgreement);
