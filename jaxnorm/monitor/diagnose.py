@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -75,12 +75,13 @@ def diagnose(seen: Any, *args: Any, layers: Layers | None = None, **kwargs: Any)
 
 
 def _look_linen(op: str, module: linen.Module, layers: Any, args: Any, kwargs: Any) -> Sights:
-    if not args:
+    variables, *inputs = args or (None,)
+    if not isinstance(variables, Mapping) or not (inputs or kwargs):
+        given = ", ".join(type(arg).__name__ for arg in args) or "neither"
         raise TypeError(
-            f"{op}: a Linen module comes with its variables and a batch; got neither. Call "
+            f"{op}: a Linen module comes with its variables and a batch; got {given}. Call "
             "diagnose(model, variables, batch)."
         )
-    variables, *inputs = args
     model = attach(module, layers)
 
     def run(variables: Any, inputs: Any) -> Any:

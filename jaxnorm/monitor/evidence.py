@@ -45,6 +45,10 @@ class Look:
         return jax.tree.map(lambda a: np.asarray(a)[None], self.sights[name])
 
 
+FEWEST = 16
+"""Independent numbers, with fewer of which statistics are not judged by."""
+
+
 @dataclass(frozen=True)
 class Norm:
     """A batch norm's input."""
@@ -60,9 +64,13 @@ class Norm:
 
     @cached_property
     def skew(self) -> np.ndarray:
-        """How far each sample's batch is from the running statistics; see `apart`."""
+        """How far each sample's batch is from the running statistics; see `apart`.
+
+        0 where there are too few numbers to tell.
+        """
         mean, var = jnp.asarray(self.batch.running_mean), jnp.asarray(self.batch.running_var)
-        return apart(self.batch.moments, Moments(jnp.ones_like(var), mean, var), self.noise)
+        skew = apart(self.batch.moments, Moments(jnp.ones_like(var), mean, var), self.noise)
+        return np.where(self.noise > 2 / FEWEST, 0, skew)
 
     @cached_property
     def noise(self) -> np.ndarray:
@@ -98,16 +106,22 @@ class Evidence:
 
     @cached_property
     def healthy(self) -> int:
-        """Samples before the first in which something is not finite."""
+        """Samples before the first in which a value, a gradient or the loss is not finite."""
         counts = [len(self.seen.steps)]
-        shares = [s for s in self.measures.get("nonfinite", {}).values()]
-        for series in (*(share > 0 for share in shares), *(~np.isfinite(m) for m in self._scalars)):
+        for series in self._broken():
             counts.append(int(series.argmax()) if series.any() else len(series))
         return min(counts)
 
-    @property
-    def _scalars(self) -> Iterator[np.ndarray]:
-        return (np.asarray(m) for m in self.seen.metrics.values())
+    def _broken(self) -> Iterator[np.ndarray]:
+        for share in self.measures.get("nonfinite", {}).values():
+            yield share > 0
+        for place in self.seen.places:
+            gradient = self.seen[place.name].gradient
+            if gradient is not None:
+                yield np.asarray(gradient.nonfinite) > 0
+        # Of other metrics it may be meant.
+        if "loss" in self.seen.metrics:
+            yield ~np.isfinite(np.asarray(self.seen.metrics["loss"]))
 
     def late(self, series: ArrayLike) -> np.ndarray:
         """Its second half, as far as all was finite: the start of a run is not judged by."""
@@ -121,12 +135,13 @@ class Evidence:
 
 
 def apart(now: Moments, then: Moments, noise: np.ndarray) -> np.ndarray:
-    r"""How far the channels of a batch are from some statistics, mean over channels.
+    r"""How far the channels of a batch are from some statistics, median over channels.
 
-    .. math:: \frac1C \sum_c D(p_c \| q_c) + D(q_c \| p_c)
+    .. math:: \operatorname{median}_c\; D(p_c \| q_c) + D(q_c \| p_c)
 
     of normal distributions: the population stability index without bins. What chance alone brings
-    is taken off. A channel that is constant in one of them counts as much as one that is far.
+    is taken off. A few channels that are hardly ever other than zero, of which a batch tells
+    nothing, do not count.
 
     Args:
         now, then: shape (samples, c).
@@ -137,7 +152,7 @@ def apart(now: Moments, then: Moments, noise: np.ndarray) -> np.ndarray:
     """
     both = np.asarray(kl_divergence(now, then)) + np.asarray(kl_divergence(then, now))
     far = np.minimum(np.nan_to_num(both, nan=_FAR, posinf=_FAR), _FAR)
-    return np.maximum(far.mean(-1) - noise, 0)
+    return np.maximum(np.median(far, -1) - noise, 0)
 
 
-_FAR = 10.0  # lest one channel speak for all
+_FAR = 10.0  # nats; infinite between constant channels

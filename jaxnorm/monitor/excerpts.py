@@ -42,7 +42,7 @@ def excerpt(
         x: examples first; channels last.
         elements: None for all.
         kind: see `Excerpt`.
-        feature_axes: other axes of the channels, all of which are looked at, in 64 rows at least.
+        feature_axes: other axes of the channels, all of which are looked at, in 1024 rows at least.
     """
     x = x if x.ndim else x.reshape(1)
     axes = [a % x.ndim for a in feature_axes or (-1,)]
@@ -55,7 +55,8 @@ def excerpt(
     if elements is None or x.size <= elements:
         rows = x.reshape(devices, n // devices, s, c)
     else:
-        wanted = max(_ROWS, elements // c)  # rows of channels
+        # Rows of channels.
+        wanted = max(_ROWS_OF_ALL if feature_axes else _ROWS, elements // c)
         # The examples in equal parts, as they lie on devices: each takes of what it has.
         parts = math.lcm(math.gcd(n, _PARTS), devices)
         each = n // parts
@@ -73,6 +74,7 @@ _PARTS, _POSITIONS, _LARGE = 32, 16, 2**20
 # Of wide layers rather fewer channels: a variance of fewer rows is off by a fifth and more, and a
 # unit that is zero for all of them need not be dead.
 _ROWS = 64
+_ROWS_OF_ALL = 1024  # a channel that is seldom other than zero has to be seen so
 
 
 def odd_stride(size: int, wanted: int) -> int:

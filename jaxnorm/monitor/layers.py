@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 
 from jaxnorm.monitor.marks import FENCE, VALUE, Place, mark
@@ -117,7 +118,7 @@ def _called(call, path: str, module: Any, wanted: bool, args, kwargs):
     place = Place(path, type(module).__name__, "input", is_norm=isinstance(module, NORM_TYPES))
     marked = (wanted or place.is_norm) and bool(args) and _is_floating(args[0])
     if marked:
-        place, beside = _place(place, module, args[0], kwargs)
+        place, beside = _place(place, module, args, kwargs)
         args = (mark(args[0], place, *beside, role=role), *args[1:])
     result = call(*args, **kwargs)
     if isinstance(module, AFFINE_TYPES) and _is_floating(result):
@@ -129,19 +130,26 @@ def _called(call, path: str, module: Any, wanted: bool, args, kwargs):
     return (first, *rest) if isinstance(result, tuple) else first
 
 
-def _place(place: Place, module: Any, x: Any, kwargs: dict[str, Any]) -> tuple[Place, list[Any]]:
+def _place(place: Place, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Place, list[Any]]:
     """The place with what is known of the layer, and its running statistics if it has any."""
+    x = args[0]
     facts = {name: _plain(getattr(module, name)) for name in FIELDS if hasattr(module, name)}
     facts |= {"shape": tuple(x.shape), "input_dtype": jnp.dtype(x.dtype).name}
-    if kwargs.get("use_running_average") is not None:
-        facts["use_running_average"] = bool(kwargs["use_running_average"])
+    if not type(module).__module__.startswith("flax."):
+        facts.pop("force_float32_reductions", None)  # jaxnorm's are of float32 whatever it says
+    if kwargs.get("mask") is not None:
+        facts["masked"] = True
     if id(x) in _trace.fed:
         _, facts["fed_by"], facts["fed_by_bias"] = _trace.fed[id(x)]
     beside = []
     if isinstance(module, linen.BatchNorm | nnx.BatchNorm):
+        frozen = args[1] if len(args) > 1 else kwargs.get("use_running_average")
+        if frozen is not None:
+            facts["use_running_average"] = bool(frozen)
         axes = module.axis if isinstance(module.axis, tuple) else (module.axis,)
-        facts["feature_axes"] = tuple(a % x.ndim for a in axes)
-        beside = _running(module)
+        facts["feature_axes"] = tuple(sorted(a % x.ndim for a in axes))
+        # Of what a mask hides the statistics know nothing.
+        beside = [] if "masked" in facts else _running(module)
         if beside:
             facts["running_dtype"] = jnp.dtype(beside[0].dtype).name
     return replace(place, facts=tuple(facts.items())), beside
@@ -163,6 +171,8 @@ def _is_floating(x: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     """What can be written down as it is; of anything else its name."""
+    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     try:

@@ -8,10 +8,11 @@ a tangent is a mark on a cotangent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Inexact
@@ -84,7 +85,21 @@ def _transpose(cotangent, *operands, place, role):
 
 
 def _batched(operands, axes, *, place, role):
-    return mark_p.bind(*operands, place=place, role=role), axes[0]
+    x, *beside = operands
+    if any(axis is not None for axis in axes[1:]):
+        beside = []  # each member has statistics of its own, and there is one place for all
+    if axes[0] is None:
+        return mark_p.bind(x, *beside, place=place, role=role), axes[0]
+    x = jnp.moveaxis(x, axes[0], 0)
+    facts = dict(place.facts)
+    features = facts.get("feature_axes", (x.ndim - 2,))
+    if 0 in features:  # of one example each
+        facts["feature_axes"] = tuple(axis + 1 for axis in features)
+        place = replace(place, facts=tuple(facts.items()))
+        return mark_p.bind(x, *beside, place=place, role=role), 0
+    # What is mapped over are examples, like those along the first axis.
+    together = x.reshape(-1, *x.shape[2:])
+    return mark_p.bind(together, *beside, place=place, role=role).reshape(x.shape), 0
 
 
 ad.primitive_jvps[mark_p] = _jvp

@@ -225,8 +225,9 @@ def running_kl(batch: BatchSummary) -> np.ndarray:
 
 
 def _later(series: ArrayLike) -> np.ndarray:
-    """With nothing for the first sample."""
-    return np.concatenate([[np.nan], np.asarray(series, np.float64)])
+    """With nothing for the first sample, if there is one."""
+    later = np.asarray(series, np.float64)
+    return np.concatenate([[np.nan], later])
 
 
 def _known(array: ArrayLike | None) -> np.ndarray:

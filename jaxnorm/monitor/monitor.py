@@ -31,11 +31,10 @@ class Monitor:
             anything, a class of layers, several of these, or a function of a path and the name of
             a class or nonlinearity. None: all normalization layers and all nonlinearities.
         elements: about how many elements of an array to look at, evenly spread; None for all.
-            Statistics of a batch norm's channels are taken of all in any case.
+            Of a batch norm's input all channels are looked at, at a thousand positions or more.
         gradients: whether to look at gradients.
         shift: whether to take `internal_covariate_shift` from each step that is looked at to the
             parameters after it, on its own batch. That costs a gradient for each layer.
-
         channels: whether to take `Moments` of each channel too, at every place: of the feature axes
             of a batch norm, of the last axis elsewhere.
 

@@ -36,6 +36,8 @@ class Marker:
     _numbers: Counter = field(default_factory=Counter)
     _inside: int = 0
     """Of how many norm layers the present equation is a part."""
+    _returned: frozenset[Any] = frozenset()
+    """What the whole program returns."""
 
     def marked(self, program: Any, parameters: list[bool]) -> Any:
         """The program, a closed jaxpr, with marks.
@@ -44,6 +46,7 @@ class Marker:
             program: traced; modules' marks are in it already.
             parameters: of each of its inputs, whether it is one of the model's parameters.
         """
+        self._returned = frozenset(v for v in program.jaxpr.outvars if isinstance(v, Var))
         return self._closed(program, parameters, (), "")
 
     def _closed(self, closed: Any, parameters: list[bool], scans, scope: str) -> Any:
@@ -79,7 +82,8 @@ class Marker:
                 path = self._path(here, function.name)
                 if self.chosen(path, function.name):
                     shape = tuple(getattr(function.input.aval, "shape", ()))
-                    side = Place(path, function.name, "input", facts=(("shape", shape),))
+                    facts = (("shape", shape), ("returned", function.output in self._returned))
+                    side = Place(path, function.name, "input", facts=facts)
                     put(eqn, function.input, self._placed(side, scans))
                     stops[function.stop - 1] = function, replace(side, side="output")
             invars = [v if isinstance(v, Literal) else now.get(v, v) for v in eqn.invars]

@@ -9,8 +9,10 @@ import pytest
 from flax import nnx
 
 import jaxnorm.linen as jnn
-from jaxnorm.monitor import Finding, Findings, Monitor, Recording, diagnose
-from jaxnorm.monitor.evidence import apart
+from jaxnorm.monitor import Finding, Findings, Monitor, Recording, attach, diagnose, observe
+from jaxnorm.monitor.evidence import Evidence, Look, apart
+from jaxnorm.monitor.rules.activations import near_epsilon
+from jaxnorm.monitor.rules.statistics import train_serve_skew
 from jaxnorm.training import create_train_state, make_train_step
 
 RNG = np.random.default_rng(0)
@@ -72,7 +74,7 @@ def by_rule(findings):
     return {finding.rule: finding for finding in findings}
 
 
-def train(folder, model=None, optimizer=None, steps=40, xs=None, **monitor):
+def train(folder, model=None, optimizer=None, steps=40, xs=None, stats=None, **monitor):
     """Findings of a training, by rule, and its recording."""
     model, optimizer = model or Net(), optimizer or optax.sgd(0.05)
     xs = jnp.broadcast_to(X, (steps, *X.shape)) if xs is None else xs
@@ -82,6 +84,8 @@ def train(folder, model=None, optimizer=None, steps=40, xs=None, **monitor):
         return ((y - batch[1]) ** 2).mean()
 
     state = create_train_state(model, optimizer, 0, X)
+    if stats is not None:
+        state = state.replace(batch_stats=jax.tree.map(stats, state.batch_stats))
     step = make_train_step(
         model, optimizer, loss, inputs=lambda b: (b[0],), scan=True,
         monitor=Monitor(every=1, **monitor),
@@ -228,6 +232,87 @@ class TestOneLook:
         assert set(found) == {"imported-momentum", "idle-bias", "never-updated"}
         assert not block.norm.mean[...].any()
 
+    def test_what_is_no_number_or_of_numpy_is_no_reason_to_fail(self):
+        averaging = nn.Sequential([jnn.BatchNorm(False, momentum=None), nn.relu])
+        assert diagnose(averaging, averaging.init(jax.random.key(0), X), X) == ()
+        strange = nn.BatchNorm(np.bool_(False), momentum=0.9, epsilon=np.float32(1e-5))
+        assert look(nn.Sequential([strange, nn.relu])) == {}
+
+    def test_the_mode_may_come_by_position(self):
+        class Positional(nn.Module):
+            @nn.compact
+            def __call__(self, x, train: bool = True):
+                return nn.relu(nn.BatchNorm(momentum=0.9)(x, not train))
+
+        variables = fitted(Positional().init(jax.random.key(0), X), Positional(), X)
+        assert diagnose(Positional(), variables, X[:2], train=False) == ()
+        found = by_rule(diagnose(Positional(), variables, X + 3, train=False))
+        assert set(found) == {"frozen-on-shifted"}
+
+    def test_few_examples_say_nothing_of_a_shift(self):
+        frozen = Net(frozen=True)
+        variables = fitted(frozen.init(jax.random.key(0), X), frozen, X)
+        assert diagnose(frozen, variables, X[:4]) == ()
+
+    def test_serving_what_was_never_trained(self):
+        model = Net()
+        variables = model.init(jax.random.key(0), X)
+        found = by_rule(diagnose(model, variables, 3 * X + 1, train=False))
+        assert "never-updated" in found and "frozen-on-shifted" not in found
+
+    def test_masked_batches_are_not_judged_by_what_the_mask_hides(self):
+        class Masked(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                mask = (jnp.arange(len(x)) < 32)[:, None]
+                return nn.relu(nn.BatchNorm(False, momentum=0.9)(x, mask=mask))
+
+        x = X.at[32:].set(100.0)
+        assert look(Masked(), x) == {}
+
+    def test_channels_that_are_seldom_other_than_zero(self):
+        rng = np.random.default_rng(3)
+        x = rng.normal(size=(64, 8, 8, 32)) * (rng.uniform(size=(64, 8, 8, 32)) < 0.05)
+        model = nn.Sequential([nn.BatchNorm(False, momentum=0.9), nn.relu])
+        variables = fitted(model.init(jax.random.key(0), x), model, jnp.asarray(x, jnp.float32))
+
+        def run(variables, x):
+            return attach(model).apply(variables, x, mutable=["batch_stats"])
+
+        _, seen = jax.jit(observe(run, elements=4096))(variables, jnp.asarray(x, jnp.float32))
+        assert not list(train_serve_skew(Evidence(Look.of(seen))))
+        assert not list(near_epsilon(Evidence(Look.of(seen))))
+
+    def test_several_feature_axes_in_any_order(self):
+        x = jnp.asarray(RNG.normal(size=(32, 3, 4, 5)) * np.arange(1, 6), jnp.float32)
+        norm = nn.BatchNorm(False, axis=(-1, 1), momentum=0.9)
+        assert look(nn.Sequential([norm, nn.relu]), x) == {}
+
+    def test_a_probability_at_the_end_may_be_near_one(self):
+        class Classifier(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                x = nn.Dense(4, bias_init=nn.initializers.constant(8.0))(nn.LayerNorm()(x))
+                return nn.sigmoid(x)
+
+        assert look(Classifier()) == {}
+
+    def test_a_vmap_inside_what_is_looked_at(self):
+        model = nn.BatchNorm(False, momentum=0.9, axis_name="b")
+        variables = nn.BatchNorm(False, momentum=0.9).init(jax.random.key(0), X)
+        marked = attach(nn.Sequential([model]))
+
+        def each(x):
+            return marked.apply({n: {"layers_0": v} for n, v in variables.items()}, x,
+                                mutable=["batch_stats"])[0]  # fmt: skip
+
+        for x in (X, X.reshape(8, 8, 8)):  # an example each, and eight
+            y, seen = observe(jax.vmap(each, axis_name="b"))(x)
+            batch = seen["layers_0:input"].batch
+            np.testing.assert_allclose(batch.moments.mean, X.mean(0), atol=1e-6)
+            assert batch.examples == 64
+            np.testing.assert_allclose(y.reshape(-1, 8).std(0), 1, atol=1e-3)
+
 
 class TestTraining:
     def test_a_healthy_run_has_nothing(self, tmp_path):
@@ -255,8 +340,12 @@ class TestTraining:
         assert "would not mend it" in found["train-serve-skew"].remedy
 
     def test_frozen_statistics_while_fine_tuning(self, tmp_path):
-        found, _ = train(tmp_path, Net(frozen=True), xs=batches(12) + 2)
-        assert "frozen-on-shifted" in found
+        found, _ = train(
+            tmp_path / "a", Net(frozen=True), xs=batches(12) + 2, stats=lambda a: a + 1
+        )
+        assert "frozen-on-shifted" in found and "never-updated" not in found
+        found, _ = train(tmp_path / "b", Net(frozen=True), xs=batches(12) + 2)
+        assert "never-updated" in found and "frozen-on-shifted" not in found
 
     def test_gradients_that_vanish_towards_the_first_layer(self, tmp_path):
         sick = Net(depth=6, norm="none", function="sigmoid", use_bias=True)
@@ -294,7 +383,7 @@ class TestTraining:
         assert finding.where == ("LayerNorm_0:input",)
         assert (finding.evidence["step"], finding.evidence["last finite step seen"]) == (7, 6)
         assert finding.evidence["share"] == 1 / 64
-        assert "from step 7 on" in finding.title
+        assert "at step 7" in finding.title
         # What follows from it is no finding of its own.
         assert set(found) == {"nonfinite"}
         assert str(finding).count("\n") == 5 and isinstance(finding, Finding)
@@ -325,7 +414,9 @@ def test_apart_is_the_closed_form_without_what_chance_brings():
     "arguments, message",
     [
         (("runs/first",), "diagnose: what is looked at must be"),
-        ((Net(),), "comes with its variables and a batch"),
+        ((Net(),), "comes with its variables and a batch; got neither"),
+        ((Net(), X), "comes with its variables and a batch; got ArrayImpl"),
+        ((Net(), {"params": {}}), "comes with its variables and a batch; got dict"),
     ],
 )
 def test_arguments_that_cannot_be_used(arguments, message):

@@ -45,20 +45,16 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
     numbers = {"step": float(steps[at])}
     if at:
         numbers["last finite step seen"] = float(steps[at - 1])
-        largest = max(
-            max(abs(float(evidence.measures[name][place][at - 1])) for name in _ENDS)
-            if place in evidence.measures["maximum"]
-            else math.nan
-            for place in [place]
-        )
-        numbers["largest value there before"] = largest
+        ends = [evidence.measures[name].get(place) for name in ("minimum", "maximum")]
+        largest = [abs(float(end[at - 1])) for end in ends if end is not None]
+        numbers["largest value there before"] = max(largest, default=math.nan)
     numbers["share"] = share
     first = not at and what == "value" and place == evidence.seen.places[0].name
     yield Finding(
         "nonfinite",
         "critical",
         (place,),
-        f"A {what} is not finite from step {steps[at]} on.",
+        f"A {what} is not finite at step {steps[at]}.",
         "The input or the parameters hold it from the start."
         if first
         else "Something grew beyond what its dtype holds: a learning rate that is too high, a "
@@ -87,6 +83,8 @@ def near_epsilon(evidence: Evidence) -> Iterator[Finding]:
         epsilon = evidence.facts[place.name].get("epsilon")
         if not place.is_norm or place.side != "input" or place.name in batch or epsilon is None:
             continue
+        if evidence.facts[place.name].get("masked"):
+            continue
         size = evidence.typical(_power(evidence, place))
         found.append((float(size < NEAR_EPSILON * epsilon), epsilon, place.layer))
     found = [each for each in found if each[0] > 0]
@@ -114,7 +112,8 @@ def dead_units(evidence: Evidence) -> Iterator[Finding]:
     """Units that are flat for every example, and get no gradient."""
     found = []
     for name, series in evidence.measures.get("dead", {}).items():
-        place, share = _place(evidence, name), evidence.typical(series)
+        # What is dead stays so: the least of the samples.
+        place, share = _place(evidence, name), float(evidence.late(series).min(initial=1))
         # So many are looked at of every channel, if there are as many.
         rows = math.prod(evidence.facts[name].get("shape", (1,))[:-1])
         if place.kind.startswith("relu") and rows >= FEWEST_EXAMPLES and share > DEAD:
@@ -125,7 +124,7 @@ def dead_units(evidence: Evidence) -> Iterator[Finding]:
             "dead-units",
             _severity(share > 0.9),
             tuple(layer for _, layer in found),
-            "Units are dead: zero for every example, and without a gradient.",
+            "Units are dead: zero for every example looked at, and without a gradient.",
             "A step that was too large, or a bias that is far below zero, moved them where no "
             "example reaches.",
             "Lower or warm up the learning rate, normalize before the nonlinearity, or use one "
@@ -140,7 +139,9 @@ def saturated(evidence: Evidence) -> Iterator[Finding]:
     found = []
     for name, series in evidence.measures.get("saturated", {}).items():
         place, share = _place(evidence, name), evidence.typical(series)
-        if not place.kind.startswith("relu") and share > SATURATED:
+        # What a model returns as a probability should be near 0 or 1.
+        returned = evidence.facts[name].get("returned", False)
+        if not place.kind.startswith("relu") and share > SATURATED and not returned:
             found.append((share, place.layer))
     if found:
         share = max(found)[0]
@@ -233,8 +234,7 @@ def _first_nonfinite(evidence: Evidence, at: int) -> tuple[str, str, float]:
         gradient = evidence.seen[place.name].gradient
         if gradient is not None and np.asarray(gradient.nonfinite)[at] > 0:
             return place.name, "gradient", float(np.asarray(gradient.nonfinite)[at])
-    name = next(n for n, m in evidence.seen.metrics.items() if not np.isfinite(m[at]))
-    return name, "metric", 1.0
+    return "loss", "metric", 1.0
 
 
 def _power(evidence: Evidence, place: Place) -> np.ndarray:
@@ -251,6 +251,3 @@ def _place(evidence: Evidence, name: str) -> Place:
 
 def _severity(severe: bool) -> Severity:
     return "critical" if severe else "warning"
-
-
-_ENDS = ("minimum", "maximum")

@@ -29,8 +29,9 @@ def update_ratio(evidence: Evidence) -> Iterator[Finding]:
     large, small = [], []
     for path, norms in evidence.seen.parameters.items():
         weight, update = np.asarray(norms.weight), np.asarray(norms.update)
+        name = path.removesuffix("/value").rsplit("/", 1)[-1]  # NNX names the value, too
         # What starts at zero has no proportion; scales and biases are few numbers.
-        if path.rsplit("/", 1)[-1] in ("bias", "scale") or not (weight > 0).all():
+        if name in ("bias", "scale") or not (weight[: evidence.healthy] > 0).all():
             continue
         ratio = evidence.typical(update / np.where(weight > 0, weight, 1))
         if ratio > LARGEST_UPDATE:
@@ -72,8 +73,9 @@ def drift_after_drop(evidence: Evidence) -> Iterator[Finding]:
             continue
         drift = _drift(evidence, place.name)
         before, after = np.median(drift[1:at]), np.median(drift[at + 1 :])
-        # Smaller steps move the means less, unless something else moves them.
-        if after > max(DRIFT, before):
+        # Smaller steps move the means less, unless something else moves them; and chance moves
+        # them as much before as after.
+        if after > max(DRIFT, 2 * before):
             found.append((float(after), float(before), place.layer))
     if found:
         after, before, _ = max(found)
@@ -114,9 +116,7 @@ def _drift(evidence: Evidence, name: str) -> np.ndarray:
 def _drop(size: np.ndarray) -> tuple[int, float]:
     """The sample from which on updates are smaller for good, and by what factor."""
     places = range(WINDOW, len(size) - WINDOW + 1)
-    factors = [
-        size[at - WINDOW : at].min() / max(float(size[at : at + WINDOW].max()), 1e-30)
-        for at in places
-    ]
+    floor = max(1e-6 * float(size.max()), 1e-30)  # to nothing at all it falls by a million
+    factors = [size[at - WINDOW : at].min() / max(float(size[at:].max()), floor) for at in places]
     best = int(np.argmax(factors))
     return places[best], float(factors[best])

@@ -36,7 +36,7 @@ WU_JOHNSON = "https://arxiv.org/abs/2105.07576"
 
 def never_updated(evidence: Evidence) -> Iterator[Finding]:
     """Running statistics that are the same in every sample, or those of initialization."""
-    stuck = [n for n in evidence.norms if _is_stuck(evidence, n) and n.skew[-1] > SHIFTED]
+    stuck = [n for n in evidence.norms if _is_stuck(n) and evidence.typical(n.skew) > SHIFTED]
     if not stuck:
         return
     momentum = stuck[0].facts.get("momentum")
@@ -66,7 +66,7 @@ def train_serve_skew(evidence: Evidence) -> Iterator[Finding]:
     norms = [
         n
         for n in evidence.norms
-        if not n.frozen and not _is_stuck(evidence, n) and evidence.typical(n.skew) > SHIFTED
+        if not n.frozen and not _is_stuck(n) and evidence.typical(n.skew) > SHIFTED
     ]
     if not norms:
         return
@@ -104,7 +104,11 @@ def train_serve_skew(evidence: Evidence) -> Iterator[Finding]:
 
 def frozen_on_shifted(evidence: Evidence) -> Iterator[Finding]:
     """Running statistics in use, on data that they are not of."""
-    norms = [n for n in evidence.norms if n.frozen and evidence.typical(n.skew) > SHIFTED]
+    norms = [
+        n
+        for n in evidence.norms
+        if n.frozen and not _is_stuck(n) and evidence.typical(n.skew) > SHIFTED
+    ]
     if norms:
         numbers = _skew(evidence, norms)
         yield Finding(
@@ -155,7 +159,9 @@ def small_batch(evidence: Evidence) -> Iterator[Finding]:
 
 def imported_momentum(evidence: Evidence) -> Iterator[Finding]:
     """A momentum that looks like PyTorch's."""
-    norms = [n for n in evidence.norms if n.facts.get("momentum", 1) < LOWEST_MOMENTUM]
+    # None is an average of all batches.
+    momenta = [(n.facts.get("momentum"), n) for n in evidence.norms]
+    norms = [n for m, n in momenta if isinstance(m, int | float) and m < LOWEST_MOMENTUM]
     if norms:
         momentum = float(norms[0].facts["momentum"])
         yield Finding(
@@ -165,7 +171,7 @@ def imported_momentum(evidence: Evidence) -> Iterator[Finding]:
             f"momentum={momentum:g} looks imported from another framework.",
             "Flax multiplies the old value by it; PyTorch multiplies the new one. As it stands the "
             "running statistics are those of the last batch or two.",
-            f"Write momentum={1 - momentum:g}.",
+            f"Write momentum={1 - momentum if momentum else 0.9:g}.",
             "https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html",
             {"momentum": momentum, "threshold": LOWEST_MOMENTUM},
         )
@@ -218,24 +224,23 @@ def idle_bias(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def _is_stuck(evidence: Evidence, norm: Norm) -> bool:
+def _is_stuck(norm: Norm) -> bool:
     """Whether nothing was ever written to a norm's running statistics."""
-    if norm.frozen:
-        return False
     mean, var = np.asarray(norm.batch.running_mean), np.asarray(norm.batch.running_var)
     initial = not mean[-1].any() and (var[-1] == 1).all()
-    if len(mean) == 1:
+    if len(mean) == 1 or norm.frozen:
         return bool(initial)
     return bool((mean == mean[0]).all() and (var == var[0]).all())
 
 
 def _after_recalibration(evidence: Evidence, norm: Norm) -> float:
-    """How far batches stay apart from the statistics of all of them together."""
+    """How far batches are apart from one another, of one sample and the next."""
     late = jax.tree.map(evidence.late, norm.batch.moments)
     if len(late.mean) < 4:
         return float("nan")
-    whole = jax.tree.map(lambda a: a[None], late.pooled())
-    return float(np.median(apart(late, whole, evidence.late(norm.noise))))
+    # Not from all of them: meanwhile the network learns, and its activations move.
+    now, before = jax.tree.map(lambda a: a[1:], late), jax.tree.map(lambda a: a[:-1], late)
+    return float(np.median(apart(now, before, 2 * evidence.late(norm.noise)[1:])))
 
 
 def _skew(evidence: Evidence, norms: list[Norm]) -> dict[str, float]:
