@@ -344,7 +344,7 @@ class TestTraining:
             tmp_path / "a", Net(frozen=True), xs=batches(12) + 2, stats=lambda a: a + 1
         )
         assert "frozen-on-shifted" in found and "never-updated" not in found
-        found, _ = train(tmp_path / "b", Net(frozen=True), xs=batches(12) + 2)
+        found, _ = train(tmp_path / "b", Net(frozen=True), xs=xs)
         assert "never-updated" in found and "frozen-on-shifted" not in found
 
     def test_gradients_that_vanish_towards_the_first_layer(self, tmp_path):
