@@ -178,7 +178,7 @@ def test_doctor_tells_what_is_wrong_and_exits_with_one(tmp_path, capsys):
     assert cli.main(["doctor", str(tmp_path / "sick")]) == cli.FOUND
     printed = capsys.readouterr().out
     assert printed.startswith("12 samples, steps 0 to 44.\n\ncritical: ")
-    assert "not finite from step 32 on" in printed and "LayerNorm_1:input" in printed
+    assert "not finite at step 32" in printed and "LayerNorm_1:input" in printed
 
 
 def test_doctor_of_a_healthy_run(tmp_path, capsys):

@@ -21,7 +21,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_examples_run_and_learn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    example, _, _, over_devices, watched = blocks("python")
+    example, _, _, over_devices, watched, diagnosed = blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 21
     names: dict = {"__name__": "readme"}
     exec(compile(example, "README.md", "exec"), names)
@@ -37,6 +37,9 @@ def test_the_examples_run_and_learn(tmp_path, monkeypatch, capsys):
     assert names["recording"].steps.tolist() == [0, 64, 128, 192]
     mean = names["recording"]["BatchNorm_0:input"].value.moments.mean
     np.testing.assert_allclose(mean, 1e4, rtol=1e-3)
+    capsys.readouterr()
+    exec(compile(diagnosed, "README.md", "exec"), names)
+    assert "Frozen statistics are used on data" in capsys.readouterr().out
 
 
 def test_the_fused_forms_and_the_explanation_run(capsys):

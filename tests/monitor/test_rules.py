@@ -340,9 +340,8 @@ class TestTraining:
         assert "would not mend it" in found["train-serve-skew"].remedy
 
     def test_frozen_statistics_while_fine_tuning(self, tmp_path):
-        found, _ = train(
-            tmp_path / "a", Net(frozen=True), xs=batches(12) + 2, stats=lambda a: a + 1
-        )
+        xs = batches(12) + 2
+        found, _ = train(tmp_path / "a", Net(frozen=True), xs=xs, stats=lambda a: a + 1)
         assert "frozen-on-shifted" in found and "never-updated" not in found
         found, _ = train(tmp_path / "b", Net(frozen=True), xs=xs)
         assert "never-updated" in found and "frozen-on-shifted" not in found
