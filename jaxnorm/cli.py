@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; those of the process by default.
 
     Returns:
-      The exit status: 0; 2 for input that cannot be used; 130 after an interrupt.
+      The exit status: 0; 1 where the doctor has found something; 2 for input that cannot be used;
+      130 after an interrupt.
 
     Raises:
       SystemExit: from argparse, after `--help`, `--version` or an unknown argument.
