@@ -45,8 +45,9 @@ class Look:
         return jax.tree.map(lambda a: np.asarray(a)[None], self.sights[name])
 
 
-FEWEST = 16
-"""Independent numbers, with fewer of which statistics are not judged by."""
+LEAST_INDEPENDENT = 16
+"""Independent numbers behind a channel's statistics: with fewer, a deviation is off by more than
+1/sqrt(2 * 16) = 18 %, and nothing is judged by it."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Norm:
         """
         mean, var = jnp.asarray(self.batch.running_mean), jnp.asarray(self.batch.running_var)
         skew = apart(self.batch.moments, Moments(jnp.ones_like(var), mean, var), self.noise)
-        return np.where(self.noise > 2 / FEWEST, 0, skew)
+        return np.where(self.noise > 2 / LEAST_INDEPENDENT, 0, skew)
 
     @cached_property
     def noise(self) -> np.ndarray:

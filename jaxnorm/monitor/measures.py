@@ -179,13 +179,13 @@ def _of_place(sight: Sight, place: Place) -> Iterator[tuple[str, ArrayLike]]:
             jax.tree.map(lambda a: a[1:], moments),
             jax.tree.map(lambda a: a[:-1], moments),
         )
-        yield "mean_drift", _later(mean_drift(now, before))
-        yield "variance_ratio", _later(variance_ratio(now, before))
-        yield "kl_divergence", _later(kl_divergence(now, before))
+        yield "mean_drift", later(mean_drift(now, before))
+        yield "variance_ratio", later(variance_ratio(now, before))
+        yield "kl_divergence", later(kl_divergence(now, before))
         counts = _known(value.histogram)
         now, before = counts[1:], counts[:-1]
-        yield "histogram_kl", _later(kl_divergence(now, before, histograms=True))
-        yield "population_stability_index", _later(population_stability_index(now, before))
+        yield "histogram_kl", later(kl_divergence(now, before, histograms=True))
+        yield "population_stability_index", later(population_stability_index(now, before))
         yield "skewness", skewness(counts, edges=EDGES)
         yield "excess_kurtosis", excess_kurtosis(counts, edges=EDGES)
         yield from _fields(value, place)
@@ -224,10 +224,9 @@ def running_kl(batch: BatchSummary) -> np.ndarray:
     return np.asarray(kl_divergence(batch.moments, Moments(jnp.ones_like(var), mean, var)))
 
 
-def _later(series: ArrayLike) -> np.ndarray:
-    """With nothing for the first sample, if there is one."""
-    later = np.asarray(series, np.float64)
-    return np.concatenate([[np.nan], later])
+def later(series: ArrayLike) -> np.ndarray:
+    """With nothing for the first sample, before which there is none."""
+    return np.concatenate([[np.nan], np.asarray(series, np.float64)])
 
 
 def _known(array: ArrayLike | None) -> np.ndarray:

@@ -300,7 +300,9 @@ def _histograms(rows: Float[Array, "parts k n c"]) -> Float[Array, "parts k bins
     bins = jnp.clip(jnp.floor(at), 0, BINS - 1).astype(jnp.int32)
 
     def scattered(bins, weights):
-        one = lambda bins, weights: jnp.zeros(BINS, weights.dtype).at[bins].add(weights)  # noqa: E731
+        def one(bins, weights):
+            return jnp.zeros(BINS, weights.dtype).at[bins].add(weights)
+
         return jax.vmap(jax.vmap(one))(bins, weights)
 
     def compared(bins, weights):

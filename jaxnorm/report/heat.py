@@ -49,13 +49,11 @@ def heatmap(
         orient="bottom", values=list(colours), format="~g", labelExpr=SHORT, gradientLength=260
     )
     axis = {"ticks": False, "domain": False, "labelAngle": 0, **row_axis}
-    x = steps()
-    x.axis.domain = False  # type: ignore[union-attr]
     return (
         alt.Chart(data)
         .mark_rect(invalid="filter", aria=False)  # thousands; the chart has a label as a whole
         .encode(
-            x=x,
+            x=steps(domain=False),
             x2="end:Q",
             y=alt.Y(
                 f"{row}:O",

@@ -114,8 +114,9 @@ def _packed(run: Run, measured: dict[str, Series], most: int, stops: int) -> dic
     for name, i in index.items():
         sight = recording[name]
         counts = np.asarray(sight.value.histogram)
-        ends = {"minimum": sight.value.minimum, "maximum": sight.value.maximum}
-        bands[i] = packer.add(quantiles(counts, SHARES, **ends)[kept].T, "linear")  # type: ignore[arg-type]
+        lowest, highest = sight.value.minimum, sight.value.maximum
+        band = quantiles(counts, SHARES, minimum=lowest, maximum=highest)
+        bands[i] = packer.add(band[kept].T, "linear")
         histograms[i] = packer.add(counts[shown], "sqrt")
         if sight.batch is not None:
             apart = running_kl(sight.batch)

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxnorm.monitor.evidence import Evidence
 from jaxnorm.monitor.findings import Finding
+from jaxnorm.monitor.measures import later
 
 LARGEST_UPDATE, SMALLEST_UPDATE = 0.05, 1e-6
 """Norm of an update over that of the array. The notes of Stanford's CS231n hold 1e-3 to be about
@@ -108,8 +109,7 @@ def _drift(evidence: Evidence, name: str) -> np.ndarray:
     else:
         mean, var = np.asarray(norm.batch.moments.mean), np.asarray(norm.batch.moments.var)
         moved = np.square(np.diff(mean, axis=0)) / np.where(var > 0, var, 1)[1:]
-        drift = np.sqrt(np.maximum(moved.mean(-1) - norm.noise[1:], 0))
-        drift = np.concatenate([[np.nan], drift])
+        drift = later(np.sqrt(np.maximum(moved.mean(-1) - norm.noise[1:], 0)))
     return drift[: evidence.healthy]
 
 

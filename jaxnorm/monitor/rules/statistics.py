@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from jaxnorm.monitor.evidence import Evidence, Norm, apart
+from jaxnorm.monitor.evidence import LEAST_INDEPENDENT, Evidence, Norm, apart
 from jaxnorm.monitor.findings import Finding, Severity
 
 SHIFTED = 0.25
@@ -16,9 +16,6 @@ Scorecards, 2006, for the population stability index, of which `apart` is the fo
 FAR = 1.0
 """Nats that no reading of an evaluation survives: means apart by a whole deviation."""
 
-LEAST_INDEPENDENT = 16
-"""Independent numbers behind a channel's statistics: with fewer, a deviation is off by more than
-1/sqrt(2 * 16) = 18 %."""
 LEAST_EXAMPLES = 8
 """Examples of a batch: Wu & He 2018, Figure 1, find the error of a ResNet-50 to rise by 1.2 points
 at 8 images a worker, by 3.7 at 4 and by 11 at 2."""
