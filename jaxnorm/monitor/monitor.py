@@ -88,12 +88,11 @@ class Monitor:
         selection = Selection.of("Monitor", self.layers)
         return adapted(operation, selection, model, mode_kwargs, compute_dtype)
 
-    def watched(self, made: Callable, members: str | None = None) -> Callable:
-        """A step that takes a sample when it is time.
+    def looking(self, made: Callable) -> Callable:
+        """A step that takes a sample.
 
         Args:
             made: `(state, batch) -> (state, metrics, (gradient, update))`.
-            members: the axis of a `vmap` around it whose members all make the same step.
 
         Returns:
             `(state, batch) -> (state, metrics)`; the state has a buffer.
@@ -101,25 +100,37 @@ class Monitor:
 
         def step(state: Any, batch: Any) -> Any:
             bare = state.replace(monitor=None)
+            new, metrics, row = self._row(_Traced(made, bare, batch), bare, batch, state.monitor)
+            return new.replace(monitor=state.monitor.push(state.step, row, True)), metrics
+
+        return step
+
+    def choosing(self, made: Callable, members: str | None = None) -> Callable:
+        """A step that takes a sample when it is time.
+
+        Args:
+            made: as for `looking`.
+            members: the axis of a `vmap` around it whose members all make the same step.
+
+        Returns:
+            As `looking`.
+        """
+
+        def step(state: Any, batch: Any) -> Any:
+            bare = state.replace(monitor=None)
             traced = _Traced(made, bare, batch)
 
-            def plain(state: Any, row: Any) -> Any:
-                new, metrics, _ = traced.run(jax.tree.leaves((state, batch)))
+            def plain(bare: Any, row: Any) -> Any:
+                new, metrics, _ = traced.run(jax.tree.leaves((bare, batch)))
                 return new, metrics, row
 
-            def looking(state: Any, row: Any) -> Any:
-                new, metrics, sample = self._look(traced, state, batch)
-                _check_same(schema, Schema.of(sample, state.params))
-                return new, metrics, row_of(sample)
+            def looking(bare: Any, row: Any) -> Any:
+                return self._row(traced, bare, batch, state.monitor)
 
-            schema = state.monitor.schema
             now = state.step if members is None else lax.pmax(state.step, members)
             taken = now % self.every == 0
-            row = jnp.zeros(schema.width, jnp.float32)
-            if self.every == 1:
-                new, metrics, row = looking(bare, row)
-            else:
-                new, metrics, row = _either(taken, looking, plain, bare, row)
+            row = jnp.zeros(state.monitor.schema.width, jnp.float32)
+            new, metrics, row = _either(taken, looking, plain, bare, row)
             return new.replace(monitor=state.monitor.push(state.step, row, taken)), metrics
 
         return step
@@ -132,6 +143,12 @@ class Monitor:
 
         sample = jax.eval_shape(look, state, batch)
         return Buffer.empty(Schema.of(sample, state.params), self.capacity)
+
+    def _row(self, traced: _Traced, bare: Any, batch: Any, buffer: Buffer) -> tuple[Any, Any, Any]:
+        """The step's results, and a sample of what went on in it as the buffer takes it."""
+        new, metrics, sample = self._look(traced, bare, batch)
+        _check_same(buffer.schema, Schema.of(sample, bare.params))
+        return new, metrics, row_of(sample)
 
     def _look(self, traced: _Traced, state: Any, batch: Any) -> tuple[Any, Any, Sample]:
         """The step's results, and a sample of what went on in it."""

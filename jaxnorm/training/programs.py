@@ -35,33 +35,22 @@ class Monitor(Protocol):
         """The model with marks on what is to be seen."""
         ...
 
-    def watched(self, made: Made, members: str | None = None) -> Step:
-        """A step that looks at these, when it is time, and keeps what it sees in the state."""
+    @property
+    def every(self) -> int:
+        """It looks at every so many steps."""
+        ...
+
+    def looking(self, made: Made) -> Step:
+        """A step that looks at these, and keeps what it sees in the state."""
+        ...
+
+    def choosing(self, made: Made, members: str | None = None) -> Step:
+        """A step that looks when it is time."""
         ...
 
     def buffer(self, made: Made, state: TrainState, batch: Batch) -> Any:
         """What `state.monitor` has to be before the first step."""
         ...
-
-
-def watched(
-    made: Made, monitor: Monitor | None, layout: Layout | None = None, members: str | None = None
-) -> Step:
-    """The step, and the monitor's look at it where there is one."""
-
-    def alone(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        new, metrics, _ = made(state, batch)
-        return new, metrics
-
-    if monitor is None:
-        return alone
-    looking = monitor.watched(made, members)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        new, metrics = looking(state, batch)
-        return keep_state(layout, new), metrics
-
-    return step
 
 
 def build_train_step(

@@ -22,9 +22,9 @@ from jaxnorm.training.programs import (
     build_eval_step,
     build_loop,
     build_train_step,
-    watched,
 )
 from jaxnorm.training.state import check_optimizer
+from jaxnorm.training.turns import compile_step
 
 
 def make_train_step(
@@ -56,8 +56,8 @@ def make_train_step(
     key depends on the state alone, so the same state and batch give the same result.
 
     The state is donated: its buffers are reused for the new state and must not be read again.
-    The step is a `jax.jit` function, with `lower` and the rest; with a layout it has `lower`,
-    which takes `jax.ShapeDtypeStruct`s too.
+    The step is a `jax.jit` function, with `lower` and the rest; with a layout or a monitor it has
+    `lower`, which takes `jax.ShapeDtypeStruct`s too.
 
     Args:
       model: a Linen module, an NNX module, or a function `rngs -> nnx.Module`, as in
@@ -108,6 +108,10 @@ def make_train_step(
         any input. Parameters in the state, optimizer state, running statistics and gradient keep
         their dtypes, and the outputs are float32 when `loss_fn` sees them. float16 is refused, as
         it would need loss scaling.
+      monitor: a `jaxnorm.monitor.Monitor`, which looks at every k-th step and keeps what it sees in
+        `state.monitor`. Two programs are compiled before the first step, with a look and without,
+        and the host takes them in turns by a count of its own. It reads the device once for a state
+        that comes from elsewhere, a checkpoint or another function.
 
     Returns:
       The step. `metrics` holds "loss", shape (), or (steps,) with `scan`, and what `loss_fn` adds.
@@ -155,9 +159,8 @@ def make_train_step(
         compute_dtype=compute_dtype,
     )
     made = build_train_step(objective, optimizer, skip_nonfinite)
-    step = watched(made, monitor, layout)
-    step = build_loop(operation, step) if scan else step
-    compiled = jax.jit(step, donate_argnums=(0,) if donate else ())
+    formed = functools.partial(build_loop, operation) if scan else lambda step: step
+    compiled = compile_step(made, monitor, formed, donate=donate, scan=scan, layout=layout)
     if layout is None and monitor is None:
         return compiled
     buffer = functools.partial(monitor.buffer, made) if monitor else None

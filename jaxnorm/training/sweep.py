@@ -31,7 +31,6 @@ from jaxnorm.training.programs import (
     build_loop,
     build_train_step,
     leading_size,
-    watched,
 )
 from jaxnorm.training.state import (
     TrainState,
@@ -42,6 +41,7 @@ from jaxnorm.training.state import (
     own,
     strong,
 )
+from jaxnorm.training.turns import compile_step
 
 MakeOptimizer = Callable[..., optax.GradientTransformation]
 _MEMBERS = "jaxnorm_members"  # the mapped axis
@@ -197,10 +197,11 @@ def make_sweep_step(
         optimizer = _injected(operation, make_optimizer, swept)
         return build_train_step(objective, optimizer, skip_nonfinite)(state, batch)
 
-    step = watched(made, monitor, members=_MEMBERS)
-    step = build_loop(operation, step) if scan else step
-    mapped = _over_members(operation, step, batch_per_member)
-    compiled = jax.jit(mapped, donate_argnums=(0,) if donate else ())
+    def formed(step: Step) -> Step:
+        step = build_loop(operation, step) if scan else step
+        return _over_members(operation, step, batch_per_member)
+
+    compiled = compile_step(made, monitor, formed, donate=donate, scan=scan, members=_MEMBERS)
     if monitor is None:
         return compiled
 

@@ -1,0 +1,114 @@
+"""Which steps look is decided before they run, from a count that needs no device."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxnorm.monitor import Monitor
+from jaxnorm.training import (
+    create_sweep_state,
+    create_train_state,
+    make_sweep_step,
+    make_train_step,
+)
+
+MODEL, OPTIMIZER = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(1)]), optax.sgd(0.1)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
+
+
+def loss(y, batch):
+    return (y**2).mean()
+
+
+def step_of(monitor, **options):
+    return make_train_step(MODEL, OPTIMIZER, loss, monitor=monitor, **options)
+
+
+def start(seed=0):
+    return create_train_state(MODEL, OPTIMIZER, seed, X)
+
+
+def looked(state):
+    return state.monitor.read()[0].tolist()
+
+
+def test_without_a_look_it_is_the_program_of_a_run_without_a_monitor():
+    watched = step_of(Monitor(every=3))._compiled
+    plain = watched._plain.lower(start(), X).as_text()
+    assert plain == step_of(None).lower(start(), X).as_text()
+    state, _ = step_of(Monitor(every=3))(start(), X)
+    assert len(watched._looking.lower(state, X).as_text()) > 2 * len(plain)
+
+
+def test_all_is_compiled_before_the_first_step(request):
+    compiled = []
+
+    def listen(event, seconds, **_):
+        compiled.extend([event] * ("backend_compile" in event))
+
+    step = step_of(Monitor(every=3))
+    state = start()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    request.addfinalizer(lambda: jax.monitoring.unregister_event_duration_listener(listen))
+    state, _ = step(state, X)
+    assert compiled
+    compiled.clear()
+    for _ in range(6):
+        state, _ = step(state, X)
+    assert not compiled and looked(state) == [0, 3, 6]
+
+
+def test_the_device_is_asked_only_for_a_state_from_elsewhere(monkeypatch):
+    asked = []
+    get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: asked.append(x) or get(x))
+    step, states = step_of(Monitor(every=2)), [start(0), start(1)]
+    for _ in range(5):  # two runs in turns
+        states = [step(state, X)[0] for state in states]
+    assert len(asked) == 2
+    # Not of this step's making, and not at its count.
+    states[0] = states[0].replace(step=jnp.asarray(11, jnp.int32))
+    for _ in range(3):
+        states[0], _ = step(states[0], X)
+    assert len(asked) == 3
+    monkeypatch.undo()
+    assert looked(states[0]) == [0, 2, 4, 12] and looked(states[1]) == [0, 2, 4]
+
+
+def test_a_step_made_again_is_looked_at_again():
+    step = step_of(Monitor(every=2), donate=False)
+    first, _ = step(start(), X)
+    second, _ = step(first, X)
+    for _ in range(2):
+        third, _ = step(second, X)
+        assert looked(third) == [0, 2]
+    again, _ = step(first, X)
+    assert looked(again) == [0] and int(again.step) == 2
+
+
+@pytest.mark.parametrize("larger", [jax.jit, lambda f: lambda s, b: jax.lax.scan(f, s, b[None])])
+def test_in_a_larger_program_the_device_chooses(larger):
+    step = step_of(Monitor(every=2), donate=False)
+    state, _ = step(start(), X)
+    run = larger(step)
+    for _ in range(4):
+        state, _ = run(state, X)
+    assert looked(state) == [0, 2, 4]
+    rows = state.monitor.read()[1]
+    state = start()
+    for _ in range(5):
+        state, _ = step(state, X)
+    np.testing.assert_allclose(rows, state.monitor.read()[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_sweep_counts_too():
+    rates = {"learning_rate": [0.0, 0.1]}
+    state = create_sweep_state(MODEL, optax.sgd, [0, 1], rates, X)
+    step = make_sweep_step(MODEL, optax.sgd, loss, monitor=Monitor(every=2))
+    for _ in range(4):
+        state, _ = step(state, X)
+    assert state.monitor.written.tolist() == [2, 2]
+    assert state.monitor.steps[:, :2].tolist() == [[0, 2], [0, 2]]
