@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal, jaxprs_in_params
 from jax.flatten_util import ravel_pytree
@@ -107,7 +106,7 @@ def look(
             "that jaxnorm.monitor.attach returned."
         )
     places = [watch.places[key] for part in values for key in part.names]
-    order = np.argsort([place.order for place in places], kind="stable")
+    order = sorted(range(len(places)), key=lambda i: watch.rank(places[i]))
     slopes = [part for part in found if part.role == GRADIENT]
     details = {name: d for part in values for name, d in part.details.items()}
     sights = Sights(
@@ -115,7 +114,7 @@ def look(
         gradients=joined([part.summary for part in slopes]) if slopes else None,
         batches={n: d.batch.summary() for n, d in details.items() if d.batch is not None},
         channels={n: d.channels for n, d in details.items() if d.channels is not None},
-        places=tuple(places[i] for i in order),
+        places=tuple(replace(places[i], order=rank) for rank, i in enumerate(order)),
         with_gradient=tuple(name for part in slopes for name in part.names),
     )
     return outputs, sights
@@ -129,6 +128,11 @@ class _Watch:
         self.gradients = gradients
         self.channels = channels
         self.places: dict[str, Place] = {}
+        self._ranks: dict[str, tuple[int, ...]] = {}
+
+    def rank(self, place: Place) -> tuple[int, ...]:
+        """Sorts places as a forward pass comes by: all of a loop's turn, then all of the next."""
+        return self._ranks.get(place.name, (place.order,))
 
     def run(self, jaxpr: Any, consts: Any, args: Any) -> tuple[list[Any], list[Part]]:
         """Results of a program, and what was seen in it."""
@@ -260,9 +264,10 @@ class _Watch:
             unroll=params["unroll"],
         )
         parts = [part.of(arrays) for part, arrays in zip(seen, every)]
-        return [*carry, *ys], [self._turns(part, length) for part in parts]
+        ranks = [self.rank(self.places[name]) for part in parts for name in part.names]
+        return [*carry, *ys], [self._turns(part, length, min(ranks)[0]) for part in parts]
 
-    def _turns(self, part: Part, length: int) -> Part:
+    def _turns(self, part: Part, length: int, begin: int) -> Part:
         """What the turns of a scan showed: of layers each, of all else together."""
         places = [self.places[name] for name in part.names]
         scans = places[0].scans
@@ -275,6 +280,8 @@ class _Watch:
             for place in places:
                 own = replace(place, layer=f"{place.layer}[{i}]", scans=place.scans[:-1])
                 self.places[own.name] = own
+                # The backward pass, which may not come by all of them, finds it set.
+                self._ranks.setdefault(own.name, (begin, i, *self.rank(place)))
                 names.append(own.name)
         details = {
             f"{place.layer}[{i}]:{place.side}": jax.tree.map(lambda a, i=i: a[i], detail)

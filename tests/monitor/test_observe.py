@@ -1,5 +1,7 @@
 """What is seen at a place is what is there: against a forward pass written out by hand."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -207,7 +209,10 @@ def deep(given, scanned, remat=False):
 @pytest.mark.parametrize("remat", [False, True])
 def test_a_scan_over_layers_shows_each_of_them(given, remat):
     one_by_one, scanned = deep(given, False), deep(given, True, remat)
-    assert len(scanned) == len(one_by_one) == 16
+    assert len(one_by_one) == 16
+    # And in the order in which they run: all of one block, then all of the next.
+    names = [re.fullmatch(r"block_(.)/(.*):(.*)", name).groups() for name in one_by_one]
+    assert list(scanned) == [f"blocks/{layer}[{i}]:{side}" for i, layer, side in names]
     for i in range(4):
         for name in ("LayerNorm_0:input", "gelu_0:output"):
             layer, side = name.split(":")
