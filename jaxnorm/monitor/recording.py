@@ -78,7 +78,6 @@ class Recording(Displayed):
         self.lost = 0
         """Samples that were overwritten on the device before they were read."""
         self._settings = dict(settings or {})
-        self._read = 0
         self._chunks = 0
         self._steps = np.zeros(0, np.int64)
         self._rows = np.zeros((0, 0), np.float32)
@@ -182,7 +181,7 @@ class Recording(Displayed):
                 f"Recording: a recording is of one run; got a sweep of {buffer.steps.shape[0]}. "
                 "Take one out with sweep_member."
             )
-        steps, rows, lost = buffer.read(self._read)
+        steps, rows, overwritten = buffer.read()
         if self.schema is None:
             self._start(buffer.schema)
         elif self.schema != buffer.schema:
@@ -190,14 +189,17 @@ class Recording(Displayed):
                 f"Recording: all samples must be of one model; got a state whose places or "
                 f"parameters are not those in '{self.folder}'. Record it in another folder."
             )
-        self._read += len(steps) + lost
-        self.lost += lost
-        if not len(steps):
+        new = ~self._has(steps, rows)
+        if not new.any():
             return 0
-        self._write(_CHUNK.format(self._chunks), _packed(steps, rows, lost))
+        # Those overwritten are here too, if they were read in time.
+        earlier = int((self._steps < steps[0]).sum())
+        lost = max(0, overwritten - earlier - self.lost)
+        self.lost += lost
+        self._write(_CHUNK.format(self._chunks), _packed(steps[new], rows[new], lost))
         self._chunks += 1
-        self._add(steps, rows)
-        return len(steps)
+        self._add(steps[new], rows[new])
+        return int(new.sum())
 
     def numbers(self) -> Iterator[tuple[int, dict[str, float]]]:
         """Each sample as one flat dict of numbers, for trackers and data frames.
@@ -276,10 +278,20 @@ class Recording(Displayed):
     def _arrays(self) -> dict[str, Any]:
         return {} if self.schema is None else self.schema.split(self._rows)
 
+    def _has(self, steps: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Which samples are here already; not by a count, which a restart would set back."""
+        if not len(self._steps):
+            return np.zeros(len(steps), bool)
+        at = np.searchsorted(self._steps, steps).clip(max=len(self._steps) - 1)
+        # By their bits, since what is not a number equals nothing.
+        same = (self._rows[at].view(np.uint32) == rows.view(np.uint32)).all(1)
+        return same & (self._steps[at] == steps)
+
     def _add(self, steps: np.ndarray, rows: np.ndarray) -> None:
         """In order of steps; of a step that was made twice, after a restart, the later one."""
         if not self._rows.size:
             self._rows = np.zeros((0, rows.shape[1]), np.float32)
+        rows = rows.astype(np.float32, copy=False)
         steps, rows = np.concatenate([self._steps, steps]), np.concatenate([self._rows, rows])
         last = len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]
         self._steps, self._rows = steps[last], rows[last]

@@ -99,6 +99,24 @@ def test_a_killed_run_goes_on_where_its_last_flush_was(states, tmp_path):
     same(Recording(tmp_path), resumed)
 
 
+def test_what_is_on_disk_is_neither_lost_nor_written_twice(states, tmp_path):
+    recorded(tmp_path, states)
+    chunks = sorted(tmp_path.glob("*.npz"))
+    again = Recording(tmp_path)
+    # Of its four samples the buffer holds three, and all four are here.
+    assert again.append(states[-1]) == 0 and again.lost == 0
+    assert sorted(tmp_path.glob("*.npz")) == chunks
+
+
+def test_a_run_that_is_taken_back_is_recorded_on(step, states, tmp_path):
+    recording = recorded(tmp_path, states)
+    state = step(states[2], 2 * X)[0]  # the fourth step, otherwise
+    state = step(state, 2 * X)[0]
+    assert recording.append(state) == 1
+    assert recording.steps.tolist() == [0, 2, 4, 6] and recording.lost == 0
+    np.testing.assert_array_equal(recording._rows[2], state.monitor.read()[1][-1])
+
+
 def test_frames_trackers_and_tensorboard(states, tmp_path):
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator",
