@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxnorm: {error}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
-        print("jaxnorm: interrupted; nothing was written.", file=sys.stderr)
+        print("jaxnorm: interrupted; no report was written.", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -148,7 +148,7 @@ def test_an_interrupt_writes_nothing(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(study, "run_study", run_study)
     assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 130
-    assert "nothing was written" in capsys.readouterr().err
+    assert "no report was written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -42,9 +42,9 @@ class _Trace(threading.local):
     def __init__(self) -> None:
         self.path: tuple[str, ...] = ()
         self.layers: list[str] = []
-        self.fed: dict[int, tuple[Any, str, bool]] = {}
+        self.fed: dict[int, tuple[Any, str, tuple[int, ...] | None]] = {}
         """By its identity, what an affine layer returned (kept, so that the identity is its own),
-        the layer's path, and whether it has a bias."""
+        the layer's path, and along which axes its bias is not the same; None without one."""
 
 
 _trace = _Trace()
@@ -122,7 +122,7 @@ def _called(call, path: str, module: Any, wanted: bool, args, kwargs):
         args = (mark(args[0], place, *beside, role=role), *args[1:])
     result = call(*args, **kwargs)
     if isinstance(module, AFFINE_TYPES) and _is_floating(result):
-        _trace.fed[id(result)] = result, path, bool(getattr(module, "use_bias", False))
+        _trace.fed[id(result)] = result, path, _bias_axes(module, result.ndim)
     first, *rest = result if isinstance(result, tuple) else (result,)
     if not marked or not _is_floating(first):
         return result
@@ -139,8 +139,6 @@ def _place(place: Place, module: Any, args: Any, kwargs: dict[str, Any]) -> tupl
         facts.pop("force_float32_reductions", None)  # jaxnorm's are of float32 whatever it says
     if kwargs.get("mask") is not None:
         facts["masked"] = True
-    if id(x) in _trace.fed:
-        _, facts["fed_by"], facts["fed_by_bias"] = _trace.fed[id(x)]
     beside = []
     if isinstance(module, linen.BatchNorm | nnx.BatchNorm):
         frozen = args[1] if len(args) > 1 else kwargs.get("use_running_average")
@@ -148,11 +146,26 @@ def _place(place: Place, module: Any, args: Any, kwargs: dict[str, Any]) -> tupl
             facts["use_running_average"] = bool(frozen)
         axes = module.axis if isinstance(module.axis, tuple) else (module.axis,)
         facts["feature_axes"] = tuple(sorted(a % x.ndim for a in axes))
+        if id(x) in _trace.fed:
+            _, facts["fed_by"], varies = _trace.fed[id(x)]
+            # Only what is the same all over a channel goes with the channel's mean.
+            facts["fed_by_bias"] = varies is not None and set(varies) <= set(facts["feature_axes"])
         # Of what a mask hides the statistics know nothing.
         beside = [] if "masked" in facts else _running(module)
         if beside:
             facts["running_dtype"] = jnp.dtype(beside[0].dtype).name
     return replace(place, facts=tuple(facts.items())), beside
+
+
+def _bias_axes(module: Any, ndim: int) -> tuple[int, ...] | None:
+    """The axes of a layer's result along which its bias is not the same; None without a bias."""
+    # Of batched layers the bias has axes that do not lie side by side in the result.
+    batched = getattr(module, "batch_dims", ()) or getattr(module, "batch_axis", ())
+    if not getattr(module, "use_bias", False) or batched:
+        return None
+    bias = module.get_variable("params", "bias") if isinstance(module, linen.Module) else module.bias
+    first = ndim - jnp.ndim(bias)
+    return tuple(first + axis for axis, size in enumerate(jnp.shape(bias)) if size > 1)
 
 
 def _running(module: Any) -> list[Any]:

@@ -51,7 +51,7 @@ def show_recording(recording: Recording) -> str:
     page = markupsafe.escape(render_runs([run], versions))
     return (
         f'<iframe srcdoc="{page}" title="What the monitor saw" '
-        'sandbox="allow-scripts allow-popups" '
+        'sandbox="allow-scripts allow-popups allow-popups-to-escape-sandbox" '
         f'style="width: 100%; height: {HEIGHT}px; border: 0"></iframe>'
     )
 
