@@ -163,9 +163,9 @@ def _bias_axes(module: Any, ndim: int) -> tuple[int, ...] | None:
     batched = getattr(module, "batch_dims", ()) or getattr(module, "batch_axis", ())
     if not getattr(module, "use_bias", False) or batched:
         return None
-    bias = module.get_variable("params", "bias") if isinstance(module, linen.Module) else module.bias
-    first = ndim - jnp.ndim(bias)
-    return tuple(first + axis for axis, size in enumerate(jnp.shape(bias)) if size > 1)
+    is_linen = isinstance(module, linen.Module)
+    shape = jnp.shape(module.get_variable("params", "bias") if is_linen else module.bias)
+    return tuple(ndim - len(shape) + axis for axis, size in enumerate(shape) if size > 1)
 
 
 def _running(module: Any) -> list[Any]:
