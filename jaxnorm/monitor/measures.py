@@ -193,11 +193,9 @@ def _of_place(sight: Sight, place: Place) -> Iterator[tuple[str, ArrayLike]]:
             yield "gradient_norm", sight.gradient.norm
         if sight.batch is not None:
             yield from _of_batch(sight.batch, place)
-        channels = (
-            sight.channels if sight.channels is not None else sight.batch and sight.batch.moments
-        )
-        if channels is not None:
-            yield "spread", np.sqrt(channels.var).mean(-1)
+        by_channel = sight.batch if sight.channels is None else sight.channels
+        if by_channel is not None:
+            yield "spread", np.sqrt(by_channel.moments.var).mean(-1)
 
 
 def _fields(value: Summary, place: Place) -> Iterator[tuple[str, ArrayLike]]:

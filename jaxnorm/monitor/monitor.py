@@ -35,8 +35,8 @@ class Monitor:
         gradients: whether to look at gradients.
         shift: whether to take `internal_covariate_shift` from each step that is looked at to the
             parameters after it, on its own batch. That costs a gradient for each layer.
-        channels: whether to take `Moments` of each channel too, at every place: of the feature axes
-            of a batch norm, of the last axis elsewhere.
+        channels: whether to look at each channel too, at every place: of the feature axes of a
+            batch norm, of the last axis elsewhere. Of a channel there is no histogram.
 
     Raises:
         TypeError, ValueError: an argument is none of those above.

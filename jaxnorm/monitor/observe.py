@@ -25,6 +25,7 @@ from jaxnorm.monitor.sights import Sights
 from jaxnorm.monitor.summary import (
     FLAT_ENDS,
     BatchParts,
+    Summary,
     by_channel,
     joined,
     summarize,
@@ -108,12 +109,15 @@ def look(
     places = [watch.places[key] for part in values for key in part.names]
     order = sorted(range(len(places)), key=lambda i: watch.rank(places[i]))
     slopes = [part for part in found if part.role == GRADIENT]
-    details = {name: d for part in values for name, d in part.details.items()}
+    details, steep = (
+        {name: d for part in some for name, d in part.details.items()} for some in (values, slopes)
+    )
     sights = Sights(
         values=joined([part.summary for part in values]).take(order),
         gradients=joined([part.summary for part in slopes]) if slopes else None,
         batches={n: d.batch.summary() for n, d in details.items() if d.batch is not None},
         channels={n: d.channels for n, d in details.items() if d.channels is not None},
+        channel_gradients={n: d.channels for n, d in steep.items() if d.channels is not None},
         places=tuple(replace(places[i], order=rank) for rank, i in enumerate(order)),
         with_gradient=tuple(name for part in slopes for name in part.names),
     )
@@ -177,12 +181,11 @@ class _Watch:
             excerpts: dict[tuple[int, str], Excerpt] = {}
             which = []
             for key in keys:
-                place, x = self.places[key[0]], marked[key][0]
-                kind = place.kind if place.side == "output" and place.kind in FLAT_ENDS else ""
-                which.append((id(x), kind if role == VALUE else ""))
+                x, kind = marked[key][0], self._flattening(*key)
+                which.append((id(x), kind))
                 if which[-1] not in excerpts:
                     excerpts[which[-1]] = excerpt(x, self.elements, kind)
-            details = self._details(marked) if role == VALUE else {}
+            details = self._details({key[0]: marked[key] for key in keys}, role)
             rows = list(excerpts)
             of = [rows.index(w) for w in which]
             for group, summary in summarize(list(excerpts.values()), values=role == VALUE):
@@ -193,26 +196,32 @@ class _Watch:
                 parts.append(Part(role, names, taken, own))
         return parts
 
-    def _details(self, marked: dict[tuple[str, str], list[Any]]) -> dict[str, Detail]:
+    def _flattening(self, name: str, role: str) -> str:
+        """The nonlinearity whose value it is, if it is one's that is flat somewhere."""
+        place = self.places[name]
+        known = role == VALUE and place.side == "output" and place.kind in FLAT_ENDS
+        return place.kind if known else ""
+
+    def _details(self, given: dict[str, list[Any]], role: str) -> dict[str, Detail]:
         """What places show by channel."""
-        values = {name: given for (name, role), given in marked.items() if role == VALUE}
-        batches, channels = self._batches(values), {}
+        batches = self._batches(given) if role == VALUE else {}
+        channels: dict[str, Summary] = {}
         if self.channels:
-            excerpts = [self._by_channel(name, x) for name, (x, *_) in values.items()]
-            channels = dict(zip(values, by_channel(excerpts)))
-        details = {name: Detail(batches.get(name), channels.get(name)) for name in values}
+            excerpts = [self._by_channel(name, x, role) for name, (x, *_) in given.items()]
+            channels = dict(zip(given, by_channel(excerpts, values=role == VALUE)))
+        details = {name: Detail(batches.get(name), channels.get(name)) for name in given}
         return {name: detail for name, detail in details.items() if detail != Detail()}
 
     def _batches(self, values: dict[str, list[Any]]) -> dict[str, BatchParts]:
         given = {name: g for name, g in values.items() if len(g) > 1}
-        inputs = [self._by_channel(name, x) for name, (x, *_) in given.items()]
+        inputs = [self._by_channel(name, x, VALUE) for name, (x, *_) in given.items()]
         running = [(mean, var) for _, mean, var in given.values()]
         return dict(zip(given, summarize_batches(inputs, running)))
 
-    def _by_channel(self, name: str, x: Any) -> Excerpt:
+    def _by_channel(self, name: str, x: Any, role: str) -> Excerpt:
         """An excerpt with all channels."""
         axes = dict(self.places[name].facts).get("feature_axes", (-1,))
-        return excerpt(x, self.elements, "", axes)
+        return excerpt(x, self.elements, self._flattening(name, role), axes)
 
     def _inside(self, eqn: JaxprEqn, given: list[Any]) -> tuple[list[Any], list[Part]]:
         """An equation whose inner programs have marks."""

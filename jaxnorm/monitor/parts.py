@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.core.moments import Moments
 from jaxnorm.monitor.excerpts import whole
 from jaxnorm.monitor.summary import BatchParts, Summary, finished
 
@@ -19,7 +18,7 @@ class Detail(NamedTuple):
     """
 
     batch: BatchParts | None = None
-    channels: Moments | None = None
+    channels: Summary | None = None
 
     def pooled(self) -> Detail:
         """Of all that the leading axis goes over."""
@@ -91,10 +90,15 @@ def from_names(found: dict[tuple[str, str], Any]) -> list[Part]:
 def nothing(shape: Any) -> Any:
     """What a branch shows that has no such place: a summary of no elements."""
     summary, detail = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
-    return summary._replace(
-        minimum=jnp.full_like(summary.minimum, jnp.inf),
-        maximum=jnp.full_like(summary.maximum, -jnp.inf),
-    ), detail
+    channels = None if detail.channels is None else _of_none(detail.channels)
+    return _of_none(summary), detail._replace(channels=channels)
+
+
+def _of_none(zeros: Summary) -> Summary:
+    return zeros._replace(
+        minimum=jnp.full_like(zeros.minimum, jnp.inf),
+        maximum=jnp.full_like(zeros.maximum, -jnp.inf),
+    )
 
 
 def _pooled(found: Any) -> Any:

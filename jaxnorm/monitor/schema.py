@@ -95,10 +95,9 @@ class Schema:
         if f"{prefix}|examples" in arrays:
             rest = (arrays[f"{prefix}|{field}"] for field in BatchSummary._fields[1:])
             batch = BatchSummary(_moments(arrays, f"{prefix}|moments"), *rest)
-        channels, prefix = None, f"sights|channels|{name}"
-        if f"{prefix}|count" in arrays:
-            channels = _moments(arrays, prefix)
-        return Sight(value, gradient, batch, channels)
+        prefixes = (f"sights|{of}|{name}" for of in ("channels", "channel_gradients"))
+        by_channel = (_summary(arrays, p) if f"{p}|size" in arrays else None for p in prefixes)
+        return Sight(value, gradient, batch, *by_channel)
 
     def shift(self, arrays: dict[str, Any]) -> GradientShift | None:
         """How far the gradients moved, from what `split` returned."""
@@ -132,7 +131,8 @@ class Schema:
         )
 
 
-def _summary(arrays: dict[str, Any], prefix: str, at: int) -> Summary:
+def _summary(arrays: dict[str, Any], prefix: str, at: Any = ...) -> Summary:
+    """The one at some place of an axis after that of samples, or all of it."""
     fields = {
         field: arrays[f"{prefix}|{field}"][:, at]
         for field in Summary._fields

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 from flax import struct
 
-from jaxnorm.core.moments import Moments
 from jaxnorm.monitor.marks import Place
 from jaxnorm.monitor.summary import BatchSummary, Summary
 
@@ -19,8 +18,10 @@ class Sight(NamedTuple):
     gradient: Summary | None = None
     batch: BatchSummary | None = None
     """Of the input of a batch norm."""
-    channels: Moments | None = None
+    channels: Summary | None = None
     """Of each channel of the value, shape (c,)."""
+    channel_gradients: Summary | None = None
+    """Of each channel of the gradient."""
 
 
 class Sights(struct.PyTreeNode):
@@ -30,7 +31,8 @@ class Sights(struct.PyTreeNode):
     """With an axis of places."""
     gradients: Summary | None
     batches: dict[str, BatchSummary]
-    channels: dict[str, Moments]
+    channels: dict[str, Summary]
+    channel_gradients: dict[str, Summary]
     places: tuple[Place, ...] = struct.field(pytree_node=False)
     """In the order in which a forward pass comes by."""
     with_gradient: tuple[str, ...] = struct.field(pytree_node=False)
@@ -43,7 +45,8 @@ class Sights(struct.PyTreeNode):
             i = self.with_gradient.index(name)
             gradient = jax.tree.map(lambda a: a[i], self.gradients)
         value = jax.tree.map(lambda a: a[at], self.values)
-        return Sight(value, gradient, self.batches.get(name), self.channels.get(name))
+        of_places = (self.batches, self.channels, self.channel_gradients)
+        return Sight(value, gradient, *(found.get(name) for found in of_places))
 
     def __iter__(self):
         return (place.name for place in self.places)

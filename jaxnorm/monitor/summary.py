@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,8 @@ FLAT_ENDS = {
 class Summary(NamedTuple):
     """An array in a few numbers.
 
-    Shapes are those of one layer; a scan over layers puts an axis before them.
+    Shapes are those of one layer; a scan over layers puts an axis before them. Of channels, each
+    number has an axis of these.
     """
 
     size: Float[Array, ""]
@@ -65,7 +66,7 @@ class Summary(NamedTuple):
     saturated: Float[Array, ""] | None = None
     """Share of elements where the nonlinearity is flat; see `FLAT`."""
     dead: Float[Array, ""] | None = None
-    """Share of channels that are flat everywhere."""
+    """Share of channels that are flat everywhere. None, as the histogram, of channels alone."""
     histogram: Float[Array, " bins"] | None = None
     """Numbers counted between `EDGES`, of a part of those that were looked at."""
 
@@ -142,27 +143,71 @@ def summarize(excerpts: Sequence[Excerpt], *, values: bool = True) -> list[Group
     for places, together in alike(excerpts):
         parts, count, n, s, c = together.shape
         rows = together.reshape(parts, count, n * s, c)
+        size = jnp.asarray([math.prod(excerpts[i].shape) / parts for i in places], rows.dtype)
+        ends = _ends([excerpts[i] for i in places], rows.dtype) if values else None
         columns = Moments(*(jnp.moveaxis(a, -1, 0) for a in _moments(rows)))
-        size = [float(math.prod(excerpts[i].shape)) / parts for i in places]
-        summary = Summary(
-            jnp.broadcast_to(jnp.asarray(size, rows.dtype), (parts, count)),
-            columns.pooled(),
-            rows.min((2, 3)),
-            rows.max((2, 3)),
-            _share(~jnp.isfinite(rows)),
-        )
+        summary, flat = _described(rows, size, columns.pooled(), ends, (2, 3))
         if values:
-            ends = [FLAT_ENDS.get(excerpts[i].kind, (-math.inf, math.inf)) for i in places]
-            low, high = jnp.asarray(ends, rows.dtype).T[..., None, None]
-            flat = (rows <= low) | (rows >= high)
-            summary = summary._replace(
-                zeros=_share(rows == 0),
-                saturated=_share(flat),
-                dead=flat.all(2).astype(rows.dtype),
-                histogram=_histograms(rows),
-            )
+            dead = flat.all(2).astype(rows.dtype)
+            summary = summary._replace(dead=dead, histogram=_histograms(rows))
         groups.append((places, summary))
     return groups
+
+
+def by_channel(excerpts: Sequence[Excerpt], *, values: bool = True) -> list[Summary]:
+    """Summaries of each channel, with an axis of parts of the batch before that of channels.
+
+    Args:
+        excerpts: with all channels.
+        values: as for `summarize`.
+
+    Returns:
+        `Summary`, without what is told of all channels together and without histograms.
+    """
+    found: dict[int, Summary] = {}
+    for places, together in alike(excerpts):
+        parts, count, n, s, c = together.shape
+        rows = together.reshape(parts, count, n * s, c)
+        size = [math.prod(excerpts[i].shape[:2]) / parts for i in places]
+        ends = _ends([excerpts[i] for i in places], rows.dtype) if values else None
+        sizes = jnp.broadcast_to(jnp.asarray(size, rows.dtype)[:, None], (count, c))
+        summary, _ = _described(rows, sizes, _moments(rows), ends, (2,))
+        for i, place in enumerate(places):
+            found[place] = jax.tree.map(lambda a, i=i: a[:, i], summary)
+    return [found[i] for i in range(len(excerpts))]
+
+
+def _described(
+    rows: Float[Array, "parts k n c"],
+    size: Array,
+    moments: Moments,
+    ends: tuple[Array, Array] | None,
+    axes: tuple[int, ...],
+) -> tuple[Summary, Any]:
+    """What the numbers along some axes are, and which of them lie where a nonlinearity is flat."""
+    flat, parts = None, rows.shape[0]
+
+    def share(condition: Array) -> Array:
+        return condition.astype(jnp.float32).mean(axes)
+
+    summary = Summary(
+        jnp.broadcast_to(size, (parts, *size.shape)),
+        moments,
+        rows.min(axes),
+        rows.max(axes),
+        share(~jnp.isfinite(rows)),
+    )
+    if ends is not None:
+        flat = (rows <= ends[0]) | (rows >= ends[1])
+        summary = summary._replace(zeros=share(rows == 0), saturated=share(flat))
+    return summary, flat
+
+
+def _ends(excerpts: Sequence[Excerpt], dtype: Any) -> tuple[Array, Array]:
+    """Up to and from where the nonlinearities are flat that these are values of."""
+    ends = [FLAT_ENDS.get(each.kind, (-math.inf, math.inf)) for each in excerpts]
+    low, high = jnp.asarray(ends, dtype).T[..., None, None]
+    return low, high
 
 
 def finished(summary: Summary) -> Summary:
@@ -259,21 +304,6 @@ def summarize_batches(
     return [found[i] for i in range(len(excerpts))]
 
 
-def by_channel(excerpts: Sequence[Excerpt]) -> list[Moments]:
-    """Moments of each channel, with an axis of parts of the batch.
-
-    Args:
-        excerpts: with all channels.
-    """
-    found: dict[int, Moments] = {}
-    for places, together in alike(excerpts):
-        parts, count, n, s, c = together.shape
-        moments = _moments(together.reshape(parts, count, n * s, c))
-        for i, place in enumerate(places):
-            found[place] = jax.tree.map(lambda a, i=i: a[:, i], moments)
-    return [found[i] for i in range(len(excerpts))]
-
-
 def _moments(rows: Float[Array, "parts k n c"]) -> Moments:
     """Of each column: squares are taken of what is left when a value near it is subtracted."""
     n = rows.shape[2]
@@ -282,10 +312,6 @@ def _moments(rows: Float[Array, "parts k n c"]) -> Moments:
     mean = shifted.sum(2) / n
     m2 = jnp.maximum(lax.square(shifted).sum(2) - n * lax.square(mean), 0)
     return Moments(jnp.full_like(mean, n), origin + mean, m2)
-
-
-def _share(condition: Array) -> Array:
-    return condition.astype(jnp.float32).mean((2, 3))
 
 
 def _histograms(rows: Float[Array, "parts k n c"]) -> Float[Array, "parts k bins"]:

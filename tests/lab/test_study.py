@@ -78,7 +78,7 @@ def test_the_monitor_sees_a_signal_die_and_normalization_keep_it(result, tmp_pat
 
     def spread(normalization):
         recording = recordings["mlp", normalization]
-        inputs = [recording[f"sigmoid_{i}:input"].channels for i in range(4)]
+        inputs = [recording[f"sigmoid_{i}:input"].channels.moments for i in range(4)]
         return [float(np.sqrt(channels.var[0]).mean()) for channels in inputs]
 
     np.testing.assert_allclose(spread("batch"), 1, atol=0.02)

@@ -1,4 +1,4 @@
-"""Moments of each channel, against NumPy on the values themselves."""
+"""What each channel shows, against NumPy on the values themselves."""
 
 import flax.linen as nn
 import jax
@@ -52,9 +52,21 @@ def values(variables, x):
 def assert_sees(channels, name, value, at=()):
     value = np.moveaxis(np.asarray(value, np.float64), AXES[name.split(":")[0]], -1)
     value = value.reshape(-1, value.shape[-1])
-    np.testing.assert_allclose(channels.mean[at], value.mean(0), **NEAR, err_msg=name)
-    np.testing.assert_allclose(channels.var[at], value.var(0), **NEAR, err_msg=name)
-    assert (np.asarray(channels.count[at]) == len(value)).all()
+    assert (np.asarray(channels.moments.count[at]) == len(value)).all()
+    assert (np.asarray(channels.size[at]) == len(value)).all()
+    expected = {
+        "mean": (channels.moments.mean, value.mean(0)),
+        "var": (channels.moments.var, value.var(0)),
+        "minimum": (channels.minimum, value.min(0)),
+        "maximum": (channels.maximum, value.max(0)),
+        "nonfinite": (channels.nonfinite, np.zeros(value.shape[-1])),
+        "zeros": (channels.zeros, (value == 0).mean(0)),
+        "norm": (channels.norm, np.linalg.norm(value, axis=0)),
+    }
+    if name == "tanh_0:output":
+        expected["saturated"] = channels.saturated, (1 - value**2 < 0.05).mean(0)
+    for what, (seen, is_) in expected.items():
+        np.testing.assert_allclose(seen[at], is_, **NEAR, err_msg=f"{name} {what}")
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +88,33 @@ def test_every_place_shows_its_channels(variables):
     assert all(plain[name].channels is None for name in plain)
 
 
+def test_gradients_show_their_channels_too(variables):
+    """Against derivatives by what is added at a place, where nothing else is in between."""
+    cotangent = jnp.asarray(RNG.normal(size=(16, 2)), jnp.float32)
+
+    def training(x):
+        return (apply(variables, x) * cotangent).sum()
+
+    slope, seen = jax.jit(observe(jax.grad(training), channels=True))(X)
+    expected = {"BatchNorm_0:input": slope, "LayerNorm_0:output": cotangent}
+    for name, gradient in expected.items():
+        axis = AXES[name.split(":")[0]]
+        gradient = np.moveaxis(np.asarray(gradient, np.float64), axis, -1)
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        channels = seen[name].channel_gradients
+        np.testing.assert_allclose(channels.norm, np.linalg.norm(gradient, axis=0), rtol=1e-4)
+        np.testing.assert_allclose(channels.minimum, gradient.min(0), **NEAR)
+        np.testing.assert_allclose(channels.moments.mean, gradient.mean(0), **NEAR)
+    for name in seen:
+        of_channels = np.linalg.norm(seen[name].channel_gradients.norm)
+        np.testing.assert_allclose(of_channels, seen[name].gradient.norm, rtol=1e-3)
+
+
 def test_all_channels_are_looked_at_however_few_elements_are(variables):
     _, seen = jax.jit(observe(apply, channels=True, elements=64))(variables, X)
-    value = seen["tanh_0:input"]
-    assert value.channels.mean.shape == (5,)
-    assert (value.channels.count == 16 * 4 * 4).all()
+    channels = seen["tanh_0:input"].channels
+    assert channels.moments.mean.shape == (5,)
+    assert (channels.moments.count == 16 * 4 * 4).all() and (channels.size == 16 * 4 * 4).all()
 
 
 def test_under_vmap(variables):
@@ -110,8 +144,8 @@ def test_in_a_loop_over_layers_that_are_computed_again():
     _, seen = jax.jit(observe(jax.grad(run), channels=True))(x)
     for i in range(3):
         name = next(name for name in seen if f"[{i}]:input" in name)
-        np.testing.assert_allclose(seen[name].channels.mean, x.mean(0), **NEAR)
-        np.testing.assert_allclose(seen[name].channels.var, x.var(0), **NEAR)
+        np.testing.assert_allclose(seen[name].channels.moments.mean, x.mean(0), **NEAR)
+        np.testing.assert_allclose(seen[name].channels.moments.var, x.var(0), **NEAR)
         inner = jax.tree.map(lambda a, i=i: a[i], variables)
         x = Block().apply(inner, x)[0]
 
@@ -136,7 +170,7 @@ def test_a_recording_has_a_row_of_channels_for_each_sample(tmp_path):
     for at, step in enumerate((0, 2)):
         for name, value in values({"params": states[step].params}, X).items():
             assert_sees(recording[name].channels, name, value, at=at)
-    assert recording["tanh_0:input"].channels.mean.shape == (2, 5)
+    assert recording["tanh_0:input"].channels.moments.mean.shape == (2, 5)
 
 
 def test_on_a_mesh_in_micro_batches_and_in_a_sweep(tmp_path):
@@ -151,10 +185,10 @@ def test_on_a_mesh_in_micro_batches_and_in_a_sweep(tmp_path):
         state, _ = step(state, X)
     alone = recorded(run(3)[-1], "alone")
     halves = recorded(run(1, accumulate=2)[-1], "halves")["BatchNorm_0:input"]
-    np.testing.assert_allclose(halves.mean[0], alone["BatchNorm_0:input"].mean[0], **NEAR)
-    np.testing.assert_allclose(halves.count, alone["BatchNorm_0:input"].count[:1])
+    whole = jax.tree.map(lambda a: a[:1], alone["BatchNorm_0:input"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **NEAR), halves, whole)
     spread = recorded(run(3, layout=Layout.data_parallel())[-1], "spread")
     for others in (spread, recorded(sweep_member(state, 1), "swept")):
         for name, channels in alone.items():
-            for a, b in zip(channels, others[name]):
+            for a, b in zip(jax.tree.leaves(channels), jax.tree.leaves(others[name]), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=name)
