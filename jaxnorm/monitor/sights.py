@@ -45,8 +45,13 @@ class Sights(struct.PyTreeNode):
             i = self.with_gradient.index(name)
             gradient = jax.tree.map(lambda a: a[i], self.gradients)
         value = jax.tree.map(lambda a: a[at], self.values)
-        of_places = (self.batches, self.channels, self.channel_gradients)
-        return Sight(value, gradient, *(found.get(name) for found in of_places))
+        return Sight(
+            value,
+            gradient,
+            self.batches.get(name),
+            self.channels.get(name),
+            self.channel_gradients.get(name),
+        )
 
     def __iter__(self):
         return (place.name for place in self.places)
