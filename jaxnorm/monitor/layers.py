@@ -26,7 +26,7 @@ NORM_TYPES = tuple(getattr(flax, name) for flax in (linen, nnx) for name in NORM
 # Whose bias a following batch norm takes away again.
 AFFINE_TYPES = (
     *(linen.Dense, linen.DenseGeneral, linen.Conv, linen.ConvTranspose, linen.ConvLocal),
-    *(nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose),
+    *(nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose),
 )
 # What of a layer's fields is worth knowing beside a figure, where it has them.
 FIELDS = ("epsilon", "momentum", "use_running_average", "num_groups", "group_size", "dtype",
@@ -159,12 +159,14 @@ def _place(place: Place, module: Any, args: Any, kwargs: dict[str, Any]) -> tupl
 
 def _bias_axes(module: Any, ndim: int) -> tuple[int, ...] | None:
     """The axes of a layer's result along which its bias is not the same; None without a bias."""
+    if isinstance(module, linen.Module):
+        bias = module.get_variable("params", "bias")
+    else:
+        bias = getattr(module, "bias", None)
     # Of batched layers the bias has axes that do not lie side by side in the result.
-    batched = getattr(module, "batch_dims", ()) or getattr(module, "batch_axis", ())
-    if not getattr(module, "use_bias", False) or batched:
+    if bias is None or getattr(module, "batch_dims", ()) or getattr(module, "batch_axis", ()):
         return None
-    is_linen = isinstance(module, linen.Module)
-    shape = jnp.shape(module.get_variable("params", "bias") if is_linen else module.bias)
+    shape = jnp.shape(bias)
     return tuple(ndim - len(shape) + axis for axis, size in enumerate(shape) if size > 1)
 
 

@@ -50,6 +50,16 @@ def test_where_its_gradient_is_rounding(layer, axis):
     assert idle(diagnose(model, variables, X)) == expected
 
 
+def test_of_a_layer_that_has_none_whatever_its_fields_say():
+    class Bare(nn.Dense):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+
+    model = nn.Sequential([Bare(4), nn.BatchNorm(False)])
+    assert not idle(diagnose(model, model.init(jax.random.key(0), X), X))
+
+
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_in_nnx(axis):
     rngs = nnx.Rngs(0)
