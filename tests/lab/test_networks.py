@@ -46,7 +46,7 @@ def test_weight_standardization_alone_keeps_the_signal(network):
     net = networks.build_network(network, "weight", 10)
     variables = net.init(jax.random.key(0), images, True)
     _, seen = observe(attach(net).apply, channels=True)(variables, images, True)
-    inputs = [seen[name].channels for name in seen if name.endswith(":input")]
+    inputs = [seen[name].channels.moments for name in seen if name.endswith(":input")]
     spreads = [float(jnp.sqrt(channels.var).mean()) for channels in inputs]
     assert len(spreads) == net.depth
     assert min(spreads) > 0.5 and max(spreads) < 2
