@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,10 +144,10 @@ def summarize(excerpts: Sequence[Excerpt], *, values: bool = True) -> list[Group
         parts, count, n, s, c = together.shape
         rows = together.reshape(parts, count, n * s, c)
         size = jnp.asarray([math.prod(excerpts[i].shape) / parts for i in places], rows.dtype)
-        ends = _ends([excerpts[i] for i in places], rows.dtype) if values else None
+        flat = _flat(rows, [excerpts[i].kind for i in places]) if values else None
         columns = Moments(*(jnp.moveaxis(a, -1, 0) for a in _moments(rows)))
-        summary, flat = _described(rows, size, columns.pooled(), ends, (2, 3))
-        if values:
+        summary = _described(rows, size, columns.pooled(), flat, (2, 3))
+        if flat is not None:
             dead = flat.all(2).astype(rows.dtype)
             summary = summary._replace(dead=dead, histogram=_histograms(rows))
         groups.append((places, summary))
@@ -169,9 +169,9 @@ def by_channel(excerpts: Sequence[Excerpt], *, values: bool = True) -> list[Summ
         parts, count, n, s, c = together.shape
         rows = together.reshape(parts, count, n * s, c)
         size = [math.prod(excerpts[i].shape[:2]) / parts for i in places]
-        ends = _ends([excerpts[i] for i in places], rows.dtype) if values else None
+        flat = _flat(rows, [excerpts[i].kind for i in places]) if values else None
         sizes = jnp.broadcast_to(jnp.asarray(size, rows.dtype)[:, None], (count, c))
-        summary, _ = _described(rows, sizes, _moments(rows), ends, (2,))
+        summary = _described(rows, sizes, _moments(rows), flat, (2,))
         for i, place in enumerate(places):
             found[place] = jax.tree.map(lambda a, i=i: a[:, i], summary)
     return [found[i] for i in range(len(excerpts))]
@@ -181,33 +181,31 @@ def _described(
     rows: Float[Array, "parts k n c"],
     size: Array,
     moments: Moments,
-    ends: tuple[Array, Array] | None,
+    flat: Array | None,
     axes: tuple[int, ...],
-) -> tuple[Summary, Any]:
-    """What the numbers along some axes are, and which of them lie where a nonlinearity is flat."""
-    flat, parts = None, rows.shape[0]
+) -> Summary:
+    """What the numbers along some axes are; `flat` is None for gradients."""
 
     def share(condition: Array) -> Array:
         return condition.astype(jnp.float32).mean(axes)
 
     summary = Summary(
-        jnp.broadcast_to(size, (parts, *size.shape)),
+        jnp.broadcast_to(size, (rows.shape[0], *size.shape)),
         moments,
         rows.min(axes),
         rows.max(axes),
         share(~jnp.isfinite(rows)),
     )
-    if ends is not None:
-        flat = (rows <= ends[0]) | (rows >= ends[1])
-        summary = summary._replace(zeros=share(rows == 0), saturated=share(flat))
-    return summary, flat
+    if flat is None:
+        return summary
+    return summary._replace(zeros=share(rows == 0), saturated=share(flat))
 
 
-def _ends(excerpts: Sequence[Excerpt], dtype: Any) -> tuple[Array, Array]:
-    """Up to and from where the nonlinearities are flat that these are values of."""
-    ends = [FLAT_ENDS.get(each.kind, (-math.inf, math.inf)) for each in excerpts]
-    low, high = jnp.asarray(ends, dtype).T[..., None, None]
-    return low, high
+def _flat(rows: Float[Array, "parts k n c"], kinds: Sequence[str]) -> Array:
+    """Which numbers lie where the nonlinearity is flat that they are values of, if of one."""
+    ends = [FLAT_ENDS.get(kind, (-math.inf, math.inf)) for kind in kinds]
+    low, high = jnp.asarray(ends, rows.dtype).T[..., None, None]
+    return (rows <= low) | (rows >= high)
 
 
 def finished(summary: Summary) -> Summary:

@@ -20,7 +20,6 @@ from jaxnorm.training.programs import (
     Monitor,
     Step,
     build_eval_step,
-    build_loop,
     build_train_step,
 )
 from jaxnorm.training.state import check_optimizer
@@ -159,8 +158,7 @@ def make_train_step(
         compute_dtype=compute_dtype,
     )
     made = build_train_step(objective, optimizer, skip_nonfinite)
-    formed = functools.partial(build_loop, operation) if scan else lambda step: step
-    compiled = compile_step(made, monitor, formed, donate=donate, scan=scan, layout=layout)
+    compiled = compile_step(operation, made, monitor, scan=scan, donate=donate, layout=layout)
     if layout is None and monitor is None:
         return compiled
     buffer = functools.partial(monitor.buffer, made) if monitor else None

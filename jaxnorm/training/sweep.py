@@ -28,7 +28,6 @@ from jaxnorm.training.programs import (
     Monitor,
     Step,
     build_eval_step,
-    build_loop,
     build_train_step,
     leading_size,
 )
@@ -197,11 +196,12 @@ def make_sweep_step(
         optimizer = _injected(operation, make_optimizer, swept)
         return build_train_step(objective, optimizer, skip_nonfinite)(state, batch)
 
-    def formed(step: Step) -> Step:
-        step = build_loop(operation, step) if scan else step
+    def mapped(step: Step) -> Step:
         return _over_members(operation, step, batch_per_member)
 
-    compiled = compile_step(made, monitor, formed, donate=donate, scan=scan, members=_MEMBERS)
+    compiled = compile_step(
+        operation, made, monitor, scan=scan, donate=donate, mapped=mapped, members=_MEMBERS
+    )
     if monitor is None:
         return compiled
 

@@ -12,34 +12,37 @@ from jax.core import Tracer
 
 from jaxnorm.training.layout import Layout, keep_state
 from jaxnorm.training.objective import Batch, Metrics
-from jaxnorm.training.programs import Made, Monitor, Step
+from jaxnorm.training.programs import Made, Monitor, Step, build_loop
 from jaxnorm.training.state import TrainState
 
 
 def compile_step(
+    operation: str,
     made: Made,
     monitor: Monitor | None,
-    formed: Callable[[Step], Step],
     *,
-    donate: bool,
     scan: bool,
+    donate: bool,
     layout: Layout | None = None,
+    mapped: Callable[[Step], Step] = lambda step: step,
     members: str | None = None,
 ) -> Any:
     """A step, compiled; where there is a monitor it looks when it is time.
 
     Args:
+        operation: its name in errors.
         made: the step of one run.
         monitor: what to look at, if at anything.
-        formed: makes a step of one run and one batch what is compiled: a loop, a sweep.
+        scan: whether it is a loop over many batches.
         donate: whether a state is given up for the new one.
-        scan: whether `formed` makes a loop.
         layout: of the state.
-        members: the axis of a sweep.
+        mapped: makes the step of a run that of a sweep.
+        members: the axis of the sweep.
     """
 
     def compiled(step: Step) -> Any:
-        return jax.jit(formed(step), donate_argnums=(0,) if donate else ())
+        step = build_loop(operation, step) if scan else step
+        return jax.jit(mapped(step), donate_argnums=(0,) if donate else ())
 
     def plain(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         new, metrics, _ = made(state, batch)
@@ -103,7 +106,4 @@ class Turns:
         for step, number in self._numbers:
             if step is state.step:
                 return number
-        step = state.step
-        if isinstance(step, jax.Array) and not step.is_fully_addressable:
-            step = step.addressable_data(0)
-        return int(np.max(jax.device_get(step)))
+        return int(np.max(jax.device_get(state.step)))
