@@ -15,6 +15,11 @@ from jaxtyping import Array, Float, Inexact
 class Moments(NamedTuple):
     """Count, mean and summed squared deviation of a set of numbers: a commutative monoid.
 
+    Attributes:
+        count: number of elements; float32 at least, so that it merges without casts.
+        mean: their mean; complex for complex numbers, 0 where there is no element.
+        m2: sum of |x - mean|^2; saturates at the largest finite number.
+
     Example:
         >>> import jax.numpy as jnp, jaxnorm
         >>> left = jaxnorm.moments(jnp.array([1.0, 2.0]), 0)
@@ -25,11 +30,8 @@ class Moments(NamedTuple):
     """
 
     count: Float[Array, "*slices"]  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Number of elements; float32 at least, so that it merges without casts."""
     mean: Inexact[Array, "*slices"]
-    """Their mean; complex for complex numbers."""
     m2: Float[Array, "*slices"]
-    """Sum of |x - mean|^2; saturates at the largest finite number."""
 
     @property
     def var(self) -> Float[Array, "*slices"]:

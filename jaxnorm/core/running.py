@@ -15,6 +15,11 @@ from jaxnorm.core.moments import promoted, saturate
 class BatchStats(NamedTuple):
     """Running statistics of one batch-normalized layer.
 
+    Attributes:
+        mean: running mean, of the feature axes' shape; starts at 0.
+        var: running variance, likewise; divides by n, as Flax does (PyTorch: n - 1); starts at 1.
+        count: updates so far.
+
     Example:
         >>> import jaxnorm
         >>> stats = jaxnorm.init_batch_stats(3)
@@ -22,12 +27,9 @@ class BatchStats(NamedTuple):
         ((3,), 'float32', 0)
     """
 
-    mean: Inexact[Array, "*features"]
-    """float32 (complex64 for complex data); starts at 0."""
-    var: Float[Array, "*features"]
-    """float32; divides by n, as Flax does (PyTorch: n - 1); starts at 1."""
-    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
-    """int32, updates so far."""
+    mean: Inexact[Array, "*features"]  # float32; complex64 for complex data
+    var: Float[Array, "*features"]  # float32
+    count: Int[Array, ""]  # int32  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def init_batch_stats(

@@ -18,7 +18,7 @@ INTERRUPTED = 130
 
 
 def launch(arguments: Sequence[str], processes: int, *, devices_per_process: int = 1) -> int:
-    """Runs copies of a Python program on this machine, as the processes of one run.
+    """Run copies of a Python program on this machine, as the processes of one run.
 
     Each copy calls `jaxnorm.distributed.initialize` and finds the others. Their output appears
     line by line behind `[index]`. When one fails, the others are killed: alone they could only

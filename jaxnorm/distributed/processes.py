@@ -23,7 +23,7 @@ class ProcessError(ValueError):
 
 
 def initialize(*, timeout: float = 300) -> bool:
-    """Makes this program one of the processes of its run, before JAX is used for anything else.
+    """Make this program one of the processes of its run, before JAX is used for anything else.
 
     Afterwards `jax.devices()` are the devices of all processes, a mesh over them spans all, and
     batch statistics under `jax.jit` are those of the whole batch. This is a thin layer over
@@ -81,7 +81,13 @@ def initialize(*, timeout: float = 300) -> bool:
 
 
 def launched() -> bool:
-    """Whether `launch` started this process.
+    """Tell whether `launch` started this process.
+
+    Returns:
+      True in a process of `launch`, as its environment says; False in any other.
+
+    Raises:
+      Nothing of its own.
 
     Example:
       >>> launched()

@@ -39,7 +39,7 @@ def batch_norm(
     dtype: DType | None = None,
     implementation: str | None = None,
 ) -> tuple[Inexact[Array, "*shape"], BatchStats]:
-    r"""Batch normalization.
+    r"""Batch normalization: each feature over the examples and positions of a batch.
 
     .. math::
         y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta

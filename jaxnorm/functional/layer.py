@@ -28,7 +28,7 @@ def layer_norm(
     dtype: DType | None = None,
     implementation: str | None = None,
 ) -> Inexact[Array, "*shape"]:
-    r"""Layer normalization.
+    r"""Layer normalization: each slice over `axis` by itself.
 
     .. math::
         y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta

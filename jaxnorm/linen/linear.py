@@ -71,7 +71,13 @@ class Dense(_Standardized, nn.Dense):
 
 
 class Conv(_Standardized, nn.Conv):
-    """`flax.linen.Conv`, with weight standardization where asked for; fields as `Dense`.
+    """`flax.linen.Conv`, with weight standardization where asked for.
+
+    Attributes:
+        weight_standardization: standardize each output channel's weights, as in `Dense`.
+        use_gain: multiply them by a learned `gain`, one for each output channel.
+        gain_init: initializer of the gain, as in `Dense`.
+        weight_epsilon: epsilon of the standardization.
 
     Raises:
         ValueError: a gain without standardization; standardization of a masked kernel.

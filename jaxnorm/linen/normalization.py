@@ -16,7 +16,7 @@ from jaxnorm.distributed.axes import is_bound
 
 
 class BatchNorm(nn.BatchNorm):
-    """`flax.linen.BatchNorm` around `jaxnorm.batch_norm`.
+    """`flax.linen.BatchNorm` around `jaxnorm.batch_norm`, same fields and variables.
 
     Fields, variables and behaviour are Flax's, with these differences: statistics are taken of
     shifted data and accumulated in float32 at least, whatever `force_float32_reductions` says;

@@ -64,7 +64,7 @@ class Selection:
 
 
 def attach(model: Any, layers: Layers | None = None) -> Any:
-    """The same model with marks, for training loops of one's own.
+    """Mark the layers of a model, for training loops of one's own.
 
     Args:
         model: any `flax.linen.Module` or `flax.nnx.Module`; it is not changed.

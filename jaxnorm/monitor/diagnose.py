@@ -19,7 +19,7 @@ from jaxnorm.monitor.sights import Sights
 
 
 def diagnose(seen: Any, *args: Any, layers: Layers | None = None, **kwargs: Any) -> Findings:
-    """What is wrong with a run, or with a model on a batch.
+    """Find what is wrong with a run, or with a model on a batch.
 
     Args:
         seen: a `Recording`; or a model, a `flax.linen.Module` or `flax.nnx.Module`, which is run

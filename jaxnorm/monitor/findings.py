@@ -14,23 +14,38 @@ SEVERITIES: tuple[Severity, ...] = ("critical", "warning", "advice")
 
 @dataclass(frozen=True)
 class Finding(Displayed):
-    """One thing that a rule has found."""
+    """One defect that a rule has found in a network.
+
+    Attributes:
+        rule: name of the rule, such as "dead-units".
+        severity: "critical", "warning" or "advice", from the gravest on.
+        where: layers, places or arrays of parameters, in the order of a forward pass.
+        title: what is the matter, in one sentence.
+        cause: what it most likely comes from.
+        remedy: what to do.
+        source: address of the paper or issue that the rule comes from.
+        evidence: name -> number: what was measured, and the threshold that it is compared with.
+
+    Example:
+        >>> from jaxnorm.monitor import Finding
+        >>> print(Finding("dead-units", "warning", ("relu_0",), "2 units are zero.", "A high rate.",
+        ...               "Lower it.", "arXiv:1903.06733", {"share": 0.25}))
+        warning: 2 units are zero.
+          where:    relu_0
+          evidence: share 0.25
+          cause:    A high rate.
+          remedy:   Lower it.
+          source:   arXiv:1903.06733
+    """
 
     rule: str
-    """Name of the rule, such as "dead-units"."""
     severity: Severity
     where: tuple[str, ...]
-    """Layers, places or arrays of parameters, in the order of a forward pass."""
     title: str
-    """What is the matter, in one sentence."""
     cause: str
-    """What it most likely comes from."""
     remedy: str
-    """What to do."""
     source: str
-    """Address of the paper or issue that the rule comes from."""
     evidence: dict[str, float] = field(default_factory=dict)
-    """What was measured, and the threshold that it is held against."""
 
     def __str__(self) -> str:
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in self.evidence.items())
@@ -51,7 +66,13 @@ def listed(names: tuple[str, ...], most: int = 4) -> str:
 
 
 class Findings(Displayed, tuple[Finding, ...]):
-    """Findings, the gravest first."""
+    """A tuple of findings, the gravest first.
+
+    Example:
+        >>> from jaxnorm.monitor import Findings
+        >>> print(Findings())
+        Nothing found.
+    """
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self)) or "Nothing found."

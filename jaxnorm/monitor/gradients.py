@@ -17,26 +17,36 @@ Loss = Callable[[Any], Any]
 
 
 class GradientShift(struct.PyTreeNode):
-    """Internal covariate shift, layer by layer."""
+    """Internal covariate shift, layer by layer, from `internal_covariate_shift`.
+
+    Attributes:
+        layers: paths of the layers, in the order in which the loss uses them.
+        l2: distance of a layer's gradient after the step of the layers before it from that before
+            it, shape (layers,).
+        cosine: of the angle between the two, shape (layers,); 1 where the gradient keeps its
+            direction.
+    """
 
     layers: tuple[str, ...] = struct.field(pytree_node=False)
-    """Paths of the layers, in the order in which the loss uses them."""
     l2: Float[Array, " layers"]
-    """How far the gradient of a layer moves when the layers before it take their step."""
     cosine: Float[Array, " layers"]
-    """Of the angle between the two: 1 where the gradient keeps its direction."""
 
 
 class Landscape(NamedTuple):
-    """The loss along a direction."""
+    """The loss along a direction, from `loss_landscape`.
+
+    Attributes:
+        step_sizes: eta, shape (steps,).
+        losses: at ``params - step_size * direction``, shape (steps,).
+        gradient_change: Euclidean distance of the gradient there from that at `params`, shape
+            (steps,).
+        smoothness: that distance over the length of the step, shape (steps,).
+    """
 
     step_sizes: Float[Array, " steps"]
     losses: Float[Array, " steps"]
-    """At ``params - step_size * direction``."""
     gradient_change: Float[Array, " steps"]
-    """Euclidean distance of the gradient there from that at `params`."""
     smoothness: Float[Array, " steps"]
-    """That distance over the length of the step."""
 
     @property
     def loss_variation(self) -> Float[Array, ""]:
@@ -57,7 +67,7 @@ class Landscape(NamedTuple):
 def internal_covariate_shift(
     loss: Loss, params: Any, new_params: Any, *, batch_size: int | None = None
 ) -> GradientShift:
-    r"""How much the layers before a layer change what that layer has to learn.
+    r"""Change of each layer's gradient that comes from the step of the layers before it.
 
     .. math::
         \|G_i - G_i'\|_2, \quad \cos(G_i, G_i'), \quad

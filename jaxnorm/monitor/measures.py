@@ -50,7 +50,7 @@ MEASURES = {
     "effective_batch": "independent numbers that the statistics of a channel come from",
     "near_epsilon": "share of channels whose variance is below ten times epsilon",
 }
-"""Each measure, and what it is."""
+"""Name of each measure that `measure` takes -> what it is."""
 
 NEAR_EPSILON = 10.0
 """At this many times epsilon a normalized channel's deviation is 5 % short of one."""
@@ -96,6 +96,9 @@ def measure(recording: Seen) -> dict[str, Series]:
         For each of `MEASURES` that the recording has something of, for each place that has it, in
         the order of a forward pass, float64 of shape (samples,). What compares with the sample
         before is not a number in the first.
+
+    Raises:
+        Nothing of its own.
 
     Example:
         >>> import tempfile

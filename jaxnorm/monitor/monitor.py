@@ -21,7 +21,7 @@ from jaxnorm.training.models import Model
 
 @dataclass(frozen=True)
 class Monitor:
-    """What `make_train_step(..., monitor=...)` looks at, and how often.
+    """Settings of a monitor: which layers it samples, and at which steps.
 
     Args:
         every: look at each step whose number is a multiple of this. The other steps run the

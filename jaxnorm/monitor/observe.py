@@ -41,7 +41,7 @@ def observe(
     gradients: bool = True,
     channels: bool = False,
 ) -> Callable[..., tuple[Any, Sights]]:
-    """`function`, which also tells what was seen at the marks in it.
+    """Wrap a function so that it also returns what was seen at the marks in it.
 
     Args:
         function: pure, with models that `attach` has marked in it. Gradients are seen where it

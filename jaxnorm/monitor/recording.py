@@ -33,7 +33,7 @@ class RecordingError(ValueError):
 
 
 class Recording(Displayed):
-    """What a monitor saw, step by step, in a folder.
+    """The samples of a monitor, step by step, in a folder.
 
     Args:
         folder: where it lies. A new one is made by the first `append`; one that holds a recording

@@ -25,7 +25,7 @@ Distribution = ArrayLike | Moments | Summary
 
 
 def mean_drift(now: Distribution, before: Distribution) -> Float[Array, ...]:
-    r"""How far the mean has moved.
+    r"""Distance of the present mean from the earlier mean.
 
     .. math:: |\mu_t - \mu_{t-1}|
 
@@ -52,7 +52,7 @@ def mean_drift(now: Distribution, before: Distribution) -> Float[Array, ...]:
 
 
 def variance_ratio(now: Distribution, before: Distribution) -> Float[Array, ...]:
-    r"""By what factor the variance has changed.
+    r"""Ratio of the present variance to the earlier variance.
 
     .. math:: \sigma_t^2 / \sigma_{t-1}^2
 
@@ -218,7 +218,7 @@ def excess_kurtosis(x: ArrayLike, *, edges: ArrayLike | None = None) -> Float[Ar
 def track_covariate_shift(
     history: Iterable[Distribution] | Mapping[int, Distribution],
 ) -> list[dict[str, float]]:
-    r"""How one layer's activations moved from each step to the next.
+    r"""Shift of one layer's activations from each step to the next.
 
     .. math:: |\mu_t - \mu_{t-1}|, \quad \sigma_t^2 / \sigma_{t-1}^2
 

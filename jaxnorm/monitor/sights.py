@@ -12,31 +12,43 @@ from jaxnorm.monitor.summary import BatchSummary, Summary
 
 
 class Sight(NamedTuple):
-    """What one place showed; None for what there was not."""
+    """Summaries of one place in a model; None where there is nothing to summarize.
+
+    Attributes:
+        value: of the array at this place.
+        gradient: of the loss's gradient with respect to it; None where none was taken.
+        batch: of the input of a batch norm, by channel; None at other places.
+        channels: of each channel of the value, shape (c,); None unless `channels` was asked for.
+        channel_gradients: of each channel of the gradient, likewise.
+    """
 
     value: Summary
     gradient: Summary | None = None
     batch: BatchSummary | None = None
-    """Of the input of a batch norm."""
     channels: Summary | None = None
-    """Of each channel of the value, shape (c,)."""
     channel_gradients: Summary | None = None
-    """Of each channel of the gradient."""
 
 
 class Sights(struct.PyTreeNode):
-    """What all places showed; those of one place by its name, as of a dictionary."""
+    """Summaries of all places in a model; a dictionary from names of places to a `Sight` each.
+
+    Attributes:
+        values: of the arrays at all places, with an axis of places.
+        gradients: of the gradients, with an axis of the places in `with_gradient`; or None.
+        batches: name of a place -> summary of a batch norm's input, by channel.
+        channels: name of a place -> summaries of each channel of the value, shape (c,).
+        channel_gradients: name of a place -> summaries of each channel of the gradient.
+        places: in the order of a forward pass; not a part of the pytree's leaves.
+        with_gradient: names of the places that `gradients` has an entry for, likewise.
+    """
 
     values: Summary
-    """With an axis of places."""
     gradients: Summary | None
     batches: dict[str, BatchSummary]
     channels: dict[str, Summary]
     channel_gradients: dict[str, Summary]
     places: tuple[Place, ...] = struct.field(pytree_node=False)
-    """In the order in which a forward pass comes by."""
     with_gradient: tuple[str, ...] = struct.field(pytree_node=False)
-    """Names of the places that `gradients` are of."""
 
     def __getitem__(self, name: str) -> Sight:
         at = [place.name for place in self.places].index(name)

@@ -48,27 +48,35 @@ FLAT_ENDS = {
 
 
 class Summary(NamedTuple):
-    """An array in a few numbers.
+    """An array in a few numbers, which merge like its `Moments`.
 
     Shapes are those of one layer; a scan over layers puts an axis before them. Of channels, each
     number has an axis of these.
+
+    Attributes:
+        size: elements of the array. `moments.count` of them were looked at.
+        moments: count, mean and summed squared deviation of these.
+        minimum: the smallest of them.
+        maximum: the largest of them.
+        nonfinite: share of elements that are infinite or not a number.
+        zeros: share of elements that are exactly zero. None, as all that follows, for gradients.
+        saturated: share of elements where the nonlinearity is flat: its derivative is below 5 % of
+            its largest.
+        dead: share of channels that are flat everywhere. None, as the histogram, of channels
+            alone.
+        histogram: numbers counted between `EDGES`, shape (64,), of a part of those that were
+            looked at.
     """
 
     size: Float[Array, ""]
-    """Elements of the array. `moments.count` of them were looked at."""
     moments: Moments
     minimum: Float[Array, ""]
     maximum: Float[Array, ""]
     nonfinite: Float[Array, ""]
-    """Share of elements that are infinite or not a number."""
     zeros: Float[Array, ""] | None = None
-    """Share of elements that are exactly zero. None, as all that follows, for gradients."""
     saturated: Float[Array, ""] | None = None
-    """Share of elements where the nonlinearity is flat; see `FLAT`."""
     dead: Float[Array, ""] | None = None
-    """Share of channels that are flat everywhere. None, as the histogram, of channels alone."""
     histogram: Float[Array, " bins"] | None = None
-    """Numbers counted between `EDGES`, of a part of those that were looked at."""
 
     @property
     def norm(self) -> Float[Array, ""]:
@@ -107,15 +115,22 @@ Group = tuple[list[int], Summary]
 
 
 class BatchSummary(NamedTuple):
-    """What a batch norm was given, by channel, beside its running statistics."""
+    """Moments of a batch norm's input, by channel, beside its running statistics.
+
+    Attributes:
+        moments: of each channel of the batch, shape (c,).
+        running_mean: running mean, shape (c,).
+        running_var: running variance, shape (c,).
+        examples: examples of the batch, shape ().
+        independent: how many independent numbers would tell as much about a channel's mean: at
+            most its elements, fewer where the positions of an image resemble each other.
+    """
 
     moments: Moments
     running_mean: Float[Array, " c"]
     running_var: Float[Array, " c"]
     examples: Float[Array, ""]
-    """Examples of the batch."""
     independent: Float[Array, ""]
-    """How many independent numbers would tell as much about a channel's mean."""
 
     def pooled(self) -> BatchSummary:
         """Of all batches that the leading axis goes over; running statistics before the first."""

@@ -80,7 +80,13 @@ class Linear(_Standardized, nnx.Linear):
 
 
 class Conv(_Standardized, nnx.Conv):
-    """`flax.nnx.Conv`, with weight standardization where asked for; arguments as `Linear`.
+    """`flax.nnx.Conv`, with weight standardization where asked for.
+
+    Args:
+        weight_standardization: standardize each output channel's weights, as in `Linear`.
+        use_gain: multiply them by a learned `gain`, one for each output channel.
+        gain_init: initializer of the gain, as in `Linear`.
+        weight_epsilon: epsilon of the standardization.
 
     Raises:
         ValueError: a gain without standardization; standardization of a masked kernel.

@@ -16,7 +16,7 @@ from jaxnorm.nnx.constructor import extends
 
 
 class BatchNorm(nnx.BatchNorm):
-    """`flax.nnx.BatchNorm` around `jaxnorm.batch_norm`.
+    """`flax.nnx.BatchNorm` around `jaxnorm.batch_norm`, same constructor and variables.
 
     Constructor, variables and behaviour are Flax's, with these differences: statistics are taken
     of shifted data; running statistics keep their dtype, are never rounded to that of `x`, and

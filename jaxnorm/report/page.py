@@ -36,6 +36,11 @@ def render_page(result: StudyResult, versions: Mapping[str, str], runs: Sequence
 
     Raises:
       Nothing of its own.
+
+    Example, which takes seconds and so is not run here::
+
+      result = run_study(demo_config(quick=True), load_digits())
+      Path("report.html").write_text(render_page(result, {"jax": jax.__version__}, []))
     """
     networks = [
         {
@@ -81,6 +86,11 @@ def render_runs(runs: Sequence[Run], versions: Mapping[str, str]) -> str:
 
     Raises:
       Nothing of its own.
+
+    Example, which takes seconds and so is not run here::
+
+      run = Run("batch norm", "", Recording("runs/batch"))
+      Path("runs.html").write_text(render_runs([run], {"jax": jax.__version__}))
     """
     return _render(runs, versions, {}, None)
 
@@ -96,6 +106,13 @@ def render_findings(findings: Sequence[Finding]) -> str:
 
     Raises:
       Nothing of its own.
+
+    Example:
+      >>> from jaxnorm.monitor import Finding
+      >>> finding = Finding("dead-units", "warning", ("relu_0",), "Units are < 0.", "", "", "")
+      >>> html = render_findings([finding])
+      >>> "Units are &lt; 0." in html, "<script" in html
+      (True, False)
     """
     template = _environment().get_template("findings.html")
     ill = [{"name": "", "findings": findings}] if findings else []

@@ -36,12 +36,25 @@ MOST_CHANNELS = 48
 
 @dataclass(frozen=True)
 class Run:
-    """One recording, as a page shows it."""
+    """One recording under the name that a page shows.
+
+    Attributes:
+        name: such as the normalization, or the name of the folder.
+        group: the runs that it is compared with, such as those of one network; "" where all are.
+        recording: what the monitor saw.
+        findings: of `jaxnorm.monitor.diagnose`, for the page to list.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxnorm.monitor import Recording
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run = Run("batch norm", "", Recording(folder))
+        >>> run.name, run.findings
+        ('batch norm', ())
+    """
 
     name: str
-    """Such as the normalization, or the name of the folder."""
     group: str
-    """What it is compared within, such as the network; "" where all are compared."""
     recording: Recording
     findings: Sequence[Finding] = ()
 

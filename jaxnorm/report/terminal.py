@@ -18,6 +18,13 @@ def build_tables(result: StudyResult) -> list[Table]:
 
     Raises:
       Nothing of its own.
+
+    Example:
+      >>> from jaxnorm.lab.results import Summary
+      >>> row = Summary("mlp", "batch", 0.3, accuracy_mean=0.976, accuracy_deviation=0.005)
+      >>> result = StudyResult({}, {}, curves=(), summaries=(row,), recorded=(), seconds=0.0)
+      >>> [(table.title, table.row_count) for table in build_tables(result)]
+      [('Deep sigmoid MLP', 1)]
     """
     tables = []
     for network in dict.fromkeys(row.network for row in result.summaries):

@@ -304,7 +304,7 @@ def condition_number(
     centered: bool = True,
     terms: int | None = None,
 ) -> float:
-    """How much the derivative of standardizing `x` over `axis` magnifies rounding.
+    """The factor by which the derivative of standardizing `x` magnifies rounding errors.
 
     The backward pass applies the symmetric map A = rstd * (I - 1 1'/n - xhat xhat'/n) to the
     cotangent of xhat, which is taken to be of order 1 (else multiply). Its terms are of order

@@ -145,7 +145,7 @@ def create_train_state(
 
 
 def check_finite(state: TrainState) -> None:
-    """Raises if any training loss so far was infinite or not a number.
+    """Raise if any training loss so far was infinite or not a number.
 
     A step records this on the device and does not wait for it; this function waits, so call it
     every so often rather than after every step. It reads one integer per member.

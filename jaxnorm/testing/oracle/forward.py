@@ -25,12 +25,23 @@ from jaxnorm.testing.oracle.slices import (
 
 
 class RunningStats(NamedTuple):
-    """Running statistics of one batch-normalized layer."""
+    """Running statistics of one batch-normalized layer.
 
-    mean: Array  # float64 or complex128; sizes of the feature axes
-    var: Array  # float64; sizes of the feature axes
+    Attributes:
+        mean: Running mean, sizes of the feature axes.
+        var: Running variance, sizes of the feature axes; divides by n, or by n - 1 if `unbiased`.
+        count: Updates so far.
+
+    >>> stats = RunningStats(np.zeros(2), np.ones(2), 0)
+    >>> _, stats = batch_norm(np.ones((3, 2)), None, None, *stats[:2], training=True, decay=0.5)
+    >>> stats.mean.tolist(), stats.var.tolist(), stats.count
+    ([0.5, 0.5], [0.5, 0.5], 1)
+    """
+
+    mean: Array  # float64 or complex128
+    var: Array  # float64
     # The name is the field's, though tuples have a method of that name.
-    count: int  # updates so far  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def batch_norm(

@@ -19,12 +19,21 @@ from jaxnorm.testing.oracle.slices import (
 
 
 class Moments(NamedTuple):
-    """Count, mean and second central moment: what `merge` combines."""
+    """Count, mean and second central moment: what `merge` combines.
+
+    Attributes:
+        count: The number of included elements.
+        mean: Their mean; zero where count is zero.
+        m2: Sum of |x - mean|^2.
+
+    >>> Moments(*moments([1.0, 2.0, 6.0], 0)).m2.tolist()
+    14.0
+    """
 
     # The name is the field's, though tuples have a method of that name.
-    count: Array  # float64; the number of included elements  # pyright: ignore[reportIncompatibleMethodOverride]
-    mean: Array  # float64 or complex128; zero where count is zero
-    m2: Array  # float64; sum of |x - mean|^2
+    count: Array  # float64  # pyright: ignore[reportIncompatibleMethodOverride]
+    mean: Array  # float64 or complex128
+    m2: Array  # float64
 
 
 def moments(x: ArrayLike, axis: Axes, *, mask: ArrayLike | None = None) -> Moments:
