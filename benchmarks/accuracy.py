@@ -94,7 +94,7 @@ def _rows(grid: Grid, norm: p.Norm, dtype: str, layout: Layout, chosen) -> dict[
 
 def _sample(norm, dtype, layout, offset, deviation, outlier, chosen):
     """Units of the value by peer, and of the derivatives where they are well-conditioned."""
-    inputs = _inputs(layout, DTYPES[dtype], offset, deviation, outlier)
+    inputs = inputs_of(layout, DTYPES[dtype], offset, deviation, outlier)
     exact = norm.exact(**inputs)
     judged = outlier == "none" and _well_conditioned(norm, layout, inputs)
     value, derivative = [], []
@@ -106,7 +106,7 @@ def _sample(norm, dtype, layout, offset, deviation, outlier, chosen):
     return value, derivative if judged else None
 
 
-def _inputs(layout: Layout, dtype, offset, deviation, outlier) -> dict:
+def inputs_of(layout: Layout, dtype, offset, deviation, outlier) -> dict:
     rng = np.random.default_rng(0)
     x = rng.normal(size=layout.shape) * deviation + offset
     if outlier != "none":

@@ -92,7 +92,7 @@ def _measured(case: Case, name: str, chosen, backend: str, dtype, effort) -> dic
     where = [case.network, name, list(shape)]
     norm = next(n for n in p.norms(case.groups) if n.name == name)
     smooth = replace(case, model=case.smooth or case.model)
-    differences = _checked(
+    differences = compare(
         where, [Step(smooth, peer, norm, shape, jnp.float32) for peer in chosen], chosen
     )
     steps = [Step(case, peer, norm, shape, dtype) for peer in (*chosen, None)]
@@ -155,7 +155,7 @@ def _initial(path: tuple, a: jax.ShapeDtypeStruct) -> np.ndarray:
     return np.full(a.shape, "scale" in name or "var" in name, a.dtype)
 
 
-def _checked(where: list, steps: list[Step], chosen) -> list[float]:
+def compare(where: list, steps: list[Step], chosen) -> list[float]:
     """Differences from Flax's gradients; raises where a peer computes something else."""
     found = {}
     for peer, step in zip(chosen, steps):

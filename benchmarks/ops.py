@@ -118,7 +118,7 @@ def _measured(case: Case, dtype: str, chosen, effort: timing.Effort) -> dict[str
     rows["checked"].append([*where, checked(case, dtype, chosen)])
     having = [peer for peer in chosen if peer.has(case.norm)]
     copy = timing.copying(case.shape, DTYPES[dtype])
-    inputs = _inputs(case, case.shape, DTYPES[dtype])
+    inputs = inputs_of(case, case.shape, DTYPES[dtype])
     for name in MUST_MOVE:
         loops = [_loop(peer, case.norm, name, inputs) for peer in having]
         taken, faults = timing.interleaved([*loops, copy], effort)
@@ -132,7 +132,7 @@ def _measured(case: Case, dtype: str, chosen, effort: timing.Effort) -> dict[str
     return rows
 
 
-def _inputs(case: Case, shape: tuple[int, ...], dtype) -> dict:
+def inputs_of(case: Case, shape: tuple[int, ...], dtype) -> dict:
     rng = np.random.default_rng(0)
     features = shape[-1:]
     # Standard normals of a kernel's outputs; for activations about the offset.
@@ -146,7 +146,7 @@ def _inputs(case: Case, shape: tuple[int, ...], dtype) -> dict:
 
 def checked(case: Case, dtype: str, chosen) -> list:
     """Units by peer, None where it has no such function; raises where one is wrong."""
-    inputs = _inputs(case, case.checked, DTYPES[dtype])
+    inputs = inputs_of(case, case.checked, DTYPES[dtype])
     exact = case.norm.exact(**inputs)
     terms = int(np.prod([case.checked[a] for a in case.norm.axes(len(case.checked))]))
     found: list = []

@@ -1,31 +1,58 @@
-"""Settings of all tests: eight CPU devices, and no search for a TPU that is not there."""
+"""Settings of all tests: eight CPU devices, no search for a TPU, programs that compile quickly."""
 
 import os
 
 import pytest
+from compiling import QUICK_FLAGS
+
+pytest_plugins = ("budget", "sample")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+    flags = f"{flags} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join((*QUICK_FLAGS, flags))
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start, too
 
-# What these judge does not hang on how well programs are compiled, which takes most of their time;
-# but for what is compiled for TPUs.
-UNOPTIMIZED, OPTIMIZED = ("lab", "monitor", "training"), ("test_collectives",)
-
-# Importing its plugin would put jaxnorm's layers in place of Flax's for all other tests.
-collect_ignore = ["flax_suite"]
+# The plugin of the one would put jaxnorm's layers in place of Flax's for all other tests; the other
+# needs PyTorch.
+collect_ignore = ["flax_suite", "torch_suite", "mutations"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compilation(request):
-    """Without most optimizations, where they do not matter."""
+@pytest.fixture
+def compilations():
+    """What JAX compiles from here on, or reads from its cache: the name of an event for each."""
+    import jax
+
+    found = []
+
+    def listen(event, *_, **__):
+        found.extend([event] * ("backend_compile" in event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "optimized: it judges what a compiler makes of a program, with all it can do"
+    )
+    config.addinivalue_line(
+        "markers", "wrong_types: it passes what the annotations forbid, to see what users are told"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before what the test and its file set up: how that is compiled, and what is checked."""
     import jax  # not before the settings above
+    import jaxtyping
 
-    path = request.node.path
-    unoptimized = path.parent.name in UNOPTIMIZED and path.stem not in OPTIMIZED
-    jax.config.update("jax_disable_most_optimizations", unoptimized)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    wrong = item.get_closest_marker("wrong_types") is not None
+    jaxtyping.config.update("jaxtyping_disable", wrong)
+    quick = item.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))

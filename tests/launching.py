@@ -9,10 +9,20 @@ from typing import Any
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
+# After any import: a backend reads the flag when it starts, and counts other devices if it has.
+NO_BACKEND = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=3"
+import jax
+assert jax.device_count() == 3, "a backend has started"
+"""
+
 
 def launcher(*arguments, processes=2, devices=1) -> dict[str, Any]:
     """The arguments of `subprocess` for a program that launches another; see `run`."""
     program = (
+        # What was started in a shell's background ignores it, and so would this.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import sys; from jaxnorm.distributed import launch; "
         f"sys.exit(launch(sys.argv[1:], {processes}, devices_per_process={devices}))"
     )

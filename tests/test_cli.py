@@ -27,6 +27,7 @@ def small(seed, steps, quick):
     )  # fmt: skip
 
 
+@pytest.mark.seconds(90, "it trains three networks")
 def test_a_small_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "demo_config", small)
     out = tmp_path / "a" / "demo"
@@ -138,7 +139,8 @@ def test_numbers_that_make_no_sense(arguments, tmp_path, capsys):
 
 @pytest.mark.usefixtures("never_trains")
 def test_without_the_extra(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(cli, "_installed", lambda module: module not in ("altair", "rich"))
+    for name in ("altair", "rich"):
+        monkeypatch.setitem(cli.LAB_PACKAGES, f"no_{name}_here", name)
     refused(capsys, ["--out", tmp_path], "altair, rich are not", 'pip install "jaxnorm[lab]"')
 
 

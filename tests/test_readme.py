@@ -1,14 +1,19 @@
 """The README's example runs, its commands are CI's, its figures are the measured ones."""
 
+import ast
+import inspect
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxnorm
+from jaxnorm import linen, nnx
 from jaxnorm.testing import assert_close
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +24,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.seconds(90, "they are as long as the README has them")
 def test_the_examples_run_and_learn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     example, _, _, over_devices, watched, diagnosed = blocks("python")
@@ -57,16 +63,35 @@ def test_the_fused_forms_and_the_explanation_run(capsys):
 
 
 def test_exactly_two_commands_and_ci_runs_them():
-    commands = "".join(blocks("sh")).strip().splitlines()
-    assert len(commands) == 2
-    assert "jaxnorm demo" in commands[0] and "pytest" in commands[1]
-    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+    demo, tests = "".join(blocks("sh")).strip().splitlines()
+    assert demo.split()[-2:] == [".venv/bin/jaxnorm", "demo"]
+    assert tests.split()[-3:] == [".venv-test/bin/pytest", "-n", "2"]
+    # What the script takes from here, found as the script finds it.
+    (reads,) = re.findall(r"^mapfile .*$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    shown = subprocess.run(
+        ["bash", "-c", reads + r"""; printf '%s\n' "${commands[@]}" """],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shown.stdout.splitlines() == [demo, tests]
 
 
-def test_every_public_function_is_in_the_table():
-    for name in jaxnorm.__all__:
-        if name[0].islower() and name not in ("init_batch_stats",):
-            assert f"`{name}" in README or f".{name}(" in README, name
+def test_every_public_function_is_shown():
+    """In the table of norms, with its layers beside it, or called in an example."""
+    rows = re.findall(r"^\| (`[a-z].*?) \| (.*?) \|", README, re.MULTILINE)
+    listed = {name: layers for names, layers in rows for name in re.findall(r"`(\w+)`", names)}
+    called = {
+        node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+        for example in blocks("python")
+        for node in ast.walk(ast.parse(example))
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name))
+    }
+    called |= set(re.findall(r"`jaxnorm\.(\w+)\([^`]*\)`", README))
+    functions = {n for n in jaxnorm.__all__ if inspect.isfunction(getattr(jaxnorm, n))}
+    assert functions - {"init_batch_stats"} <= listed.keys() | called
+    for name in functions & listed.keys():
+        layers = re.findall(r"`([A-Z]\w+)`", listed[name])
+        assert layers, name
+        assert all(hasattr(linen, layer) or hasattr(nnx, layer) for layer in layers), name
 
 
 def test_links_lead_somewhere():

@@ -16,6 +16,7 @@ from programs import Program
 import jaxnorm
 
 pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
+pytestmark = pytest.mark.optimized
 
 C = 256
 STATS = jaxnorm.init_batch_stats(C)
@@ -97,6 +98,7 @@ def step(topology: str, mapped: bool):
     return Program(found.as_text()), found.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.seconds(90, "it compiles for up to 512 chips")
 @pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_one_all_reduce_each_way_for_every_batch_norm(topology, mapped):

@@ -39,11 +39,11 @@ MOST = 1024 * _EACH
 """Elements of a block at most."""
 # Elements of a block of short slices: one warp's, which then needs no other for a sum; and where
 # programs add something up, more, since each of them writes what it has.
-_SMALL, _ROOM = 2**10, 2**12
+SMALL, ROOM = 2**10, 2**12
 # Elements on one multiprocessor that there are registers for; a larger block lies there alone, and
 # its program must load one while it computes another.
-_ROOMY = 2**13
-_MULTIPROCESSORS = 132  # of an H100
+ROOMY = 2**13
+MULTIPROCESSORS = 132  # of an H100
 _SECTOR = 32  # bytes that memory moves at once
 # Elementwise functions of JAX that Pallas has no Triton for.
 _UNKNOWN = {"bessel_i0e", "bessel_i1e", "digamma", "erf", "erfc", "igamma", "lgamma", "round"}
@@ -346,13 +346,13 @@ def plan_of(norm: Norm, shape: tuple[int, ...], dtype, given, *, sums: bool = Fa
         view = (math.prod(before), 1, 1, reduced)
     trailing = (*[1] * (last - first), *after) if after else shape[first:]
     samples = max((_samples(before, s) or 1 for s in given), default=1)
-    block = _block(view, samples, jnp.dtype(dtype).itemsize, _ROOM if sums else _SMALL)
+    block = _block(view, samples, jnp.dtype(dtype).itemsize, ROOM if sums else SMALL)
     r, axes = norm.reduction, (1, 3) if block[1] > 1 else (3,)
     reduction = Held(axes, r.epsilon, centered=r.centered, sizes=tuple(view[a] for a in axes))
     each, elements = pl.cdiv(view[0] // samples, block[0]), math.prod(block)
-    if sums or elements > _ROOMY:
+    if sums or elements > ROOMY:
         chunks = samples * pl.cdiv(view[2], block[2])
-        resident = _MULTIPROCESSORS * max(1, _ROOMY // elements)
+        resident = MULTIPROCESSORS * max(1, ROOMY // elements)
         each = pl.cdiv(each, pl.cdiv(each, max(1, resident // chunks)))
     norm = replace(norm, reduction=reduction)
     return Plan(norm, first, trailing, view, block, samples, samples * each)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 LANES = 128
 # Elements of a block: large enough for the bandwidth of a copy, small enough for two blocks of each
 # operand and what is computed of them in float32.
-_ROOM = 2**18
+ROOM = 2**18
 # What a single slice may fill, before it is cut: a block of one slice has as many elements.
 MOST = 2**20
 
@@ -85,14 +85,14 @@ def tiles_of(
         if _padded(least, packed) <= MOST:
             break
         step = min(unit[a], shape[a])
-        room = _ROOM // _padded((*least[:a], step, *least[a + 1 :]), packed)
+        room = ROOM // _padded((*least[:a], step, *least[a + 1 :]), packed)
         least[a] = block[a] = min(max(1, room) * step, shape[a])
         if block[a] < shape[a]:
             cut.append(a)
     for a in reversed(range(rank)):
         if a in whole or (blocks is not None and a < rank - 1):
             continue
-        room = _ROOM // _padded((*block[:a], min(unit[a], shape[a]), *block[a + 1 :]), packed)
+        room = ROOM // _padded((*block[:a], min(unit[a], shape[a]), *block[a + 1 :]), packed)
         fits = max(1, room) * min(unit[a], shape[a])
         block[a] = shape[a] if fits >= shape[a] else fits // unit[a] * unit[a]
         if block[a] < shape[a]:

@@ -295,10 +295,10 @@ class _StateHandler(ocp.PyTreeCheckpointHandler):
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
-        (directory / _SIZES).write_text(json.dumps(_sizes(directory)))
+        (directory / _SIZES).write_text(json.dumps(sizes_of_files(directory)))
 
 
-def _sizes(directory: Any) -> dict[str, int]:
+def sizes_of_files(directory: Any) -> dict[str, int]:
     """Bytes of every file below a directory."""
     files = (root / name for root, _, names in directory.walk() for name in names)
     return {str(file.relative_to(directory)): file.stat().length for file in files}
@@ -331,7 +331,7 @@ def _read(
     try:
         record = read_record(ocp.JsonCheckpointHandler().restore(path / _RECORD))
         different = differences(record, leaves)
-        values = {} if different else _read_values(path / _STATE, leaves)
+        values = {} if different else read_values(path / _STATE, leaves)
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # says nothing about the files
     except Exception as caught:  # of any kind: a truncated file makes TensorStore's a bare one
@@ -352,7 +352,7 @@ def _read(
     return state, record["data"]
 
 
-def _read_values(path: Any, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
+def read_values(path: Any, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Plain arrays by name, each in the place of its leaf."""
 
     def restore_args(leaf: Any) -> ocp.RestoreArgs:
@@ -362,7 +362,7 @@ def _read_values(path: Any, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
         shape, dtype = plain_type(leaf)
         return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=dtype)
 
-    found = _sizes(path)
+    found = sizes_of_files(path)
     sizes = json.loads((path / _SIZES).read_text())
     lost = [name for name, size in sizes.items() if found.get(name) != size]
     if lost:

@@ -32,7 +32,7 @@ class PreparedStep:
         check: Callable[[Any, Batch], None] | None = None,
     ) -> None:
         self._operation = operation
-        self._compiled = compiled
+        self.compiled = compiled
         self._layout = layout
         self._scan = scan
         self._buffer = buffer
@@ -40,15 +40,15 @@ class PreparedStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
         """New state and metrics, or metrics alone."""
-        return self._run(self._compiled, state, batch)
+        return self._run(self.compiled, state, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """The step before compilation; arguments may be `jax.ShapeDtypeStruct`s."""
-        return self._run(self._compiled.lower, state, batch)
+        return self._run(self.compiled.lower, state, batch)
 
     def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
         """The step before lowering; arguments may be `jax.ShapeDtypeStruct`s."""
-        return self._run(self._compiled.trace, state, batch)
+        return self._run(self.compiled.trace, state, batch)
 
     def _run(self, function: Callable[..., Any], state: Any, batch: Any) -> Any:
         self._check(state, batch)

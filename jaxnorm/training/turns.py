@@ -77,8 +77,8 @@ class Turns:
 
     def __init__(self, every: int, plain: Any, looking: Any, choosing: Any) -> None:
         self._every = every
-        self._plain = plain
-        self._looking = looking
+        self.plain = plain
+        self.looking = looking
         self._choosing = choosing
         self.lower, self.trace = choosing.lower, choosing.trace
         # Several runs may take turns with one step. A state given up is known by its identity.
@@ -91,12 +91,12 @@ class Turns:
         bare, number = state.replace(monitor=None), self._number(state)
         if not self._numbers:
             # Both now: no step of a run is to be late for it, nor to be the first to fail.
-            self._looking.lower(state, batch).compile()
-            self._plain.lower(bare, batch).compile()
+            self.looking.lower(state, batch).compile()
+            self.plain.lower(bare, batch).compile()
         if number % self._every == 0:
-            new, metrics = self._looking(state, batch)
+            new, metrics = self.looking(state, batch)
         else:
-            new, metrics = self._plain(bare, batch)
+            new, metrics = self.plain(bare, batch)
             new = new.replace(monitor=state.monitor)
         self._numbers.append((new.step, number + 1))
         return new, metrics

@@ -122,6 +122,7 @@ def test_a_loop_is_refused():
         _ = Program(text).hbm_bytes
 
 
+@pytest.mark.optimized
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs: not installed"
 )

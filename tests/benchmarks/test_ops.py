@@ -81,7 +81,7 @@ def test_the_training_forward_hands_out_what_the_backward_needs(small, monkeypat
     from benchmarks import ops, peers, timing
 
     case, norms = small
-    inputs = ops._inputs(case(norms["layer"]), (64, 128), np.dtype(jnp.bfloat16))
+    inputs = ops.inputs_of(case(norms["layer"]), (64, 128), np.dtype(jnp.bfloat16))
     inputs["x"], inputs["dy"] = (inputs[k].astype(jnp.bfloat16) for k in ("x", "dy"))
     monkeypatch.setattr(timing, "chained", lambda *given: given)
 
@@ -136,11 +136,11 @@ def test_blocks_compare_gradients_before_they_are_timed():
     case = blocks.Case("small", blocks.models.MLPBlocks, (2, 3, 16), (2, 3, 16), ("layer",))
     chosen = (peers.Functional("xla"), peers.FLAX)  # kernels do not run here
     steps = [blocks.Step(case, peer, norm, case.cpu, jnp.float32) for peer in chosen]
-    *ours, flax = blocks._checked(["small"], steps, chosen)
+    *ours, flax = blocks.compare(["small"], steps, chosen)
     assert flax == 0 and 0 < max(ours) < 1e-5
     bare = blocks.Step(case, peers.FLAX, peers.norms(4)[2], case.cpu, jnp.float32)
     with pytest.raises(ValueError, match=r"argument|gradients"):
-        blocks._checked(["small"], [bare, flax_step(steps)], chosen)
+        blocks.compare(["small"], [bare, flax_step(steps)], chosen)
 
 
 def flax_step(steps):

@@ -21,6 +21,8 @@ def one_collective_each_way(row, layers, channels):
         assert size == most if way == "forward" else most / 2 < size <= most, (row, way)
 
 
+@pytest.mark.seconds(90, "it compiles for 256 chips")
+@pytest.mark.optimized
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs: not installed"
 )

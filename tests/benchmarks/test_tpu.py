@@ -5,6 +5,7 @@ import os
 import pytest
 
 pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
+pytestmark = pytest.mark.optimized
 
 
 def test_passes_of_flax_alone():
@@ -23,6 +24,7 @@ def test_add_and_norm_returns_both():
     assert y.shape == total.shape == (512, 256) and state == {}
 
 
+@pytest.mark.seconds(90, "it compiles in processes of their own")
 def test_the_quick_form():
     from benchmarks import report, running, tpu
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import BATCH, FROM_OUTPUT, GROUP, INSTANCE, LAYER, RMS, cotangent
+from compiling import jit_as_users
 
 MAX = float(np.finfo(np.float32).max)
 RNG = np.random.default_rng(0)
@@ -32,7 +33,7 @@ def test_all_finite(case, epsilon):
     _, scale, bias = case.arguments()
     ct = cotangent(SHAPE)
 
-    @jax.jit
+    @jit_as_users
     def run(x):
         function = lambda x: case.function(x, scale, bias, **options)  # noqa: E731
         gradient = jax.grad(lambda x: jnp.vdot(function(x), ct))

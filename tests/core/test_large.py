@@ -1,10 +1,13 @@
 """What is compiled for large arrays only, made to run on small ones: the same numbers as ever."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import BATCH, GROUP, INSTANCE, LAYER, RMS, cotangent
+from compiling import jit_as_users
 
 from jaxnorm.core import slices
 from jaxnorm.testing import assert_close, condition_number, oracle
@@ -13,11 +16,12 @@ CASES = (BATCH, LAYER, RMS, GROUP, INSTANCE)
 MAX = float(np.finfo(np.float32).max)
 
 
-@pytest.fixture(autouse=True)
-def all_are_large(monkeypatch):
-    jax.clear_caches()
-    monkeypatch.setattr(slices, "LARGE", 0)
-    yield
+@pytest.fixture(autouse=True, scope="module")
+def all_are_large():
+    jax.clear_caches()  # of what was compiled for these shapes as small ones
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slices, "LARGE", 0)
+        yield
     jax.clear_caches()
 
 
@@ -43,7 +47,7 @@ def data(shape, offset, deviation, outlier):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_value(case):
-    run = jax.jit(case.function)
+    run = jit_as_users(case.function)
     for shape in ((7, 5, 32), (3, 130, 12), (1, 2, 6), (2, 3, 48)):
         scale, bias = np.ones(shape[-1], "f"), np.zeros(shape[-1], "f")
         for offset in (0.0, 1.5, 1e4, 1e6):
@@ -61,7 +65,7 @@ def test_derivatives(case):
     axes = {BATCH: (0, 1), LAYER: (2,), RMS: (2,)}.get(case, (1,))
     scale, bias = (rng.normal(size=(2, 32)) + 1).astype("f")
     dy = rng.normal(size=shape).astype("f")
-    run = jax.jit(lambda x, dy: jax.vjp(case.function, x, scale, bias)[1](dy))
+    run = jit_as_users(lambda x, dy: jax.vjp(case.function, x, scale, bias)[1](dy))
     for offset, deviation in ((0, 1), (1e2, 1), (1e4, 1e2), (1, 1e-2), (0, 1e6)):
         x = data(shape, offset, deviation, None)
         conditioning = np.max(
@@ -80,6 +84,7 @@ def test_derivatives(case):
 def test_second_derivatives_in_both_modes(case):
     arguments, ct = case.arguments(), cotangent(case.shape)
 
+    @partial(jax.jit, static_argnums=0)
     def second(function):
         def gradient(*a):
             return jax.grad(lambda *a: jnp.vdot(function(*a), ct), argnums=(0, 1))(*a)
@@ -97,7 +102,7 @@ def test_extremes(case):
     _, scale, bias = case.arguments()
     ct = cotangent(case.shape)
 
-    @jax.jit
+    @jit_as_users
     def run(x):
         y, back = jax.vjp(lambda x: case.function(x, scale, bias, epsilon=0.0), x)
         return y, back(ct)[0]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit_as_users
 
 import jaxnorm
 from jaxnorm.core import narrow
@@ -25,7 +26,7 @@ def rows(dtype, size, offset, spread):
 def test_as_exact_as_a_second_read(dtype, size):
     reduction = Reduction((1,), stored=jnp.dtype(dtype))
     assert narrow.exact(dtype, size)
-    run = jax.jit(lambda x: take(reduction, x.astype(jnp.float32), None, None))
+    run = jit_as_users(lambda x: take(reduction, x.astype(jnp.float32), None, None))
     for offset in OFFSETS[dtype]:
         for share in (1.0, 2.0**-7):  # of the offset: the least that the dtype tells from nothing
             x = rows(dtype, size, offset, max(offset * share, 1.0 if offset == 0 else 0.0))

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -82,6 +83,7 @@ def partitions(draw):
     return [order[a:b] for a, b in itertools.pairwise([0, *cuts, DEVICES])]
 
 
+@pytest.mark.seconds(90, "all contexts in turn")
 @some_examples
 @given(
     groups=partitions(),
@@ -130,6 +132,7 @@ def test_groups_of_replicas(groups, context, check_vma, rows, kept, offset, seed
             assert_close(variances[member], var, name="var")
 
 
+@pytest.mark.seconds(90, "all layouts in turn")
 @some_examples
 @given(
     shape=st.sampled_from(MESHES),

@@ -16,6 +16,7 @@ JOINED = "from jaxnorm.distributed import initialize; initialize(timeout=60); "
 PRINT_PID = "import os; print('pid', os.getpid(), flush=True); "
 
 
+@pytest.mark.seconds(90, "three processes")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_its_launcher(number):
     """They are bound to it by a pipe: it need not come to clean up."""
@@ -39,6 +40,7 @@ def test_no_process_outlives_its_launcher(number):
             )  # fmt: skip
 
 
+@pytest.mark.seconds(90, "three processes")
 def test_an_exception_ends_the_run():
     """Without care JAX would let process 1 wait, at its exit, for the other one."""
     program = JOINED + PRINT_PID + (

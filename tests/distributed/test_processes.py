@@ -89,12 +89,14 @@ def check(got, case, offset):
         np.testing.assert_allclose(value / size, leaf / size, atol=3e-6, rtol=0, err_msg=label)
 
 
+@pytest.mark.seconds(90, "two processes")
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("case", TWO)
 def test_two_processes_agree_with_one_device(case, offset, two_processes):
     check(two_processes, case, offset)
 
 
+@pytest.mark.seconds(90, "four processes")
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("case", FOUR)
 def test_four_processes_one_of_them_with_nothing(case, offset, four_processes):

@@ -27,8 +27,10 @@ EVERY = 4
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Programs that were compiled once are not compiled again."""
+    """What was compiled once is not compiled again, and runs fast: these programs train."""
     return ENVIRONMENT | {
+        "XLA_FLAGS": "",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "JAX_NUM_CPU_DEVICES": "1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -96,6 +98,7 @@ def final_state(folder, step):
     return Checkpoints(folder).restore(template, step)[0]
 
 
+@pytest.mark.seconds(240, "five processes that train")
 def test_a_killed_run_goes_on_under_slurm_and_ends_where_one_process_does(environment, tmp_path):
     """Two processes that split batch and parameters, twice, against one that sees all."""
     several, alone = tmp_path / "several", tmp_path / "alone"
@@ -145,6 +148,7 @@ def test_options_that_make_no_sense_are_refused(options, told, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.seconds(90, "the first import of scikit-learn")
 def test_the_shares_of_all_processes_are_the_batch(monkeypatch):
     part = train.load_digits().train
     whole = train.training_batch(part, seed=3, step=40, size=16)

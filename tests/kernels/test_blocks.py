@@ -32,7 +32,7 @@ CASES = {
 
 @pytest.fixture
 def little_room(monkeypatch):
-    monkeypatch.setattr(tiles, "_ROOM", 2**11)
+    monkeypatch.setattr(tiles, "ROOM", 2**11)
     monkeypatch.setattr(tiles, "MOST", 2**12)
 
 

@@ -81,10 +81,10 @@ def arrays(case: Case, dtype, offset: float):
 @pytest.fixture
 def small_gpu(monkeypatch):
     """So few registers that programs walk through several blocks also where arrays are small."""
-    monkeypatch.setattr(gpu, "_MULTIPROCESSORS", 1)
-    monkeypatch.setattr(gpu, "_SMALL", 64)
-    monkeypatch.setattr(gpu, "_ROOM", 64)
-    monkeypatch.setattr(gpu, "_ROOMY", 128)
+    monkeypatch.setattr(gpu, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(gpu, "SMALL", 64)
+    monkeypatch.setattr(gpu, "ROOM", 64)
+    monkeypatch.setattr(gpu, "ROOMY", 128)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

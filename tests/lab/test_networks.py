@@ -44,8 +44,9 @@ def test_weight_standardization_alone_keeps_the_signal(network):
     draw = np.random.default_rng(0)
     images = jnp.asarray(draw.normal(size=(64, 8, 8, 1)), jnp.float32)
     net = networks.build_network(network, "weight", 10)
-    variables = net.init(jax.random.key(0), images, True)
-    _, seen = observe(attach(net).apply, channels=True)(variables, images, True)
+    variables = jax.jit(net.init, static_argnums=2)(jax.random.key(0), images, True)
+    look = jax.jit(observe(attach(net).apply, channels=True), static_argnums=2)
+    _, seen = look(variables, images, True)
     inputs = [seen[name].channels.moments for name in seen if name.endswith(":input")]
     spreads = [float(jnp.sqrt(channels.var).mean()) for channels in inputs]
     assert len(spreads) == net.depth

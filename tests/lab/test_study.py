@@ -31,6 +31,7 @@ def result(digits):
     return found, seen
 
 
+@pytest.mark.seconds(90, "it trains five networks")
 def test_every_pair_that_fits_is_trained(result):
     found, _ = result
     assert [(each.network, each.normalization) for each in found.curves] == [
@@ -104,6 +105,7 @@ def test_a_run_that_diverges_is_not_stable_and_becomes_null(result):
     assert stored["curves"][0]["final_loss"][1] == [None, None]
 
 
+@pytest.mark.seconds(90, "it trains two networks")
 def test_the_same_seed_gives_the_same_numbers(result, digits):
     config = dataclasses.replace(TINY, plans=TINY.plans[:1], normalizations=("batch",))
     again = study.run_study(config, digits, workers=1).curves[0]
@@ -115,6 +117,7 @@ def test_the_same_seed_gives_the_same_numbers(result, digits):
     assert not np.array_equal(other.train_loss[0], before.train_loss[0])
 
 
+@pytest.mark.seconds(90, "it begins to train")
 def test_an_error_in_the_callback_ends_the_study(digits):
     def interrupt(state):
         raise KeyboardInterrupt

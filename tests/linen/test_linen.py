@@ -1,6 +1,7 @@
 """Drop-in for `flax.linen`: same constructor, same variables, same outputs where Flax is right."""
 
 import dataclasses
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -228,7 +229,17 @@ def test_transforms_of_linen(name):
         nn.vmap(Net, variable_axes=collections, split_rngs=split),
         variable_axes=collections, split_rngs=split,
     )()  # fmt: skip
-    twice.init(KEY, jnp.stack([xs, xs]))
+    # Of the parameters and statistics of each of 2 x 2 layers.
+    both = jnp.stack([xs, xs * 1.5 - 2])
+    variables = twice.init(KEY, both)
+    (y, _), new = twice.apply(variables, both, mutable=["batch_stats"])
+    for i, j in np.ndindex(2, 2):
+        of_one = partial(jax.tree.map, lambda a, at=(i, j): a[at])
+        alone = Net().apply(of_one(variables), both[i, j], mutable=["batch_stats"])
+        (one, _), statistics = alone
+        np.testing.assert_allclose(y[i, j], one, atol=1e-5)
+        for g, w in zip(*map(jax.tree.leaves, (of_one(new), statistics)), strict=True):
+            np.testing.assert_allclose(g, w, atol=1e-5)
 
     remat = nn.remat(Net)()
     variables = remat.init(KEY, x)

@@ -173,6 +173,7 @@ def test_a_recording_has_a_row_of_channels_for_each_sample(tmp_path):
     assert recording["tanh_0:input"].channels.moments.mean.shape == (2, 5)
 
 
+@pytest.mark.seconds(90, "three ways to train, watched")
 def test_on_a_mesh_in_micro_batches_and_in_a_sweep(tmp_path):
     def recorded(state, name):
         recording = Recording(tmp_path / name)

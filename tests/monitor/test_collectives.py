@@ -55,6 +55,8 @@ def compiled_for(topology, monitor, **options):
     return traced.lower(lowering_platforms=("tpu",)).compile().as_text()
 
 
+@pytest.mark.seconds(90, "it compiles for TPUs with a look and without")
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("topology", "options"),
     [("v5e:2x2x1", {}), ("v6e:2x2x1", {"accumulate": 2})],

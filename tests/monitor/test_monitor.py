@@ -155,7 +155,7 @@ def test_every_member_of_a_sweep_is_looked_at(scan):
     other, _, _ = columns(sweep_member(state, 1))
     assert not np.allclose(other["metrics|loss"][1], member[0]["metrics|loss"][1])
     # What is looked at is looked at in a branch, and not thrown away afterwards.
-    text = str(jax.make_jaxpr(step._compiled)(state, BATCH)) if not scan else "cond["
+    text = str(jax.make_jaxpr(step.compiled)(state, BATCH)) if not scan else "cond["
     assert "cond[" in text
 
 

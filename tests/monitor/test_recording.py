@@ -109,12 +109,19 @@ def test_what_is_on_disk_is_neither_lost_nor_written_twice(states, tmp_path):
 
 
 def test_a_run_that_is_taken_back_is_recorded_on(step, states, tmp_path):
-    recording = recorded(tmp_path, states)
+    recording = recorded(tmp_path / "run", states)
     state = step(states[2], 2 * X)[0]  # the fourth step, otherwise
     state = step(state, 2 * X)[0]
     assert recording.append(state) == 1
     assert recording.steps.tolist() == [0, 2, 4, 6] and recording.lost == 0
-    np.testing.assert_array_equal(recording._rows[2], state.monitor.read()[1][-1])
+    # From the third row on it is of the new run, as a recording of nothing else is.
+    other = Recording(tmp_path / "other")
+    other.append(state)
+    assert other.steps.tolist() == [2, 4, 6]
+    for place in recording.places:
+        ours, theirs = (jax.tree.leaves(r[place.name]) for r in (recording, other))
+        for got, wanted in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(got[1:], wanted)
 
 
 def test_frames_trackers_and_tensorboard(states, tmp_path):

@@ -36,29 +36,23 @@ def looked(state):
 
 
 def test_without_a_look_it_is_the_program_of_a_run_without_a_monitor():
-    watched = step_of(Monitor(every=3))._compiled
-    plain = watched._plain.lower(start(), X).as_text()
+    watched = step_of(Monitor(every=3)).compiled
+    plain = watched.plain.lower(start(), X).as_text()
     assert plain == step_of(None).lower(start(), X).as_text()
     state, _ = step_of(Monitor(every=3))(start(), X)
-    assert len(watched._looking.lower(state, X).as_text()) > 2 * len(plain)
+    assert len(watched.looking.lower(state, X).as_text()) > 2 * len(plain)
 
 
-def test_all_is_compiled_before_the_first_step(request):
-    compiled = []
-
-    def listen(event, seconds, **_):
-        compiled.extend([event] * ("backend_compile" in event))
-
+def test_all_is_compiled_before_the_first_step(compilations):
     step = step_of(Monitor(every=3))
     state = start()
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    request.addfinalizer(lambda: jax.monitoring.unregister_event_duration_listener(listen))
+    compilations.clear()
     state, _ = step(state, X)
-    assert compiled
-    compiled.clear()
+    assert compilations
+    compilations.clear()
     for _ in range(6):
         state, _ = step(state, X)
-    assert not compiled and looked(state) == [0, 3, 6]
+    assert not compilations and looked(state) == [0, 3, 6]
 
 
 def test_the_device_is_asked_only_for_a_state_from_elsewhere(monkeypatch):

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from launching import run
 from monitor.watched_run import train
 
 from jaxnorm.monitor import Recording
 
 
+@pytest.mark.seconds(90, "two processes, and one")
 def test_two_processes_record_what_one_does(tmp_path):
     assert jax.device_count() == 8
     script = str(Path(__file__).with_name("watched_run.py"))

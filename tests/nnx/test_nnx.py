@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import cotangent
 from flax import nnx
 
 import jaxnorm.nnx as jnn
@@ -244,7 +245,11 @@ def test_weight_standardization_inside_any_transformation():
     wanted = layer(x)
     np.testing.assert_allclose(jax.jit(lambda x: layer(x))(x), wanted, atol=1e-6)
     np.testing.assert_allclose(jax.vmap(lambda x: layer(x))(x), wanted, atol=1e-6)
-    assert jax.grad(lambda x: layer(x).sum())(x).shape == x.shape
+    kernel, gain = np.asarray(layer.kernel[...]), np.asarray(layer.gain[...])
+    dy = cotangent(wanted.shape)
+    (got,) = jax.vjp(lambda x: layer(x), x)[1](dy)
+    exact = np.asarray(dy, float) @ oracle.standardize_weight(kernel, gain).T
+    assert_close(got, exact, what="derivative", floor=float(np.abs(exact).max()))
     with pytest.raises(ValueError, match="a gain belongs to a standardized kernel"):
         jnn.Linear(6, 7, rngs=nnx.Rngs(0), use_gain=True)
 

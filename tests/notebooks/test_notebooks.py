@@ -46,6 +46,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.seconds(240, "it runs the whole notebook")
 @each_notebook
 def test_runs_without_an_error(path, tmp_path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)

@@ -72,6 +72,7 @@ def test_without_the_packages_of_the_extra_there_is_the_text(tmp_path, monkeypat
     importlib.import_module("jaxnorm.report")
 
 
+@pytest.mark.seconds(90, "a process that loads all of it")
 def test_a_monitor_loads_nothing_to_draw_with():
     code = (
         "import sys, jaxnorm.monitor\n"

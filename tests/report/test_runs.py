@@ -111,6 +111,7 @@ def test_every_measure_has_a_look():
             assert colour in THEME  # else it would be invisible in the dark, or glare
 
 
+@pytest.mark.seconds(90, "it makes so many")
 def test_thirty_layers_and_five_hundred_samples_are_under_three_megabytes(tmp_path):
     recording = invent(tmp_path / "big", layers=30, samples=500, channels=64)
     assert len(recording.places) == 120

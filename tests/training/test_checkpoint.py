@@ -90,6 +90,7 @@ def assert_placed_like(state, template):
         assert x.sharding == like.sharding, (x.sharding, like.sharding)
 
 
+@pytest.mark.seconds(90, "from each of two meshes to each of three")
 @pytest.mark.parametrize("axis_type", AXIS_TYPES, ids=str)
 def test_any_mesh_to_any_other(tmp_path, kind, axis_type):
     meshes = {n: make_mesh(n, axis_type) for n in (8, 2, 1)}
@@ -350,7 +351,7 @@ def test_a_failure_to_write_is_raised_and_harms_nothing(tmp_path, monkeypatch):
         checkpoints.wait()
         before = files_of(tmp_path / "0")
         with monkeypatch.context() as patch:
-            patch.setattr("jaxnorm.training.checkpoint._sizes", full)
+            patch.setattr("jaxnorm.training.checkpoint.sizes_of_files", full)
             checkpoints.save(state.replace(step=jnp.int32(1)))
             with pytest.raises(OSError, match=r"could not be written .* no space left on device"):
                 checkpoints.wait()

@@ -60,14 +60,14 @@ def main(rank, port, folder):
         checkpoints.save(later, data={"at": 1})
         checkpoints.wait()
 
-        read = module._read_values
+        read = module.read_values
 
         def unreadable(path, leaves):
             if rank == 1 and path.parent.name == "1":
                 raise OSError("no such file here")
             return read(path, leaves)
 
-        module._read_values = unreadable
+        module.read_values = unreadable
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             state, _ = checkpoints.restore(template)
