@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
             "Train a deep sigmoid MLP and a small convolutional net with no normalization, batch, "
             "layer, group, instance and RMS normalization and weight standardization, over seeds "
             "and learning rates at once; print a table; write one page of HTML that works offline. "
-            "One to four minutes on two cores."
+            "One to two minutes on two cores."
         ),
     )
     demo.set_defaults(command=_demo)
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_integer(FEWEST_STEPS),
         metavar="N",
         help="training steps of the MLP; the convolutional net makes a fifth as many "
-        "(default: 800, or 300 with --quick)",
+        "(default: 400, or 200 with --quick)",
     )
     demo.add_argument(
         "--quick",

@@ -41,7 +41,8 @@ def pytest_configure(config):
         "markers", "optimized: it judges what a compiler makes of a program, with all it can do"
     )
     config.addinivalue_line(
-        "markers", "wrong_types: it passes what the annotations forbid, to see what users are told"
+        "markers",
+        "unchecked_types: it passes what annotations forbid, or what their checker does not know",
     )
 
 
@@ -51,8 +52,8 @@ def pytest_runtest_setup(item):
     import jax  # not before the settings above
     import jaxtyping
 
-    wrong = item.get_closest_marker("wrong_types") is not None
-    jaxtyping.config.update("jaxtyping_disable", wrong)
+    unchecked = item.get_closest_marker("unchecked_types") is not None
+    jaxtyping.config.update("jaxtyping_disable", unchecked)
     quick = item.get_closest_marker("optimized") is None
     jax.config.update("jax_disable_most_optimizations", quick)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))

@@ -17,7 +17,7 @@ from jaxnorm import (
     standardize_weight,
 )
 
-pytestmark = pytest.mark.wrong_types
+pytestmark = pytest.mark.unchecked_types
 X = jnp.ones((4, 5))
 STATS = jaxnorm.init_batch_stats(5)
 

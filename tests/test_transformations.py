@@ -200,6 +200,7 @@ def test_export_runs_what_was_exported(case: Case):
     np.testing.assert_allclose(exported.call(*a), case.function(*a), atol=1e-6)
 
 
+@pytest.mark.unchecked_types  # it does not know sizes that are symbols
 @pytest.mark.parametrize("case", [c for c in CASES if c not in KERNELS], ids=lambda c: c.name)
 def test_export_with_a_symbolic_size(case: Case):
     b, s = jax.export.symbolic_shape("b, s")

@@ -348,7 +348,7 @@ def test_virtual_batches_of_the_largest_numbers():
     assert_close(new.var, np.array([0.99]))
 
 
-@pytest.mark.wrong_types
+@pytest.mark.unchecked_types
 class TestRefused:
     """When they are traced: nothing is computed."""
 

@@ -13,12 +13,15 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from compiling import QUICK_FLAGS  # noqa: E402
+
 TESTS = ("linen/linen_test.py::NormalizationTest", "nnx/nn/normalization_test.py")
 
 
 def main() -> int:
     """Exit status of pytest."""
-    here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         fetch = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", folder]
         subprocess.run(
@@ -28,11 +31,16 @@ def main() -> int:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
         (tests,) = Path(folder).glob("flax-*/tests")
-        path = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
         return subprocess.run(
             [sys.executable, "-m", "pytest", "-p", "swap", "-q", *sys.argv[1:], *TESTS],
             cwd=tests,
-            env={**os.environ, "PYTHONPATH": path},
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "XLA_FLAGS": " ".join(QUICK_FLAGS),
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            },
         ).returncode
 
 
