@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
             "Train a deep sigmoid MLP and a small convolutional net with no normalization, batch, "
             "layer, group, instance and RMS normalization and weight standardization, over seeds "
             "and learning rates at once; print a table; write one page of HTML that works offline. "
-            "One to two minutes on two cores."
+            "One to four minutes on two cores."
         ),
     )
     demo.set_defaults(command=_demo)

@@ -52,6 +52,15 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A file that is skipped as a whole is no test, and would be missed."""
+    report = yield
+    if report.skipped and collector.config.getoption("budget") is not None:
+        report.outcome, report.longrepr = "failed", f"it was skipped: {report.longrepr[-1]}"
+    return report
+
+
 class Rooms:
     """Adds up what the tests of each folder take."""
 

@@ -76,6 +76,7 @@ def test_same_variables_and_outputs(name, options):
     wanted = theirs.init(KEY, X)
     variables = ours.init(KEY, X)
     assert shapes(variables) == shapes(wanted)
+    jax.tree.map(np.testing.assert_array_equal, variables, wanted)
     stirred = jax.tree.map(
         lambda a: a + jnp.asarray(0.3 * np.abs(RNG.normal(size=a.shape)), a.dtype), wanted
     )

@@ -14,6 +14,7 @@ from jaxnorm.monitor import (
     loss_landscape,
     mean_drift,
     population_stability_index,
+    quantiles,
     skewness,
     track_covariate_shift,
     variance_ratio,
@@ -25,6 +26,15 @@ BEFORE, NOW = RNG.normal(0.3, 1.5, (40, 7)), RNG.gamma(2.0, 1.0, (40, 7))
 
 def floats(*arrays):
     return [jnp.asarray(a, jnp.float32) for a in arrays]
+
+
+def test_quantiles_lie_where_those_of_the_numbers_do():
+    values, edges = RNG.gamma(2.0, 1.0, (3, 4000)), np.linspace(0, 20, 201)
+    counts = [np.bincount(np.searchsorted(edges, row), minlength=202) for row in values]
+    shares, ends = (0.1, 0.33, 0.5, 0.9), {"minimum": values.min(-1), "maximum": values.max(-1)}
+    got = quantiles(counts, shares, edges=edges, **ends)
+    # A fifth of a bin's width.
+    np.testing.assert_allclose(got, np.quantile(values, shares, axis=-1).T, atol=0.02)
 
 
 def test_drift_ratio_and_divergence_of_arrays():

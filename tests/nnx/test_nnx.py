@@ -48,6 +48,8 @@ def test_same_name_and_constructor(name):
 def test_same_variables_and_outputs(name, options):
     ours, theirs = make(jnn, name, options), make(nnx, name, options)
     assert shapes(ours) == shapes(theirs)
+    starts = (nnx.to_pure_dict(nnx.state(layer)) for layer in (ours, theirs))
+    jax.tree.map(np.testing.assert_array_equal, *starts)
     graph, state = nnx.split(theirs)
     state = jax.tree.map(
         lambda a: a + jnp.asarray(0.3 * np.abs(RNG.normal(size=a.shape)), a.dtype), state
