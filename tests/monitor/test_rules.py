@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from recordings import invent
 
 import jaxnorm.linen as jnn
 from jaxnorm.monitor import Finding, Findings, Monitor, Recording, attach, diagnose, observe
@@ -432,3 +433,13 @@ def test_an_empty_recording_and_one_with_arguments(tmp_path):
 
 def test_nothing_found_says_so():
     assert str(Findings()) == "Nothing found."
+
+
+def test_the_gravest_come_first(tmp_path):
+    def spoil(arrays):
+        arrays["sights|values|nonfinite"][8:, 4] = 0.5
+        arrays["parameters|update"][:] = 100.0
+
+    found = diagnose(invent(tmp_path, norm="LayerNorm", spoil=spoil))
+    ranks = [("critical", "warning", "advice").index(finding.severity) for finding in found]
+    assert ranks == sorted(ranks) and len(set(ranks)) > 1
