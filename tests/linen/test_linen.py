@@ -230,9 +230,11 @@ def test_transforms_of_linen(name):
         nn.vmap(Net, variable_axes=collections, split_rngs=split),
         variable_axes=collections, split_rngs=split,
     )()  # fmt: skip
-    # Of the parameters and statistics of each of 2 x 2 layers.
-    both = jnp.stack([xs, xs * 1.5 - 2])
-    variables = twice.init(KEY, both)
+    # Each of 2 x 2 layers has its input, parameters and statistics.
+    both = jnp.asarray(RNG.normal(size=(2, 2, *x.shape)), jnp.float32)
+    variables = jax.tree.map(
+        lambda a: a + jnp.asarray(RNG.uniform(size=a.shape), a.dtype), twice.init(KEY, both)
+    )
     (y, _), new = twice.apply(variables, both, mutable=["batch_stats"])
     for i, j in np.ndindex(2, 2):
         of_one = partial(jax.tree.map, lambda a, at=(i, j): a[at])
