@@ -265,7 +265,7 @@ def _train(
         test_accuracy=split(test),
     )
     best = curves.best * config.seeds
-    watched = training.make_train_step(
+    watched: Any = training.make_train_step(
         network,
         optax.inject_hyperparams(optimizer)(learning_rate=rates[curves.best]),
         loss,
