@@ -114,14 +114,14 @@ def test_a_run_that_is_taken_back_is_recorded_on(step, states, tmp_path):
     state = step(state, 2 * X)[0]
     assert recording.append(state) == 1
     assert recording.steps.tolist() == [0, 2, 4, 6] and recording.lost == 0
-    # From the third row on it is of the new run, as a recording of nothing else is.
+    # Its third row is of the new run, as in a recording of nothing else.
     other = Recording(tmp_path / "other")
     other.append(state)
-    assert other.steps.tolist() == [2, 4, 6]
+    assert other.steps.tolist() == [0, 2, 4]
     for place in recording.places:
         ours, theirs = (jax.tree.leaves(r[place.name]) for r in (recording, other))
         for got, wanted in zip(ours, theirs, strict=True):
-            np.testing.assert_array_equal(got[1:], wanted)
+            np.testing.assert_array_equal(got[:3], wanted)
 
 
 def test_frames_trackers_and_tensorboard(states, tmp_path):
