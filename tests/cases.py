@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import jaxprs_in_params
 
 import jaxnorm
 from jaxnorm.kernels.choice import interpreted
@@ -185,13 +185,8 @@ def equations(jaxpr):
     """Every equation of a traced program, those of its branches, loops and functions too."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield equation
-        for inner in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr):
-            if _is_jaxpr(inner):
-                yield from equations(inner)
-
-
-def _is_jaxpr(thing) -> bool:
-    return isinstance(thing, (Jaxpr, ClosedJaxpr))
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def cotangent(shape, seed: int = 7, dtype=jnp.float32) -> jax.Array:

@@ -19,8 +19,8 @@ AS_USERS = {
 } | ({"xla_cpu_use_fusion_emitters": True} if _CHOICE else {})
 
 
-def jit_as_users(function, **options):
+def jit_as_users(function):
     """`jax.jit` with XLA's own options for CPUs, whatever the tests' are."""
     import jax  # not before conftest.py has set the environment
 
-    return jax.jit(function, compiler_options=AS_USERS, **options)
+    return jax.jit(function, compiler_options=AS_USERS)

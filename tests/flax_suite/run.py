@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from compiling import QUICK_FLAGS  # noqa: E402
+from compiling import QUICK_FLAGS  # noqa: E402  (found on the path of the line before)
 
 TESTS = ("linen/linen_test.py::NormalizationTest", "nnx/nn/normalization_test.py")
 
