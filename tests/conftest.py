@@ -1,11 +1,13 @@
 """Settings of all tests: eight CPU devices, no search for a TPU, programs that compile quickly."""
 
+import gc
 import os
+import sys
 
 import pytest
 from compiling import QUICK_FLAGS
 
-pytest_plugins = ("budget", "sample")
+pytest_plugins = ("budget", "sample", "schedule")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -15,6 +17,9 @@ if "host_platform_device_count" not in flags:
     flags = f"{flags} --xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = " ".join((*QUICK_FLAGS, flags))
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start, too
+# Without bytecode that is kept, each of these would compile all of JAX's source anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # The plugin of the one would put jaxnorm's layers in place of Flax's for all other tests; the other
 # needs PyTorch.
@@ -44,6 +49,13 @@ def pytest_configure(config):
         "markers",
         "unchecked_types: it passes what annotations forbid, or what their checker does not know",
     )
+
+
+def pytest_collection_finish():
+    """What is imported stays: looking through it for garbage again and again takes a tenth."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000)
 
 
 @pytest.hookimpl(tryfirst=True)
