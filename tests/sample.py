@@ -1,7 +1,8 @@
-"""With `--sample`: a few cases of every test, for a second Python or other versions of packages.
+"""How much runs: a few cases of every test with `--sample`, all of a notebook with `--all-cells`.
 
-A case is left out if all that tells it from those before it is on what numbers it runs: of the
-arguments below each value is taken once, and of a test that has none of them the first case.
+`--sample` is for a second Python and for other versions of packages. A case is left out if all that
+tells it from those before it is on what numbers it runs: of the arguments below each value is taken
+once, and of a test that has none of them the first case.
 """
 
 KINDS = (
@@ -11,6 +12,11 @@ KINDS = (
 
 def pytest_addoption(parser):
     parser.addoption("--sample", action="store_true", help="a few cases of every test")
+    parser.addoption(
+        "--all-cells",
+        action="store_true",
+        help="run notebooks to their last cell, not only to the first that draws",
+    )
 
 
 def pytest_collection_modifyitems(config, items):
