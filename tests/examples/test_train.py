@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import QUICK_FLAGS
 from launching import ENVIRONMENT, gone
 
 from jaxnorm.examples import train
@@ -27,10 +28,9 @@ EVERY = 4
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """What was compiled once is not compiled again, and runs fast: these programs train."""
+    """What was compiled once is not compiled again."""
     return ENVIRONMENT | {
-        "XLA_FLAGS": "",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+        "XLA_FLAGS": " ".join(QUICK_FLAGS),
         "JAX_NUM_CPU_DEVICES": "1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
