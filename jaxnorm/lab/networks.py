@@ -86,7 +86,7 @@ class SmallConvNet(nn.Module):
     normalization: str
     classes: int
     features: int = 16
-    depth: int = 5
+    depth: int = 4
     kernel_init: Initializer = nn.initializers.he_normal()
 
     @nn.compact

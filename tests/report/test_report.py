@@ -42,11 +42,13 @@ def result():
         curves("conv", "instance", 0.8),
     )
     names = ("none", "batch", "instance")
-    plan = {"steps": 30, "batch_size": 60, "learning_rates": (0.1, 1.0), "decay": True}
+    plan = {
+        "steps": 30, "batch_size": 60, "learning_rates": (0.1, 1.0), "normalizations": names,
+        "decay": True,
+    }  # fmt: skip
     return results.StudyResult(
         settings={
             "plans": ({"network": "mlp", **plan}, {"network": "conv", **plan}),
-            "normalizations": names,
             "seed": 0,
             "seeds": 2,
             "samples": 3,
