@@ -5,8 +5,10 @@ Of each network one is trained here; `judge.py` looks at all that a demo has rec
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from drawn import drawn
 
 from jaxnorm.lab.data import batch_rows, load_digits
 from jaxnorm.lab.networks import build_network, draw_kernels
@@ -23,13 +25,15 @@ PAIRS = [(network, name) for network, rates in RATES.items() for name in rates]
 def train(network, normalization, folder):
     data = load_digits(0)
     images, labels = jnp.asarray(data.train.images), jnp.asarray(data.train.labels)
-    net = build_network(network, normalization, data.classes)
+    # All kernels are drawn anew below.
+    net = build_network(network, normalization, data.classes).clone(kernel_init=drawn)
     rate = RATES[network][normalization]
     if network == "conv":
         rate = optax.cosine_decay_schedule(rate, STEPS[network])
     state = create_train_state(net, optax.sgd(rate), 0, images[:2])
-    drawn = draw_kernels(jax.tree.map(lambda a: a[None], state.params), [SEED])
-    state = state.replace(params=jax.tree.map(lambda a: a[0], drawn))
+    one = draw_kernels(jax.tree.map(lambda a: np.asarray(a)[None], state.params), [SEED])
+    params = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[0]), one)
+    state = state.replace(params=params)
 
     def loss(logits, rows):
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()

@@ -1,6 +1,7 @@
 """Models under test, in both frameworks, and the same network written out in plain JAX."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 from flax import linen as nn
 from flax import nnx
 
@@ -21,27 +23,29 @@ MOMENTUM = 0.9
 EPSILON = 1e-5
 FEATURES = 3
 HIDDEN = 4
+RANDOM = nn.initializers.lecun_normal()  # the default of both frameworks
 
 
 class LinenNet(nn.Module):
     dropout: float = 0.0
     remat: bool = False
+    kernel_init: Callable[..., Any] = drawn
 
     @nn.compact
     def __call__(self, x, train):
         norm = nn.remat(LINEN_NORM.BatchNorm) if self.remat else LINEN_NORM.BatchNorm
-        x = nn.Dense(HIDDEN, name="first")(x)
+        x = nn.Dense(HIDDEN, kernel_init=self.kernel_init, name="first")(x)
         x = norm(not train, momentum=MOMENTUM, epsilon=EPSILON, name="norm")(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(jnp.tanh(x))
-        return nn.Dense(1, name="last")(x)
+        return nn.Dense(1, kernel_init=self.kernel_init, name="last")(x)
 
 
 class NNXNet(nnx.Module):
-    def __init__(self, dropout=0.0, remat=False, *, rngs):
-        self.first = nnx.Linear(FEATURES, HIDDEN, rngs=rngs)
+    def __init__(self, dropout=0.0, remat=False, kernel_init=drawn, *, rngs):
+        self.first = nnx.Linear(FEATURES, HIDDEN, kernel_init=kernel_init, rngs=rngs)
         self.norm = NNX_NORM.BatchNorm(HIDDEN, momentum=MOMENTUM, epsilon=EPSILON, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
-        self.last = nnx.Linear(HIDDEN, 1, rngs=rngs)
+        self.last = nnx.Linear(HIDDEN, 1, kernel_init=kernel_init, rngs=rngs)
         self.remat = remat
 
     def __call__(self, x):
@@ -56,7 +60,7 @@ class Kind:
 
     name: str
     make: Callable[..., Any]  # an instance, or a Linen module
-    make_seeded: Callable[..., Any]  # what a sweep over seeds takes
+    make_seeded: Callable[..., Any]  # the same with parameters that depend on a seed
 
     @staticmethod
     def values(tree):
@@ -70,11 +74,11 @@ class Kind:
 
 
 KINDS = {
-    "linen": Kind("linen", LinenNet, LinenNet),
+    "linen": Kind("linen", LinenNet, functools.partial(LinenNet, kernel_init=RANDOM)),
     "nnx": Kind(
         "nnx",
         lambda **kwargs: NNXNet(**kwargs, rngs=nnx.Rngs(7)),
-        lambda **kwargs: lambda rngs: NNXNet(**kwargs, rngs=rngs),
+        lambda **kwargs: lambda rngs: NNXNet(**kwargs, kernel_init=RANDOM, rngs=rngs),
     ),
 }
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from drawn import Dense, Linear
 from flax import linen as nn
 from flax import nnx
 
@@ -21,20 +22,20 @@ class LinenDeep(nn.Module):
     def __call__(self, x, train):
         options = {"momentum": MOMENTUM, "epsilon": EPSILON}
         x = jaxnorm.linen.BatchNorm(not train, name="before", **options)(x)
-        x = nn.Dense(HIDDEN, name="first")(x)
+        x = Dense(HIDDEN, name="first")(x)
         x = jaxnorm.linen.BatchNorm(not train, name="norm", **options)(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(jnp.tanh(x))
-        return nn.Dense(1, name="last")(x)
+        return Dense(1, name="last")(x)
 
 
 class NNXDeep(nnx.Module):
     def __init__(self, dropout=0.0, *, rngs):
         options = {"momentum": MOMENTUM, "epsilon": EPSILON, "rngs": rngs}
         self.before = jaxnorm.nnx.BatchNorm(FEATURES, **options)
-        self.first = nnx.Linear(FEATURES, HIDDEN, rngs=rngs)
+        self.first = Linear(FEATURES, HIDDEN, rngs=rngs)
         self.norm = jaxnorm.nnx.BatchNorm(HIDDEN, **options)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
-        self.last = nnx.Linear(HIDDEN, 1, rngs=rngs)
+        self.last = Linear(HIDDEN, 1, rngs=rngs)
 
     def __call__(self, x):
         x = self.norm(self.first(self.before(x)))
@@ -77,6 +78,9 @@ def _loss(params, batch):
     return ((x - batch["y"]) ** 2).mean(), seen
 
 
+_gradient = jax.jit(jax.value_and_grad(_loss, has_aux=True))
+
+
 def reference(params, stats, steps):
     """Plain gradient descent in float64.
 
@@ -84,14 +88,13 @@ def reference(params, stats, steps):
     statistics move once for each. Returns parameters, running statistics and losses.
     """
     with jax.enable_x64(True):
-        gradient = jax.jit(jax.value_and_grad(_loss, has_aux=True))
         losses = []
         for micro_batches in steps:
             total = jax.tree.map(np.zeros_like, params)
             loss = 0.0
             for batch in micro_batches:
                 batch = jax.tree.map(lambda x: np.asarray(x, np.float64), batch)
-                (value, seen), grads = gradient(params, batch)
+                (value, seen), grads = _gradient(params, batch)
                 total = jax.tree.map(
                     lambda t, g: t + np.asarray(g) / len(micro_batches), total, grads
                 )
@@ -102,6 +105,16 @@ def reference(params, stats, steps):
             params = jax.tree.map(lambda p, g: p - RATE * g, params, total)
             losses.append(loss)
     return params, stats, losses
+
+
+def evaluated(params, stats, x):
+    """Outputs in evaluation mode, in float64."""
+    for norm, dense in (("before", "first"), ("norm", "last")):
+        x = (x - stats[norm]["mean"]) / np.sqrt(stats[norm]["var"] + EPSILON)
+        x = x * params[norm]["scale"] + params[norm]["bias"]
+        x = np.tanh(x) if norm == "norm" else x
+        x = x @ params[dense]["kernel"] + params[dense]["bias"]
+    return x
 
 
 def assert_trained(state, losses, expected, tolerance=2e-5):

@@ -1,15 +1,14 @@
-"""A run that can be killed at any moment and started again: python resumable.py FOLDER OUT STEPS.
+"""A run that can be killed at any moment and started again.
+
+    python resumable.py STEPS FOLDER OUT [FOLDER OUT ...]
 
 Trains a small network with batch normalization and dropout on eight simulated devices, with a
 checkpoint every few steps, goes on from the newest one where there is one, and at the end writes
-every leaf of the state to OUT.
+every leaf of the state to OUT. After that it does the same for the next FOLDER and OUT.
 """
 
 import os
 import sys
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +65,11 @@ def main(folder, out, steps):
 
 
 if __name__ == "__main__":
+    # Not above: pytest imports this file too, and the flags would be those of its process.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     cache = os.environ["RESUMABLE_CACHE"]
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    for folder, out in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
+        main(folder, out, int(sys.argv[1]))

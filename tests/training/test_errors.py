@@ -1,5 +1,6 @@
 """Bad input is refused at trace time, in three parts: operation, what was given, what to do."""
 
+import functools
 import re
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import Dense, Linear
 from flax import linen as nn
 from flax import nnx
 
@@ -22,7 +24,7 @@ from jaxnorm.training import (
 
 X = np.ones((4, 3), np.float32)
 SGD = optax.sgd(0.1)
-DENSE = nn.Dense(1)
+DENSE = Dense(1)
 
 
 def mean(y, batch):
@@ -45,26 +47,31 @@ class Widening(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, (3,), jnp.float32)
         if train and not self.is_initializing():
             var.value = x.var(0).astype(self.dtype)
-        return nn.Dense(1)(x)
+        return Dense(1)(x)
 
 
 class Growing(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         self.sow("kept", "h", x.mean())
-        return nn.Dense(1)(x)
+        return Dense(1)(x)
 
 
 class Net(nnx.Module):
     def __init__(self, rngs):
-        self.dense = nnx.Linear(3, 1, rngs=rngs)
+        self.dense = Linear(3, 1, rngs=rngs)
 
     def __call__(self, x):
         return self.dense(x)
 
 
+@functools.cache  # what is refused leaves it as it was
+def start(model=DENSE):
+    return create_train_state(model, SGD, 0, X)
+
+
 def run(model=DENSE, loss=mean, batch=X, state_model=None, **options):
-    state = create_train_state(state_model or model, SGD, 0, X)
+    state = start(state_model or model)
     return make_train_step(model, SGD, loss, **options)(state, batch)
 
 
@@ -73,8 +80,11 @@ def sweep(model=DENSE, make=optax.sgd, seeds=(0, 1), rates=(0.1, 0.2), **options
     return create_sweep_state(model, make, seeds, values, X)
 
 
+two_members = functools.cache(sweep)
+
+
 def swept(batch=X, **options):
-    return make_sweep_step(DENSE, optax.sgd, mean, **options)(sweep(), batch)
+    return make_sweep_step(DENSE, optax.sgd, mean, **options)(two_members(), batch)
 
 
 CASES = {
@@ -159,7 +169,7 @@ CASES = {
     ),
     "no mode in eval": (
         ValueError,
-        lambda: make_eval_step(NoMode(), mean)(create_train_state(NoMode(), SGD, 0, X), X),
+        lambda: make_eval_step(NoMode(), mean)(start(NoMode()), X),
         'eval_kwargs={"my_flag": ...}',
     ),
     "unknown flag": (
@@ -194,7 +204,7 @@ CASES = {
     ),
     "metrics": (
         TypeError,
-        lambda: make_eval_step(DENSE, mean)(create_train_state(DENSE, SGD, 0, X), X),
+        lambda: make_eval_step(DENSE, mean)(start(), X),
         "metrics_fn must return a dict of arrays",
     ),
     "scan": (
@@ -226,12 +236,12 @@ CASES = {
     ),
     "sweep state": (
         TypeError,
-        lambda: make_sweep_eval_step(DENSE, mean)(create_train_state(DENSE, SGD, 0, X), X),
+        lambda: make_sweep_eval_step(DENSE, mean)(start(), X),
         "must be the state of a sweep; got a TrainState with step of shape ()",
     ),
     "single step of a sweep": (
         TypeError,
-        lambda: make_train_step(DENSE, SGD, mean)(sweep(), X),
+        lambda: make_train_step(DENSE, SGD, mean)(two_members(), X),
         "the state must be that of one run; got a sweep of 2 members. Use",
     ),
     "sweep batch": (
@@ -239,7 +249,7 @@ CASES = {
         lambda: swept(batch_per_member=True),
         "each of the 2 members; its leaves have a leading axis of 4",
     ),
-    "member": (IndexError, lambda: sweep_member(sweep(), 2), "one of the sweep's 2; got 2"),
+    "member": (IndexError, lambda: sweep_member(two_members(), 2), "one of the sweep's 2; got 2"),
 }
 
 

@@ -7,10 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import Dense
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from training.deep import MAKE, RATE, NNXDeep, assert_trained, data, plain, reference, squared_error
+from training.deep import (
+    MAKE,
+    RATE,
+    NNXDeep,
+    assert_trained,
+    data,
+    evaluated,
+    plain,
+    reference,
+    squared_error,
+)
 
 from jaxnorm.training import Layout, create_train_state, make_eval_step, make_train_step
 
@@ -57,15 +68,24 @@ def gathered(compiled):
     return {m.group(1) for line in compiled.as_text().splitlines() if (m := re.search(made, line))}
 
 
-@pytest.mark.seconds(90, "it compiles for a mesh and for one device")
-@pytest.mark.parametrize("framework", MAKE)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["fully sharded, two axes", "tensor parallel"])
+def test_random_parameters_are_those_of_one_device(name):
+    def create(layout=None):
+        return create_train_state(nn.Dense(64), OPTIMIZER, 0, np.ones((1, 16)), layout=layout)
+
+    jax.tree.map(np.testing.assert_array_equal, create(LAYOUTS[name]()).params, create().params)
+
+
+# What a layout does with an NNX state is seen on two of them.
+@pytest.mark.parametrize(
+    "framework, name",
+    [("linen", name) for name in LAYOUTS]
+    + [("nnx", "fully sharded, two axes"), ("nnx", "tensor parallel")],
+)
 def test_a_mesh_trains_as_one_device(framework, name, compilations):
     layout, model, batches = LAYOUTS[name](), MAKE[framework](), data()
     example = (batches[0]["x"],) if framework == "linen" else ()
     state = create_train_state(model, OPTIMIZER, 0, *example, layout=layout)
-    alone = create_train_state(model, OPTIMIZER, 0, *example)
-    jax.tree.map(np.testing.assert_array_equal, plain(state.params), plain(alone.params))
     assert kernel_of(state.params).sharding.spec == KERNEL[name]
 
     expected = reference(plain(state.params), plain(state.batch_stats), [[b] for b in batches])
@@ -84,29 +104,29 @@ def test_a_mesh_trains_as_one_device(framework, name, compilations):
     assert_trained(state, losses, expected)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(placed))
 
-    outputs = make_eval_step(model, lambda y, b: {"loss": squared_error(y, b)}, layout=layout)
-    local = jax.device_put(state, jax.devices()[0])
-    wanted = make_eval_step(model, lambda y, b: {"loss": squared_error(y, b)})(local, batches[0])
-    np.testing.assert_allclose(outputs(state, batches[0])["loss"], wanted["loss"], rtol=1e-5)
+    evaluate = make_eval_step(model, lambda y, b: {"loss": squared_error(y, b)}, layout=layout)
+    outputs = evaluated(plain(state.params), plain(state.batch_stats), batches[0]["x"])
+    wanted = squared_error(outputs, batches[0])
+    np.testing.assert_allclose(evaluate(state, batches[0])["loss"], wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["data parallel", "fully sharded"])
 def test_no_row_leaves_its_device_and_parameters_only_to_be_used(name):
     layout, model = LAYOUTS[name](), MAKE["linen"]()
     (batch,) = data(1)
+    # From shapes alone.
+    shapes = jax.eval_shape(lambda: create_train_state(model, OPTIMIZER, 0, batch["x"]))
+    batch_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     for accumulate in (1, 2):
         step = make_train_step(
             model, OPTIMIZER, squared_error, layout=layout, accumulate=accumulate
         )
-        # From shapes alone.
-        shapes = jax.eval_shape(lambda: create_train_state(model, OPTIMIZER, 0, batch["x"]))
-        batch_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
         compiled = step.lower(shapes, batch_shapes).compile()
         assert gathered(compiled) == (set() if name == "data parallel" else {"f32[16,64]"})
 
 
 def test_each_device_stores_its_part():
-    model, optimizer = nn.Dense(256), optax.adam(1e-3)
+    model, optimizer = Dense(256), optax.adam(1e-3)
     x = np.ones((8, 128), np.float32)
 
     def bytes_of(layout):
@@ -145,7 +165,7 @@ def test_many_steps_in_one_program_and_what_else_goes_together():
 
 
 def test_a_line_search_on_a_mesh():
-    layout, model, (batch,) = LAYOUTS["fully sharded"](), nn.Dense(64), data(1)
+    layout, model, (batch,) = LAYOUTS["fully sharded"](), Dense(64), data(1)
     batch = {"x": batch["x"] - 1e3, "y": batch["y"]}
     ends = []
     for place in (layout, None):
@@ -159,7 +179,7 @@ def test_a_line_search_on_a_mesh():
 
 def test_under_a_mesh_of_the_caller_and_in_a_jit_of_the_caller():
     explicit = mesh((8,), ("data",), AxisType.Explicit)
-    layout, model, (batch,) = Layout.data_parallel(explicit), nn.Dense(1), data(1)
+    layout, model, (batch,) = Layout.data_parallel(explicit), Dense(1), data(1)
     step = make_train_step(model, OPTIMIZER, squared_error, layout=layout, donate=False)
     state = create_train_state(model, OPTIMIZER, 0, batch["x"], layout=layout)
     _, wanted = step(state, batch)
@@ -218,14 +238,14 @@ def test_errors():
         layout.batch(np.ones((12, 3)))
     with pytest.raises(TypeError, match=r"Layout: only the TrainState of one run"):
         layout.shardings({"kernel": np.ones((64, 64))})
-    step = make_train_step(nn.Dense(1), OPTIMIZER, squared_error, layout=layout)
-    state = create_train_state(nn.Dense(1), OPTIMIZER, 0, batch["x"], layout=layout)
+    step = make_train_step(Dense(1), OPTIMIZER, squared_error, layout=layout)
+    state = create_train_state(Dense(1), OPTIMIZER, 0, batch["x"], layout=layout)
     with pytest.raises(ValueError, match=r"make_train_step: the rows .* got a leaf of shape \(7,"):
         step(state, jax.tree.map(lambda x: x[:7], batch))
     four = make_train_step(nn.Dense(1), OPTIMIZER, squared_error, layout=layout, accumulate=8)
     with pytest.raises(ValueError, match=r"in each of the 8 micro-batches.*multiple of 64"):
         four(state, batch)
-    elsewhere = create_train_state(nn.Dense(1), OPTIMIZER, 0, batch["x"])
+    elsewhere = create_train_state(Dense(1), OPTIMIZER, 0, batch["x"])
     with pytest.raises(ValueError, match=r"state.* must lie where the layout .*layout.place"):
         step(elsewhere, batch)
     with pytest.raises(TypeError, match=r"must be a TrainState; got dict"):

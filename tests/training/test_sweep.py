@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
+from drawn import Dense
 
 from jaxnorm.training import (
     NonFiniteLossError,
@@ -36,15 +36,17 @@ def stack(batches):
 
 
 @functools.lru_cache
-def alone(kind, mse, batches, x64=False):
+def alone(kind, mse, batches, x64):
     """Each member by itself: states and losses of shape (members, steps)."""
     states, losses = [], []
     model, data = kind.make_seeded(dropout=0.2), batches(STEPS)
-    steps = {rate: make_train_step(model, adam(rate), mse) for rate in RATES["learning_rate"]}
+    steps = {
+        rate: make_train_step(model, adam(rate), mse, donate=False)
+        for rate in set(RATES["learning_rate"])
+    }
+    starts = {s: create_train_state(model, adam(0.0), s, data[0]["x"]) for s in set(SEEDS)}
     for seed, rate in zip(SEEDS, RATES["learning_rate"]):
-        state = create_train_state(model, adam(rate), seed, data[0]["x"])
-        step = steps[rate]
-        run = []
+        state, step, run = starts[seed], steps[rate], []
         for batch in data:
             state, metrics = step(state, batch)
             run.append(float(metrics["loss"]))
@@ -62,7 +64,6 @@ def assert_member(snapshot, swept, single):
             np.testing.assert_allclose(a[path], b[path], rtol=1e-4, atol=3e-5, err_msg=path)
 
 
-@pytest.mark.seconds(90, "it trains each member alone, too")
 @pytest.mark.parametrize(
     "kind, x64", [("linen", False), ("linen", True), ("nnx", False)], indirect=True
 )
@@ -97,7 +98,7 @@ def test_members_are_single_runs(kind, x64, mse, batches, counting, snapshot, co
 
 def test_scan_of_a_sweep(kind, mse, batches, counting, snapshot):
     data = batches(STEPS)
-    singles, losses = alone(kind, mse, batches)
+    singles, losses = alone(kind, mse, batches, False)
     model, loss = kind.make_seeded(dropout=0.2), counting(mse)
     step = make_sweep_step(model, adam, loss, scan=True)
     state = create_sweep_state(model, adam, SEEDS, RATES, data[0]["x"])
@@ -112,12 +113,12 @@ def test_scan_of_a_sweep(kind, mse, batches, counting, snapshot):
 def test_a_batch_for_each_member(mse, batches, scan):
     data = batches(3)
     state = create_sweep_state(
-        nn.Dense(1), optax.sgd, [0, 0, 0], {"learning_rate": [0.1] * 3}, data[0]["x"]
+        Dense(1), optax.sgd, [0, 0, 0], {"learning_rate": [0.1] * 3}, data[0]["x"]
     )
     kernel = np.asarray(state.params["kernel"][0])
     own = stack(data)
     batch = jax.tree.map(lambda x: x[:, None], own) if scan else own
-    step = make_sweep_step(nn.Dense(1), optax.sgd, mse, batch_per_member=True, scan=scan)
+    step = make_sweep_step(Dense(1), optax.sgd, mse, batch_per_member=True, scan=scan)
     state, metrics = step(state, batch)
     assert metrics["loss"].shape == ((3, 1) if scan else (3,))
     for i, one in enumerate(data):
@@ -125,7 +126,7 @@ def test_a_batch_for_each_member(mse, batches, scan):
         expected = kernel - 0.1 * 2 * x.T @ (x @ kernel - y) / y.size
         np.testing.assert_allclose(state.params["kernel"][i], expected, atol=1e-5)
     evaluate = make_sweep_eval_step(
-        nn.Dense(1), lambda y, b: {"y": y, "own": b["y"].sum()}, batch_per_member=True
+        Dense(1), lambda y, b: {"y": y, "own": b["y"].sum()}, batch_per_member=True
     )
     np.testing.assert_allclose(
         evaluate(state, own)["own"], [np.asarray(b["y"]).sum() for b in data], rtol=1e-5
@@ -139,8 +140,8 @@ def test_two_hyperparameters_by_hand(mse, batches):
     def make(learning_rate, momentum):
         return optax.sgd(learning_rate, momentum=momentum)
 
-    state = create_sweep_state(nn.Dense(1, use_bias=False), make, seeds, values, data[0]["x"])
-    step = make_sweep_step(nn.Dense(1, use_bias=False), make, mse)
+    state = create_sweep_state(Dense(1, use_bias=False), make, seeds, values, data[0]["x"])
+    step = make_sweep_step(Dense(1, use_bias=False), make, mse)
     kernels = np.array(state.params["kernel"], np.float64)
     velocity = np.zeros_like(kernels)
     rates = np.array(values["learning_rate"])[:, None, None]
@@ -159,8 +160,8 @@ def test_two_hyperparameters_by_hand(mse, batches):
 def test_members_that_diverge_are_named_and_alone(mse, batches):
     data = batches(40)
     rates = {"learning_rate": [0.01, 1e30, 0.01, 30.0]}
-    state = create_sweep_state(nn.Dense(1), optax.sgd, [0] * 4, rates, data[0]["x"])
-    step = make_sweep_step(nn.Dense(1), optax.sgd, mse, scan=True)
+    state = create_sweep_state(Dense(1), optax.sgd, [0] * 4, rates, data[0]["x"])
+    step = make_sweep_step(Dense(1), optax.sgd, mse, scan=True)
     state, metrics = step(state, stack(data))
     bad = ~np.isfinite(np.asarray(metrics["loss"]))
     first = {i: int(np.argmax(bad[i])) for i in range(4) if bad[i].any()}

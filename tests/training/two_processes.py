@@ -9,9 +9,6 @@ import os
 import sys
 import warnings
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,4 +73,7 @@ def main(rank, port, folder):
 
 
 if __name__ == "__main__":
+    # Not above: pytest imports this file too, and the flags would be those of its process.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
