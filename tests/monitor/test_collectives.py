@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import initial
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,9 +24,8 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
-        x = nn.relu(nn.BatchNorm(not train)(nn.Conv(8, (3, 3))(x)))
-        x = nn.tanh(nn.LayerNorm()(nn.Dense(16)(x)))
-        return nn.Dense(10)(x.mean((1, 2)))
+        x = nn.relu(nn.BatchNorm(not train)(nn.Dense(8)(x)))
+        return nn.Dense(10)(nn.LayerNorm()(nn.Dense(16)(x.mean((1, 2)))))
 
 
 def loss(y, batch):
@@ -72,23 +72,31 @@ def test_a_sample_adds_one_collective(topology, options):
     assert sorted(looking) == sorted([*plain, "all-gather"])
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("mapped", [False, True], ids=["jit", "vmap"])
-def test_any_mesh_shows_what_one_device_shows_in_one_gather(kind, mapped):
+@pytest.fixture(scope="module")
+def cubes():
+    """Two batches with channels first, what is to be looked at, and what one device shows."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(1.0, 2.0, (16, 6, 5)), jnp.float32)
-    model = attach(nn.Sequential([nn.BatchNorm(use_running_average=False), nn.relu]))
-    variables = model.init(jax.random.key(0), x)
+    x = rng.normal(1.0, 2.0, (16, 6, 5)).astype(np.float32)
+    model = nn.Sequential([nn.BatchNorm(use_running_average=False, axis=1), nn.relu])
+    variables = initial(model, x)
 
     def cubes(x):
-        return (model.apply(variables, x, mutable=["batch_stats"])[0] ** 3).sum()
+        return (attach(model).apply(variables, x, mutable=["batch_stats"])[0] ** 3).sum()
 
-    run = observe(jax.grad(cubes), channels=True)
+    run, both = observe(jax.grad(cubes), channels=True), np.stack([x, 2 * x], 1)
+    return both, run, jax.jit(jax.vmap(run, 1))(both)[1]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("mapped", [False, True], ids=["jit", "vmap"])
+def test_any_mesh_shows_what_one_device_shows_in_one_gather(cubes, kind, mapped):
+    x, run, expected = cubes
     if mapped:
-        run, x = jax.vmap(run, 1), jnp.stack([x, 2 * x], 1)
+        run = jax.vmap(run, 1)
+    else:
+        x, expected = x[:, 0], jax.tree.map(lambda a: a[0], expected)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     spread = jax.device_put(x, NamedSharding(mesh, P("data")))
-    _, expected = jax.jit(run)(x)
     looking = jax.jit(run).lower(spread).compile()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import initial
 from flax import nnx
 from jax import lax
 from launching import NO_BACKEND
@@ -16,39 +17,46 @@ import jaxnorm.linen as jnn
 from jaxnorm.monitor import Summary, attach, observe
 from jaxnorm.monitor.marks import Place, mark
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
+X = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
 
 
-def test_importing_starts_no_backend():
+def test_importing_starts_no_backend_and_loads_nothing_to_draw_with():
     # Processes of one run find each other before it starts.
-    subprocess.run([sys.executable, "-c", "import jaxnorm.monitor" + NO_BACKEND], check=True)
+    code = (
+        "import sys, jaxnorm.monitor\n"
+        "heavy = {'altair', 'vl_convert', 'jinja2', 'jaxnorm.report'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code + NO_BACKEND], check=True)
 
 
-def watched(module, *args, **options):
-    model = attach(module)
-    variables = model.init(jax.random.key(0), *args)
-    return observe(lambda v, *args: model.apply(v, *args, **options))(variables, *args)
+def watched(module, x, **options):
+    run = observe(lambda v, x: attach(module).apply(v, x, **options))
+    return jax.jit(run)(initial(module, x), x)
 
 
-@pytest.mark.parametrize("taken", [False, True])
-def test_a_branch_that_is_not_taken_shows_no_element(taken):
-    norm = attach(nn.LayerNorm())
-    variables = norm.init(jax.random.key(0), X)
+def test_a_branch_that_is_not_taken_shows_no_element():
+    norm, variables = attach(nn.LayerNorm()), initial(nn.LayerNorm(), X)
 
+    @jax.jit
+    @observe
     def run(taken, x):
         return lax.cond(taken, lambda x: norm.apply(variables, x), lambda x: 2 * x, x)
 
-    y, seen = jax.jit(observe(run))(jnp.asarray(taken), X)
-    expected = nn.LayerNorm().apply(variables, X) if taken else 2 * X
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-    value = seen["LayerNorm:input"].value
-    assert value.moments.count == value.size == (X.size if taken else 0)
-    np.testing.assert_allclose(value.maximum, X.max() if taken else -np.inf)
+    normalized = (X - X.mean(1, keepdims=True)) / np.sqrt(X.var(1, keepdims=True) + 1e-6)
+    for taken, expected, size, ends in (
+        (False, 2 * X, 0, (np.inf, -np.inf)),
+        (True, normalized, X.size, (X.min(), X.max())),
+    ):
+        y, seen = run(taken, X)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+        value = seen["LayerNorm:input"].value
+        assert value.moments.count == value.size == size
+        np.testing.assert_allclose((value.minimum, value.maximum), ends)
 
 
 def test_a_while_loop_is_refused_with_the_layers_name():
-    norm = attach(nn.LayerNorm())
-    variables = norm.init(jax.random.key(0), X)
+    norm, variables = attach(nn.LayerNorm()), initial(nn.LayerNorm(), X)
 
     def run(x):
         return lax.while_loop(lambda x: x.sum() < 0, lambda x: norm.apply(variables, x), x)
@@ -82,17 +90,27 @@ def test_nonlinearities_are_found_however_they_are_written():
              "mish", "relu6", "selu", "celu", "hard_silu", "hard_tanh", "soft_sign", "log_sigmoid",
              "relu"]  # fmt: skip
     layers = [layer for f in functions for layer in (f, nn.LayerNorm())]
-    y, seen = watched(nn.Sequential(layers), X)
+    model = nn.Sequential(layers)
+    variables = initial(model, X)
+    y, seen = jax.jit(observe(attach(model).apply))(variables, X)
     found = [name for name in seen if "layers" not in name]
     assert [name.rsplit("_", 1)[0] for name in found[::2]] == names
-    x, variables = X, nn.Sequential(layers).init(jax.random.key(0), X)["params"]
-    for name, function, layer in zip(found[1::2], functions, sorted(variables, key=_number)):
-        x = function(x)
-        near = {"rtol": 1e-4, "atol": 1e-5}
-        np.testing.assert_allclose(seen[name].value.moments.mean, x.mean(), **near)
-        np.testing.assert_allclose(seen[name].value.moments.var, x.var(), **near)
-        x = nn.LayerNorm().apply({"params": variables[layer]}, x)
-    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+    @jax.jit
+    def by_hand(params, x):
+        moments = []
+        for function, layer in zip(functions, sorted(params, key=_number)):
+            x = function(x)
+            moments.append((x.mean(), x.var()))
+            x = nn.LayerNorm().apply({"params": params[layer]}, x)
+        return x, moments
+
+    x, moments = by_hand(variables["params"], X)
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    for name, (mean, var) in zip(found[1::2], moments, strict=True):
+        np.testing.assert_allclose(seen[name].value.moments.mean, mean, **near)
+        np.testing.assert_allclose(seen[name].value.moments.var, var, **near)
+    np.testing.assert_allclose(x, y, **near)
 
 
 def _number(name):
@@ -115,9 +133,9 @@ def test_softmax_is_none_and_nothing_inside_a_norm_is():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_numbers_are_summed_in_float32(dtype):
-    x = (100 + jnp.tile(X, (64, 1))).astype(dtype)
+    x = (100 + np.tile(X, (64, 1))).astype(dtype)
     _, seen = watched(nn.LayerNorm(), x)
-    exact = np.asarray(x.astype(jnp.float32)).astype(np.float64)
+    exact = x.astype(np.float64)
     value = seen["LayerNorm:input"].value
     assert value.moments.mean.dtype == jnp.float32
     np.testing.assert_allclose(value.moments.mean, exact.mean(), rtol=1e-6)
@@ -125,7 +143,8 @@ def test_narrow_numbers_are_summed_in_float32(dtype):
 
 
 def test_what_is_not_finite_is_counted():
-    x = X.at[0, 0].set(jnp.nan).at[1, 1].set(jnp.inf)
+    x = X.copy()
+    x[0, 0], x[1, 1] = np.nan, np.inf
     _, seen = watched(nn.LayerNorm(), x)
     value = seen["LayerNorm:input"].value
     np.testing.assert_allclose(value.nonfinite, 2 / X.size)
@@ -134,11 +153,11 @@ def test_what_is_not_finite_is_counted():
 
 def test_a_residual_and_a_sum_are_seen():
     _, seen = watched(jnn.RMSNorm(), X)
-    layer = attach(jnn.RMSNorm())
-    variables = layer.init(jax.random.key(0), X)
-    (y, total), with_sum = observe(lambda v, x: layer.apply(v, x, residual=x))(variables, X)
+    run = jax.jit(observe(lambda v, x: attach(jnn.RMSNorm()).apply(v, x, residual=x)))
+    (y, total), with_sum = run(initial(jnn.RMSNorm(), X), X)
     np.testing.assert_allclose(total, 2 * X)
-    np.testing.assert_allclose(y, jnn.RMSNorm().apply(variables, 2 * X), rtol=1e-5)
+    size = np.sqrt(np.square(2 * X).mean(1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(y, 2 * X / size, rtol=1e-5)
     for found in (seen, with_sum):
         np.testing.assert_allclose(found["RMSNorm:output"].value.moments.mean, y.mean(), atol=1e-3)
 
@@ -175,9 +194,9 @@ def test_layers_in_an_nnx_scan_are_places_of_their_own():
                 x, self.layers
             )
 
-    model = attach(Stack(nnx.Rngs(0)))
+    model = attach(nnx.jit(lambda: Stack(nnx.Rngs(0)))())
     graph, state = nnx.split(model)
-    _, seen = observe(lambda state, x: nnx.merge(graph, state)(x))(state, X)
+    _, seen = jax.jit(observe(lambda state, x: nnx.merge(graph, state)(x)))(state, X)
     inputs = [name for name in seen if "norm" in name and name.endswith("input")]
     assert len(inputs) == 3 and all(f"[{i}]" in name for i, name in enumerate(inputs))
     np.testing.assert_allclose(seen[inputs[0]].value.moments.mean, X.mean(), rtol=1e-5)
@@ -188,9 +207,16 @@ def test_a_mark_is_nothing_to_any_transformation():
     place = Place("here", "LayerNorm", "input")
     f = lambda x: (mark(x, place) ** 3).sum()  # noqa: E731
     plain = lambda x: (x**3).sum()  # noqa: E731
-    for transform in (lambda f: f, jax.grad, jax.hessian, lambda f: jax.jacfwd(jax.grad(f))):
-        np.testing.assert_allclose(transform(f)(X[0]), transform(plain)(X[0]), rtol=1e-6)
-    np.testing.assert_allclose(jax.vmap(f, 1)(X), jax.vmap(plain, 1)(X), rtol=1e-6)
+
+    def transformed(f):
+        slope = jax.grad(f)
+        return lambda x: (
+            [t(x[0]) for t in (f, slope, jax.hessian(f), jax.jacfwd(slope))], jax.vmap(f, 1)(x)
+        )  # fmt: skip
+
+    marked, unmarked = jax.jit(transformed(f))(X), jax.jit(transformed(plain))(X)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), marked, unmarked)
+    np.testing.assert_array_equal(mark(X, place), X)  # where nothing is compiled
     assert "custom_call" not in jax.jit(f).lower(X).as_text()
 
 
@@ -201,9 +227,9 @@ def test_summaries_are_a_monoid():
     def run(*parts):
         return sum(mark(part, place).sum() for part, place in zip(parts, places))
 
-    _, seen = observe(run)(*parts)
-    _, whole = observe(lambda x: mark(x, places[0]))(X)
-    pooled, expected = seen.values.pooled(), whole["0:input"].value
+    pooled = jax.jit(lambda *parts: observe(run)(*parts)[1].values.pooled())(*parts)
+    _, whole = jax.jit(observe(lambda x: mark(x, places[0])))(X)
+    expected = whole["0:input"].value
     assert isinstance(pooled, Summary)
     for name in ("size", "minimum", "maximum", "nonfinite", "zeros", "histogram"):
         np.testing.assert_allclose(getattr(pooled, name), getattr(expected, name), rtol=1e-6)
@@ -213,14 +239,13 @@ def test_summaries_are_a_monoid():
 
 def test_of_a_wide_layer_enough_rows_are_looked_at():
     """With few, units that are zero half of the time look dead, and variances are wild."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(512, 4096)), jnp.float32)
-    model = attach(nn.Sequential([nn.BatchNorm(use_running_average=False), nn.relu]))
-    variables = model.init(jax.random.key(0), x)
+    x = np.random.default_rng(0).normal(size=(512, 4096)).astype(np.float32)
+    model = nn.Sequential([nn.BatchNorm(use_running_average=False), nn.relu])
 
     def run(variables, x):
-        return model.apply(variables, x, mutable=["batch_stats"])
+        return attach(model).apply(variables, x, mutable=["batch_stats"])
 
-    _, seen = jax.jit(observe(run, elements=4096))(variables, x)
+    _, seen = jax.jit(observe(run, elements=4096))(initial(model, x), x)
     assert seen["relu_0:output"].value.dead == 0
     moments = seen["layers_0:input"].batch.moments
     assert moments.count.min() >= 64

@@ -4,11 +4,11 @@ import json
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from recordings import invent
 
 from jaxnorm.monitor import Monitor, Recording
 from jaxnorm.training import (
@@ -21,11 +21,11 @@ from jaxnorm.training import (
 )
 
 RNG = np.random.default_rng(0)
-X = jnp.asarray(RNG.normal(size=(16, 3)), jnp.float32)
-Y = jnp.asarray(RNG.normal(size=(16, 2)), jnp.float32)
+X = RNG.normal(size=(16, 3)).astype(np.float32)
+Y = RNG.normal(size=(16, 2)).astype(np.float32)
 BATCH = {"x": X, "y": Y}
 RATE = 0.3
-MONITOR = Monitor(every=2, shift=True)
+MONITOR = Monitor(every=1, shift=True)
 
 
 class Net(nn.Module):
@@ -70,6 +70,11 @@ def run(model, steps, *, monitor=MONITOR, rate=RATE, **options):
     return states
 
 
+@pytest.fixture(scope="module")
+def linen():
+    return run(Net(), 2)
+
+
 def expected(gradient, old, new):
     """Definition 2.1, layer by layer: how far the gradient moves, and the angle's cosine."""
     here, found = gradient(old), []
@@ -98,39 +103,39 @@ def recorded(state, folder):
     return recording
 
 
-def test_of_a_linen_model(tmp_path):
-    states = run(Net(), 3)
-    plain = run(Net(), 3, monitor=None)
+def test_of_a_linen_model(linen, tmp_path):
+    plain = run(Net(), 2, monitor=None)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        states[3].params, plain[3].params,
+        linen[2].params, plain[2].params,
     )  # fmt: skip
-    shift = recorded(states[-1], tmp_path).shift
+    shift = recorded(linen[-1], tmp_path).shift
     assert shift.l2.shape == shift.cosine.shape == (2, 3)
-    for at, step in enumerate((0, 2)):
-        stats = states[step].batch_stats
 
-        def gradient(params, stats=stats):
-            def of(params):
-                variables = {"params": params, "batch_stats": stats}
-                return loss(Net().apply(variables, X, True, mutable=["batch_stats"])[0], BATCH)
+    @jax.jit
+    @jax.grad
+    def gradient(params, stats):
+        variables = {"params": params, "batch_stats": stats}
+        return loss(Net().apply(variables, X, True, mutable=["batch_stats"])[0], BATCH)
 
-            return jax.grad(of)(params)
-
-        assert_near(shift, at, expected(gradient, states[step].params, states[step + 1].params))
+    for at in range(2):
+        stats, old, new = linen[at].batch_stats, linen[at].params, linen[at + 1].params
+        assert_near(shift, at, expected(lambda p, s=stats: gradient(p, s), old, new))
 
 
 def test_of_an_nnx_model(tmp_path):
-    states = run(Same, 3)
+    states = run(Same, 2)
     shift = recorded(states[-1], tmp_path).shift
-    graph, _, rest = nnx.split(Same(nnx.Rngs(0)), nnx.Param, ...)
+    graph, _, rest = nnx.split(nnx.jit(lambda: Same(nnx.Rngs(0)))(), nnx.Param, ...)
 
-    def gradient(params):
-        return nnx.grad(lambda model: loss(model(X), BATCH))(nnx.merge(graph, params, rest))
+    @jax.jit
+    def gradient(params, rest):
+        model = nnx.merge(graph, params, rest)
+        return nnx.grad(lambda model: loss(model(X), BATCH))(model)
 
-    for at, step in enumerate((0, 2)):
-        old, new = (states[i].params for i in (step, step + 1))
-        assert_near(shift, at, expected(gradient, old, new))
+    for at in range(2):
+        old, new = states[at].params, states[at + 1].params
+        assert_near(shift, at, expected(lambda p: gradient(p, rest), old, new))
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"remat": True}], ids=str)
@@ -142,19 +147,19 @@ def test_with_the_steps_own_random_numbers(tmp_path, options):
 
     def gradient(params):
         new, _ = step(before.replace(params=params), BATCH)
-        return jax.tree.map(jnp.subtract, params, new.params)
+        return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, new.params)
 
     wanted = expected(gradient, before.params, after.params)
     assert_near(recorded(after, tmp_path).shift, 0, wanted)
 
 
-def test_on_a_mesh_and_in_a_sweep(tmp_path):
-    alone = recorded(run(Net(), 3)[-1], tmp_path / "alone").shift
-    spread = run(Net(), 3, layout=Layout.data_parallel())[-1]
+def test_on_a_mesh_and_in_a_sweep(linen, tmp_path):
+    alone = recorded(linen[-1], tmp_path / "alone").shift
+    spread = run(Net(), 2, layout=Layout.data_parallel())[-1]
     rates = {"learning_rate": [1.0, RATE]}
     state = create_sweep_state(Net(), optax.sgd, [0, 0], rates, X)
     step = make_sweep_step(Net(), optax.sgd, loss, monitor=MONITOR)
-    for _ in range(3):
+    for _ in range(2):
         state, _ = step(state, BATCH)
     for i, other in enumerate((spread, sweep_member(state, 1))):
         shift = recorded(other, tmp_path / str(i)).shift
@@ -162,8 +167,8 @@ def test_on_a_mesh_and_in_a_sweep(tmp_path):
         np.testing.assert_allclose(shift.cosine, alone.cosine, rtol=1e-3)
 
 
-def test_what_is_recorded_is_read_again_and_told(tmp_path):
-    recording = recorded(run(Net(), 3)[-1], tmp_path / "run")
+def test_what_is_recorded_is_read_again_and_told(linen, tmp_path):
+    recording = recorded(linen[-1], tmp_path / "run")
     again = Recording(tmp_path / "run").shift
     assert again.layers == LAYERS
     np.testing.assert_array_equal(again.l2, recording.shift.l2)
@@ -173,11 +178,11 @@ def test_what_is_recorded_is_read_again_and_told(tmp_path):
 
 
 def test_a_recording_from_before_there_was_such_a_thing(tmp_path):
-    recorded(run(Net(), 1, monitor=Monitor(every=1))[-1], tmp_path)
+    invent(tmp_path)
     head = tmp_path / "recording.json"
     stored = json.loads(head.read_text())
     del stored["schema"]["shift_layers"]
     head.write_text(json.dumps(stored))
     recording = Recording(tmp_path)
-    assert len(recording) == 1 and recording.shift is None
+    assert len(recording) == 12 and recording.shift is None
     assert not any("shift/" in name for _, numbers in recording.numbers() for name in numbers)

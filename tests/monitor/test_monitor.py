@@ -2,10 +2,10 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import initial
 
 from jaxnorm.monitor import Monitor, attach, observe
 from jaxnorm.training import (
@@ -32,8 +32,8 @@ class Net(nn.Module):
 
 RNG = np.random.default_rng(0)
 BATCH = {
-    "x": jnp.asarray(RNG.normal(size=(16, 3)), jnp.float32),
-    "y": jnp.asarray(RNG.normal(size=(16, 2)), jnp.float32),
+    "x": RNG.normal(size=(16, 3)).astype(np.float32),
+    "y": RNG.normal(size=(16, 2)).astype(np.float32),
 }
 
 
@@ -45,22 +45,35 @@ def loss(y, batch):
     return ((y - batch["y"]) ** 2).mean()
 
 
-def run(steps, monitor, *, model=None, batch=BATCH, **options):
-    model, optimizer = model or Net(), optax.sgd(0.1)
-    layout = options.get("layout")
-    state = create_train_state(model, optimizer, 0, BATCH["x"], layout=layout)
+def run(steps, monitor, *, model=Net(), batch=BATCH, **options):
+    """States after each step, of which the last alone is readable if they are donated; metrics."""
+    optimizer, states = optax.sgd(0.1), []
+    state = create_train_state(model, optimizer, 0, BATCH["x"], layout=options.get("layout"))
     step = make_train_step(model, optimizer, loss, monitor=monitor, **options)
     for i in range(steps):
         traces = len(TRACES)
         state, metrics = step(state, batch)
+        states.append(state)
         assert i == 0 or len(TRACES) == traces, "traced again"
-    return state, metrics, step
+    return states, metrics
 
 
-def columns(state):
-    """What was seen, by path, and the steps at which it was."""
+@pytest.fixture(scope="module")
+def plain():
+    """Seven steps without a monitor."""
+    return run(7, None, donate=False)
+
+
+@pytest.fixture(scope="module")
+def everything():
+    """Seven steps of which each is looked at, by channel too."""
+    return run(7, Monitor(every=1, channels=True), donate=False)
+
+
+def columns(state, every=1):
+    """What was seen at each so many samples, by path, and the steps at which it was."""
     steps, rows, lost = state.monitor.read()
-    return state.monitor.schema.split(rows), steps.tolist(), lost
+    return state.monitor.schema.split(rows[::every]), steps[::every].tolist(), lost
 
 
 def same(a, b, rtol=1e-4, atol=1e-5):
@@ -68,17 +81,16 @@ def same(a, b, rtol=1e-4, atol=1e-5):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_it_looks_every_so_often_and_changes_nothing(every):
-    plain, metrics, _ = run(7, None)
-    state, watched, _ = run(7, Monitor(every=every))
-    same(plain.params, state.params, rtol=1e-6, atol=1e-7)
-    same(metrics, watched, rtol=1e-6)
-    assert columns(state)[1] == list(range(0, 7, every))
+def test_it_looks_every_so_often_and_changes_nothing(plain, everything, every):
+    states, metrics = everything if every == 1 else run(7, Monitor(every=every))
+    same(plain[0][-1].params, states[-1].params, rtol=1e-6, atol=1e-7)
+    same(plain[1], metrics, rtol=1e-6)
+    assert columns(states[-1])[1] == list(range(0, 7, every))
 
 
 def test_the_other_steps_run_the_plain_program():
-    _, _, step = run(1, Monitor(every=3))
-    state = create_train_state(Net(), optax.sgd(0.1), 0, BATCH["x"])
+    state = jax.eval_shape(lambda: create_train_state(Net(), optax.sgd(0.1), 0, BATCH["x"]))
+    step = make_train_step(Net(), optax.sgd(0.1), loss, monitor=Monitor(every=3))
     alone = make_train_step(Net(), optax.sgd(0.1), loss).trace(state, BATCH).jaxpr
     names = [e.primitive.name for e in alone.eqns]
     (platforms,) = [e for e in step.trace(state, BATCH).jaxpr.eqns if e.primitive.name == "cond"]
@@ -92,64 +104,65 @@ def test_the_other_steps_run_the_plain_program():
         assert len(looking) > len(names) + 20
 
 
-def test_a_full_ring_loses_the_oldest_and_says_so():
-    state, _, _ = run(7, Monitor(every=1, capacity=4))
+def test_a_full_ring_loses_the_oldest_and_says_so(everything):
+    state = run(7, Monitor(every=1, capacity=4, channels=True))[0][-1]
     steps, rows, lost = state.monitor.read()
     assert steps.tolist() == [3, 4, 5, 6] and lost == 3 and len(rows) == 4
     steps, _, lost = state.monitor.read(since=5)
     assert steps.tolist() == [5, 6] and lost == 0
-    everything, _, _ = run(7, Monitor(every=1))
-    np.testing.assert_allclose(everything.monitor.read()[1][3:], rows, rtol=1e-5)
+    np.testing.assert_allclose(everything[0][-1].monitor.read()[1][3:], rows, rtol=1e-5)
 
 
-def test_norms_of_parameters_gradients_and_updates():
-    before, _, _ = run(0 + 1, None)
-    state, _, _ = run(2, Monitor(every=1))
+def test_norms_of_parameters_gradients_and_updates(plain, everything):
+    state = everything[0][-1]
     seen, _, _ = columns(state)
-    grads = jax.grad(lambda p: loss(Net().apply({"params": p}, BATCH["x"], True), BATCH))(
-        before.params
-    )
+    before = plain[0][0].params
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return loss(Net().apply({"params": params}, BATCH["x"], True), BATCH)
+
     paths = state.monitor.schema.parameters
     assert paths[0] == "Dense_0/bias"
-    for i, (w, g) in enumerate(zip(jax.tree.leaves(before.params), jax.tree.leaves(grads))):
-        for name, expected in (("weight", w), ("gradient", g), ("update", 0.1 * g)):
-            norm = np.linalg.norm(np.asarray(expected))
+    for i, (w, g) in enumerate(zip(*map(jax.tree.leaves, (before, gradient(before))))):
+        for name, array, factor in (("weight", w, 1), ("gradient", g, 1), ("update", g, 0.1)):
+            norm = factor * np.linalg.norm(array)
             np.testing.assert_allclose(
                 seen[f"parameters|{name}"][1, i], norm, rtol=1e-4, atol=1e-7, err_msg=paths[i]
             )
 
 
-def test_micro_batches_show_what_the_whole_batch_shows():
+def test_micro_batches_show_what_the_whole_batch_shows(everything):
     # But for gradients, which are those of the micro-batches' own losses: twice as large here.
-    whole, _, _ = run(2, Monitor(every=1))
-    halves, _, _ = run(2, Monitor(every=1), accumulate=2)
-    a, b = columns(whole)[0], columns(halves)[0]
+    halves, _ = run(2, Monitor(every=1, channels=True), accumulate=2)
+    a, b = columns(everything[0][1])[0], columns(halves[-1])[0]
     for name in a:
-        if "sights|values" in name or name == "metrics|loss":
+        if name.startswith(("sights|values", "sights|channels|")) or name == "metrics|loss":
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
     mean = "sights|gradients|moments|mean"
     np.testing.assert_allclose(2 * a[mean], b[mean], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm])
-def test_a_mesh_shows_what_one_device_shows(norm):
-    one, _, _ = run(3, Monitor(every=2), model=Net(norm))
-    many, _, _ = run(3, Monitor(every=2), model=Net(norm), layout=Layout.data_parallel())
-    same(columns(one)[0], columns(many)[0])
+def test_a_mesh_shows_what_one_device_shows(everything, norm):
+    model, monitor = Net(norm), Monitor(every=1, channels=True)
+    one, _ = everything if norm is nn.LayerNorm else run(2, monitor, model=model)
+    many, _ = run(2, monitor, model=model, layout=Layout.data_parallel())
+    same(columns(one[1])[0], columns(many[1])[0])
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_every_member_of_a_sweep_is_looked_at(scan):
-    rates, monitor = {"learning_rate": [0.1, 0.3]}, Monitor(every=2)
+def test_every_member_of_a_sweep_is_looked_at(everything, scan):
+    rates, monitor = {"learning_rate": [0.1, 0.3]}, Monitor(every=2, channels=True)
     state = create_sweep_state(Net(), optax.sgd, [0, 0], rates, BATCH["x"])
     step = make_sweep_step(Net(), optax.sgd, loss, monitor=monitor, scan=scan)
     if scan:
-        state, _ = step(state, jax.tree.map(lambda x: jnp.stack([x] * 3), BATCH))
+        state, _ = step(state, jax.tree.map(lambda x: np.stack([x] * 3), BATCH))
     else:
         for _ in range(3):
             state, _ = step(state, BATCH)
-    single, _, _ = run(3, monitor)
-    alone, member = columns(single), columns(sweep_member(state, 0))
+    alone, member = columns(everything[0][2], every=2), columns(sweep_member(state, 0))
     assert member[1:] == alone[1:] == ([0, 2], 0)
     same(member[0], alone[0], rtol=1e-3)
     other, _, _ = columns(sweep_member(state, 1))
@@ -159,17 +172,16 @@ def test_every_member_of_a_sweep_is_looked_at(scan):
     assert "cond[" in text
 
 
-def test_many_steps_in_one_loop():
-    batches = jax.tree.map(lambda x: jnp.stack([x] * 5), BATCH)
-    looped, _, _ = run(1, Monitor(every=2), scan=True, batch=batches)
-    single, _, _ = run(5, Monitor(every=2))
+def test_many_steps_in_one_loop(everything):
+    batches = jax.tree.map(lambda x: np.stack([x] * 5), BATCH)
+    (looped,), _ = run(1, Monitor(every=2, channels=True), scan=True, batch=batches)
     assert columns(looped)[1] == [0, 2, 4]
-    same(columns(looped)[0], columns(single)[0])
+    same(columns(looped)[0], columns(everything[0][4], every=2)[0])
 
 
 def test_a_shard_map_of_ones_own_is_pooled_by_count():
     model = attach(Net())
-    variables = model.init(jax.random.key(0), BATCH["x"], True)
+    variables = initial(Net(), BATCH["x"], True)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
 
@@ -194,10 +206,9 @@ def test_a_shard_map_of_ones_own_is_pooled_by_count():
 @pytest.mark.parametrize("elements", [None, 512])
 def test_a_part_of_the_elements_tells_about_the_whole(elements):
     rng = np.random.default_rng(3)
-    x = jnp.asarray(rng.normal(2.0, 3.0, (24, 10, 10, 8)), jnp.float32)
-    model = attach(nn.Sequential([nn.LayerNorm(), nn.relu]))
-    variables = model.init(jax.random.key(0), x)
-    _, seen = observe(model.apply, elements=elements)(variables, x)
+    x = rng.normal(2.0, 3.0, (24, 10, 10, 8)).astype(np.float32)
+    model = nn.Sequential([nn.LayerNorm(), nn.relu])
+    _, seen = jax.jit(observe(attach(model).apply, elements=elements))(initial(model, x), x)
     value = seen["layers_0:input"].value
     assert value.size == x.size
     if elements is None:
@@ -212,8 +223,9 @@ def test_a_part_of_the_elements_tells_about_the_whole(elements):
 def test_layers_can_be_chosen():
     def seen(layers):
         model = attach(Net(nn.BatchNorm), layers)
-        v = model.init(jax.random.key(0), BATCH["x"], True)
-        return list(observe(model.apply)(v, BATCH["x"], False)[1])
+        variables = initial(Net(nn.BatchNorm), BATCH["x"], True)
+        run = observe(lambda variables: model.apply(variables, BATCH["x"], False))
+        return list(jax.eval_shape(run, variables)[1])
 
     assert seen("Dense_*") == ["Dense_0:input", "Dense_0:output", "Dense_1:input", "Dense_1:output"]
     assert seen((nn.BatchNorm,)) == ["BatchNorm_0:input", "BatchNorm_0:output"]

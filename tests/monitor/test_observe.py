@@ -1,5 +1,6 @@
 """What is seen at a place is what is there: against a forward pass written out by hand."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import initial
 from flax import nnx
 
 from jaxnorm.monitor import EDGES, attach, observe
@@ -27,9 +29,10 @@ class Net(nn.Module):
 PLACES = ["LayerNorm_0", "tanh_0", "BatchNorm_0", "relu_0"]
 
 
-def by_hand(params, x):
-    """The function from each place on, and the values there."""
-    p, values, rest = params, {}, {}
+@jax.jit
+def by_hand(params, x, target):
+    """The values at each place, and the loss's gradient there."""
+    p, values, gradients = params, {}, {}
 
     def dense(i, x):
         return x @ p[f"Dense_{i}"]["kernel"] + p[f"Dense_{i}"]["bias"]
@@ -56,26 +59,25 @@ def by_hand(params, x):
         def from_here(x, i=i):
             for _, stage in stages[i + 1 :]:
                 x = stage(x)
-            return x
+            return loss_of(x, target)
 
-        values[name], rest[name] = x, from_here
-    return values, rest
+        values[name], gradients[name] = x, jax.grad(from_here)(x)
+    return values, gradients
 
 
 @pytest.fixture(scope="module")
 def given():
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(1.0, 2.0, (32, 4)), jnp.float32)
-    target = jnp.asarray(rng.normal(size=(32, 2)), jnp.float32)
-    variables = Net().init(jax.random.key(0), x, False)
-    return variables, x, target
+    x = rng.normal(1.0, 2.0, (32, 4)).astype(np.float32)
+    target = rng.normal(size=(32, 2)).astype(np.float32)
+    return initial(Net(), x, False), x, target
 
 
 def loss_of(y, target):
     return ((y - target) ** 2).sum()
 
 
-def training(model, **options):
+def training(model):
     """A function whose gradients are taken, as in a training step."""
 
     def step(variables, x, target):
@@ -86,7 +88,10 @@ def training(model, **options):
 
         return jax.value_and_grad(loss)(variables["params"])
 
-    return jax.jit(observe(step, **options))
+    return step
+
+
+observed = jax.jit(observe(training(attach(Net()))))
 
 
 def assert_sees(sight, value, gradient):
@@ -107,14 +112,13 @@ def assert_sees(sight, value, gradient):
 
 def test_every_place_shows_its_value_and_its_gradient(given):
     variables, x, target = given
-    values, rest = by_hand(variables["params"], x)
-    (loss, grads), seen = training(attach(Net()))(variables, x, target)
-    assert list(seen) == [name for name in values if name]
+    values, gradients = by_hand(variables["params"], x, target)
+    (loss, grads), seen = observed(variables, x, target)
+    assert list(seen) == [f"{layer}:{side}" for layer in PLACES for side in ("input", "output")]
     for name in seen:
-        gradient = jax.grad(lambda v, n=name: loss_of(rest[n](v), target))(values[name])
-        assert_sees(seen[name], values[name], gradient)
+        assert_sees(seen[name], values[name], gradients[name])
     # And what the function itself returns is what it returns without marks.
-    plain = training_plain(variables, x, target)
+    plain = jax.jit(training(Net()))(variables, x, target)
     np.testing.assert_allclose(loss, plain[0], rtol=1e-6)
     # A bias before a batch norm has a gradient of rounding errors.
     jax.tree.map(
@@ -122,18 +126,10 @@ def test_every_place_shows_its_value_and_its_gradient(given):
     )
 
 
-def training_plain(variables, x, target):
-    def loss(params):
-        y, _ = Net().apply({**variables, "params": params}, x, True, mutable=["batch_stats"])
-        return loss_of(y, target)
-
-    return jax.value_and_grad(loss)(variables["params"])
-
-
 def test_shares(given):
     variables, x, target = given
-    values, _ = by_hand(variables["params"], 30 * x)
-    _, seen = training(attach(Net()))(variables, 30 * x, target)
+    values, _ = by_hand(variables["params"], 30 * x, target)
+    _, seen = observed(variables, 30 * x, target)
     flat = 1 - np.asarray(values["tanh_0:output"], np.float64) ** 2 < 0.05
     np.testing.assert_allclose(seen["tanh_0:output"].value.saturated, flat.mean(), atol=2e-2)
     dead = (np.asarray(values["relu_0:output"]) == 0).all(0).mean()
@@ -144,9 +140,10 @@ def test_shares(given):
 
 def test_a_batch_norm_shows_its_batch_beside_its_running_statistics(given):
     variables, x, target = given
-    values, _ = by_hand(variables["params"], x)
-    stats = {"BatchNorm_0": {"mean": jnp.arange(6.0), "var": jnp.arange(6.0) + 1}}
-    _, seen = training(attach(Net()))({**variables, "batch_stats": stats}, x, target)
+    values, _ = by_hand(variables["params"], x, target)
+    mean = np.arange(6, dtype=np.float32)
+    stats = {"BatchNorm_0": {"mean": mean, "var": mean + 1}}
+    _, seen = observed({**variables, "batch_stats": stats}, x, target)
     batch = seen["BatchNorm_0:input"].batch
     there = np.asarray(values["BatchNorm_0:input"], np.float64)
     np.testing.assert_allclose(batch.moments.mean, there.mean(0), rtol=1e-4, atol=1e-5)
@@ -157,19 +154,21 @@ def test_a_batch_norm_shows_its_batch_beside_its_running_statistics(given):
     assert seen["LayerNorm_0:input"].batch is None
 
 
-@pytest.mark.parametrize("alike", [0.0, 0.5, 1.0])
-def test_independent_numbers_in_a_batch(alike):
+def test_independent_numbers_in_a_batch():
     # Pixels of an image share a part of their variance; what a channel's mean then varies by is
     # known, and that is what the number of independent ones has to say.
+    norm = nn.BatchNorm(use_running_average=False)
     rng = np.random.default_rng(1)
     shared, own = rng.normal(size=(64, 1, 1, 8)), rng.normal(size=(64, 6, 6, 8))
-    x = jnp.asarray(np.sqrt(alike) * shared + np.sqrt(1 - alike) * own, jnp.float32)
-    model = attach(nn.BatchNorm(use_running_average=False))
-    variables = model.init(jax.random.key(0), x)
-    run = observe(lambda v, x: model.apply(v, x, mutable=["batch_stats"])[0])
-    _, seen = run(variables, x)
-    independent = float(seen["BatchNorm:input"].batch.independent)
-    np.testing.assert_allclose(independent, 64 * 36 / (1 + 35 * alike), rtol=0.25)
+    variables = initial(norm, own)
+    run = jax.jit(observe(lambda x: attach(norm).apply(variables, x, mutable=["batch_stats"])))
+    for alike in (0.0, 0.5, 1.0):
+        x = np.sqrt(alike) * shared + np.sqrt(1 - alike) * own
+        _, seen = run(x.astype(np.float32))
+        independent = float(seen["BatchNorm:input"].batch.independent)
+        np.testing.assert_allclose(
+            independent, 64 * 36 / (1 + 35 * alike), rtol=0.25, err_msg=f"{alike=}"
+        )  # fmt: skip
 
 
 class Block(nn.Module):
@@ -195,20 +194,26 @@ class Deep(nn.Module):
         return scan(name="blocks")(x, None)[0][:, :2]
 
 
-def deep(given, scanned, remat=False):
+@pytest.fixture(scope="module")
+def deep(given):
+    """What is seen of either, with `remat` or without, each of the same parameters."""
     _, x, target = given
-    x = jnp.tile(x, (1, 2))[:, :WIDTH]
-    loop = Deep(False)
-    variables = loop.init(jax.random.key(0), x)
-    if scanned:
-        blocks = [variables["params"][f"block_{i}"] for i in range(4)]
-        variables = {"params": {"blocks": jax.tree.map(lambda *a: jnp.stack(a), *blocks)}}
-    return training(attach(Deep(scanned, remat)))(variables, x, target)[1]
+    x = np.tile(x, (1, 2))[:, :WIDTH]
+    variables = initial(Deep(False), x)
+    blocks = [variables["params"][f"block_{i}"] for i in range(4)]
+    stacked = {"params": {"blocks": jax.tree.map(lambda *a: np.stack(a), *blocks)}}
+
+    @functools.cache
+    def seen(scanned, remat):
+        run = jax.jit(observe(training(attach(Deep(scanned, remat)))))
+        return run(stacked if scanned else variables, x, target)[1]
+
+    return seen
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_a_scan_over_layers_shows_each_of_them(given, remat):
-    one_by_one, scanned = deep(given, False), deep(given, True, remat)
+def test_a_scan_over_layers_shows_each_of_them(deep, remat):
+    one_by_one, scanned = deep(False, False), deep(True, remat)
     assert len(one_by_one) == 16
     # And in the order in which they run: all of one block, then all of the next.
     names = [re.fullmatch(r"block_(.)/(.*):(.*)", name).groups() for name in one_by_one]
@@ -220,19 +225,18 @@ def test_a_scan_over_layers_shows_each_of_them(given, remat):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), a, b)
 
 
-def test_remat_shows_the_same_once(given):
-    plain, again = deep(given, False), deep(given, False, remat=True)
+def test_remat_shows_the_same_once(deep):
+    plain, again = deep(False, False), deep(False, True)
     assert list(plain) == list(again)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
 
 
 def test_seeds_under_vmap(given):
     variables, x, target = given
-    run = training(attach(Net()))
-    several = jax.tree.map(lambda a: jnp.stack([a, 1.5 * a]), variables)
-    together = jax.vmap(run, in_axes=(0, None, None))(several, x, target)
+    several = jax.tree.map(lambda a: np.stack([a, 1.5 * a]), variables)
+    together = jax.jit(jax.vmap(observed, in_axes=(0, None, None)))(several, x, target)
     for i in range(2):
-        alone = run(jax.tree.map(lambda a, i=i: a[i], several), x, target)
+        alone = observed(jax.tree.map(lambda a, i=i: a[i], several), x, target)
         jax.tree.map(
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-3, atol=1e-4),
             together, alone,
@@ -256,10 +260,10 @@ class InParts(nn.Module):
 
 
 def test_parts_that_were_compiled_before_are_seen_too():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, WIDTH)), jnp.float32)
-    variables = InParts().init(jax.random.key(0), x)
+    x = np.random.default_rng(0).normal(size=(8, WIDTH)).astype(np.float32)
+    variables = initial(InParts(), x)
     plain = InParts().apply(variables, x)  # which compiles them without marks
-    y, seen = observe(attach(InParts()).apply)(variables, x)
+    y, seen = jax.jit(observe(attach(InParts()).apply))(variables, x)
     np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-6)
     norms = ["one/LayerNorm_0", "one/gelu_0", "two/LayerNorm_0", "two/gelu_0", "named",
              "LayerNorm", "relu_0"]  # fmt: skip
@@ -287,8 +291,8 @@ class Small(nnx.Module):
 
 def test_nnx_shows_what_linen_shows(given):
     variables, x, target = given
-    _, expected = training(attach(Net()))(variables, x, target)
-    model, p = Small(nnx.Rngs(0)), variables["params"]
+    _, expected = observed(variables, x, target)
+    model, p = nnx.jit(lambda: Small(nnx.Rngs(0)))(), variables["params"]
     for i, layer in enumerate(model.dense):
         layer.kernel[...], layer.bias[...] = p[f"Dense_{i}"]["kernel"], p[f"Dense_{i}"]["bias"]
     before = model.batch.mean[...]

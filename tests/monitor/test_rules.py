@@ -1,11 +1,14 @@
 """Each rule on a network that has the defect, beside a twin that has not."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import initial
 from flax import nnx
 from recordings import invent
 
@@ -17,14 +20,14 @@ from jaxnorm.monitor.rules.statistics import train_serve_skew
 from jaxnorm.training import create_train_state, make_train_step
 
 RNG = np.random.default_rng(0)
-X = jnp.asarray(RNG.normal(size=(64, 8)), jnp.float32)
-Y = jnp.asarray(X @ RNG.normal(size=(8, 4)) / 3, jnp.float32)
+X = RNG.normal(size=(64, 8)).astype(np.float32)
+Y = (X @ RNG.normal(size=(8, 4)) / 3).astype(np.float32)
 
 
 class Net(nn.Module):
     """A healthy one, unless told otherwise."""
 
-    depth: int = 2
+    depth: int = 1
     features: int = 16
     norm: str = "batch"
     momentum: float = 0.9
@@ -50,24 +53,25 @@ class Net(nn.Module):
         return nn.Dense(4)(x)
 
 
-def look(model, x=X, change=lambda variables: variables, **kwargs):
+def look(model, x=X, change=lambda variables: variables):
     """Findings of one look, by rule, with running statistics that fit."""
-    variables = model.init(jax.random.key(0), x)
-    return by_rule(diagnose(model, change(fitted(variables, model, x)), x, **kwargs))
+    return by_rule(diagnose(model, change(fitted(model, x)), x))
 
 
-def fitted(variables, model, x):
-    """With running statistics that are those of this batch."""
+def fitted(model, x=X):
+    """Variables with running statistics that are those of this batch."""
+    of_net = isinstance(model, Net)
+    variables = initial(model, x, gain=np.sqrt(2) * model.wide if of_net else 1.0)
     if "batch_stats" not in variables:
         return variables
-    once = model.clone(frozen=False) if isinstance(model, Net) else model
-    momentum = 0.9
-    before = variables["batch_stats"]
-    after = once.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]
-    if isinstance(model, Net):
-        momentum = model.momentum
-    stats = jax.tree.map(lambda a, b: (a - momentum * b) / (1 - momentum), after, before)
-    return {**variables, "batch_stats": stats}
+    once = model.clone(frozen=False, momentum=0.9) if of_net else model
+
+    def stats(variables, x):
+        after = once.apply(variables, x, mutable=["batch_stats"])[1]
+        before = {"batch_stats": variables["batch_stats"]}
+        return jax.tree.map(lambda a, b: (a - 0.9 * b) / 0.1, after, before)
+
+    return variables | jax.jit(stats)(variables, x)
 
 
 def by_rule(findings):
@@ -75,31 +79,41 @@ def by_rule(findings):
     return {finding.rule: finding for finding in findings}
 
 
-def train(folder, model=None, optimizer=None, steps=40, xs=None, stats=None, **monitor):
-    """Findings of a training, by rule, and its recording."""
-    model, optimizer = model or Net(), optimizer or optax.sgd(0.05)
-    xs = jnp.broadcast_to(X, (steps, *X.shape)) if xs is None else xs
-    ys = jnp.broadcast_to(Y, (len(xs), *Y.shape))
+@functools.cache
+def prepared(model, optimizer):
+    """A state and a step, compiled once for all trainings of a model."""
 
     def loss(y, batch):
         return ((y - batch[1]) ** 2).mean()
 
-    state = create_train_state(model, optimizer, 0, X)
-    if stats is not None:
-        state = state.replace(batch_stats=jax.tree.map(stats, state.batch_stats))
     step = make_train_step(
-        model, optimizer, loss, inputs=lambda b: (b[0],), scan=True,
-        monitor=Monitor(every=1, **monitor),
+        model, optimizer, loss, inputs=lambda b: (b[0],), scan=True, donate=False,
+        monitor=Monitor(every=1),
     )  # fmt: skip
-    state, _ = step(state, (xs, ys))
+    return create_train_state(model, optimizer, 0, X), step
+
+
+SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=0.05)
+
+
+def train(folder, model, xs=None, optimizer=SGD, rates=(0.05, 0.05), stats=lambda a: a):
+    """Findings of a training, by rule, and its recording; of equally many steps at each rate."""
+    xs = np.broadcast_to(X, (40, *X.shape)) if xs is None else xs
+    ys = np.broadcast_to(Y, (len(xs), *Y.shape))
+    state, step = prepared(model, optimizer)
+    state = state.replace(batch_stats=jax.tree.map(stats, state.batch_stats))
+    for rate, x, y in zip(rates, np.split(xs, len(rates)), np.split(ys, len(rates))):
+        hyperparams = state.opt_state.hyperparams | {"learning_rate": np.float32(rate)}
+        state = state.replace(opt_state=state.opt_state._replace(hyperparams=hyperparams))
+        state, _ = step(state, (x, y))
     recording = Recording(folder)
     recording.append(state)
     return by_rule(diagnose(recording)), recording
 
 
-def batches(steps, size=64):
-    """Drawn anew for every step."""
-    return jnp.asarray(np.random.default_rng(1).normal(size=(steps, size, 8)), jnp.float32)
+def batches():
+    """Drawn anew for each of 40 steps."""
+    return np.random.default_rng(1).normal(size=(40, 64, 8)).astype(np.float32)
 
 
 class TestOneLook:
@@ -109,14 +123,13 @@ class TestOneLook:
         assert look(Net(norm="none", use_bias=True)) == {}
 
     def test_a_small_batch(self):
-        found = look(Net(), X[:4])["small-batch"]
+        found = look(Net(depth=2), X[:4])["small-batch"]
         assert found.evidence["independent numbers per channel"] == 4
         assert found.where == ("BatchNorm_0", "BatchNorm_1")
         assert look(Net(), X[:2])["small-batch"].severity == "critical"
         assert "small-batch" not in look(Net(norm="layer"), X[:4])
 
     def test_a_virtual_batch_counts_as_the_batch(self):
-
         whole = nn.Sequential(
             [nn.Dense(8, use_bias=False), jnn.BatchNorm(False, momentum=0.9), nn.relu]
         )
@@ -132,10 +145,10 @@ class TestOneLook:
 
     def test_positions_of_an_image_that_are_all_alike_count_once(self):
         model = nn.Sequential([nn.BatchNorm(False, momentum=0.9), nn.relu])
-        alike = jnp.broadcast_to(X[:8, None, None, :], (8, 6, 6, 8))
+        alike = np.broadcast_to(X[:8, None, None, :], (8, 6, 6, 8))
         found = look(model, alike)["small-batch"]
         assert found.evidence["independent numbers per channel"] == pytest.approx(8, rel=1e-3)
-        anew = jnp.asarray(RNG.normal(size=(8, 6, 6, 8)), jnp.float32)
+        anew = RNG.normal(size=(8, 6, 6, 8)).astype(np.float32)
         assert look(model, anew) == {}
 
     def test_an_imported_momentum(self):
@@ -144,7 +157,7 @@ class TestOneLook:
 
     def test_statistics_in_half_precision(self):
         def cast(variables):
-            stats = jax.tree.map(lambda a: a.astype(jnp.bfloat16), variables["batch_stats"])
+            stats = jax.tree.map(lambda a: np.asarray(a, jnp.bfloat16), variables["batch_stats"])
             return {**variables, "batch_stats": stats}
 
         found = look(Net(), change=cast)["half-precision"]
@@ -157,11 +170,12 @@ class TestOneLook:
             )
             return nn.Sequential([norm, nn.relu])
 
-        assert "half-precision" in look(model(False), X.astype(jnp.bfloat16))
-        assert look(model(True), X.astype(jnp.bfloat16)) == {}
+        x = jnp.asarray(X, jnp.bfloat16)
+        assert "half-precision" in look(model(False), x)
+        assert look(model(True), x) == {}
 
     def test_constant_channels(self):
-        x = X.at[:, :2].set(3.0)
+        x = np.where(np.arange(8) < 2, np.float32(3), X)
         model = nn.Sequential([nn.BatchNorm(False, momentum=0.9), nn.relu])
         found = look(model, x)["near-epsilon"]
         assert found.evidence["share of channels"] == 0.25
@@ -180,7 +194,7 @@ class TestOneLook:
 
     def test_saturated_sigmoids_and_tanhs(self):
         for function in ("sigmoid", "tanh"):
-            found = look(Net(function=function, shift=12.0))["saturated"]
+            found = look(Net(depth=2, function=function, shift=12.0))["saturated"]
             assert found.where == (f"{function}_0", f"{function}_1")
             assert look(Net(function=function)) == {}
 
@@ -196,26 +210,27 @@ class TestOneLook:
     def test_frozen_statistics_on_shifted_data(self):
         frozen = Net(frozen=True)
         assert look(frozen) == {}
-        variables = fitted(frozen.init(jax.random.key(0), X), frozen, X)
+        variables = fitted(frozen)
         found = by_rule(diagnose(frozen, variables, X + 2))["frozen-on-shifted"]
         assert found.severity == "critical" and "BatchNorm_0" in found.where
         # In evaluation the same question is asked of what is served.
         assert "frozen-on-shifted" in by_rule(diagnose(Net(), variables, 3 * X, train=False))
 
     def test_a_bias_before_a_batch_norm(self):
-        found = look(Net(use_bias=True))["idle-bias"]
+        found = look(Net(depth=2, use_bias=True))["idle-bias"]
         assert found.where == ("Dense_0", "Dense_1") and found.severity == "advice"
         assert "idle-bias" not in look(Net(use_bias=True, norm="layer"))
 
     def test_statistics_that_were_never_updated(self):
-        model = Net()
-        variables = model.init(jax.random.key(0), X + 3)
-        found = by_rule(diagnose(model, variables, X + 3))
+        model = Net(depth=2)
+        found = by_rule(diagnose(model, initial(model, X), X + 3))
         assert found["never-updated"].where == ("BatchNorm_0", "BatchNorm_1")
         assert "train-serve-skew" not in found
 
     def test_nan_in_the_data(self):
-        found = look(Net(norm="layer"), X.at[3, 2].set(jnp.nan))["nonfinite"]
+        x = X.copy()
+        x[3, 2] = np.nan
+        found = look(Net(norm="layer"), x)["nonfinite"]
         assert found.where == ("LayerNorm_0:input",) and found.evidence["share"] == 1 / 64
         assert "data" in found.remedy
 
@@ -228,14 +243,14 @@ class TestOneLook:
             def __call__(self, x):
                 return nnx.relu(self.norm(self.linear(x)))
 
-        block = Block(nnx.Rngs(0))
+        block = nnx.jit(lambda: Block(nnx.Rngs(0)))()
         found = by_rule(diagnose(block, X + 1))
         assert set(found) == {"imported-momentum", "idle-bias", "never-updated"}
         assert not block.norm.mean[...].any()
 
     def test_what_is_no_number_or_of_numpy_is_no_reason_to_fail(self):
         averaging = nn.Sequential([jnn.BatchNorm(False, momentum=None), nn.relu])
-        assert diagnose(averaging, averaging.init(jax.random.key(0), X), X) == ()
+        assert diagnose(averaging, initial(averaging, X), X) == ()
         strange = nn.BatchNorm(np.bool_(False), momentum=0.9, epsilon=np.float32(1e-5))
         assert look(nn.Sequential([strange, nn.relu])) == {}
 
@@ -245,20 +260,18 @@ class TestOneLook:
             def __call__(self, x, train: bool = True):
                 return nn.relu(nn.BatchNorm(momentum=0.9)(x, not train))
 
-        variables = fitted(Positional().init(jax.random.key(0), X), Positional(), X)
+        variables = fitted(Positional())
         assert diagnose(Positional(), variables, X[:2], train=False) == ()
         found = by_rule(diagnose(Positional(), variables, X + 3, train=False))
         assert set(found) == {"frozen-on-shifted"}
 
     def test_few_examples_say_nothing_of_a_shift(self):
         frozen = Net(frozen=True)
-        variables = fitted(frozen.init(jax.random.key(0), X), frozen, X)
+        variables = fitted(frozen)
         assert diagnose(frozen, variables, X[:4]) == ()
 
     def test_serving_what_was_never_trained(self):
-        model = Net()
-        variables = model.init(jax.random.key(0), X)
-        found = by_rule(diagnose(model, variables, 3 * X + 1, train=False))
+        found = by_rule(diagnose(Net(), initial(Net(), X), 3 * X + 1, train=False))
         assert "never-updated" in found and "frozen-on-shifted" not in found
 
     def test_masked_batches_are_not_judged_by_what_the_mask_hides(self):
@@ -268,24 +281,25 @@ class TestOneLook:
                 mask = (jnp.arange(len(x)) < 32)[:, None]
                 return nn.relu(nn.BatchNorm(False, momentum=0.9)(x, mask=mask))
 
-        x = X.at[32:].set(100.0)
+        x = X.copy()
+        x[32:] = 100
         assert look(Masked(), x) == {}
 
     def test_channels_that_are_seldom_other_than_zero(self):
         rng = np.random.default_rng(3)
-        x = rng.normal(size=(64, 8, 8, 32)) * (rng.uniform(size=(64, 8, 8, 32)) < 0.05)
+        x = rng.normal(size=(64, 8, 8, 16)) * (rng.uniform(size=(64, 8, 8, 16)) < 0.05)
+        x = x.astype(np.float32)
         model = nn.Sequential([nn.BatchNorm(False, momentum=0.9), nn.relu])
-        variables = fitted(model.init(jax.random.key(0), x), model, jnp.asarray(x, jnp.float32))
 
         def run(variables, x):
             return attach(model).apply(variables, x, mutable=["batch_stats"])
 
-        _, seen = jax.jit(observe(run, elements=4096))(variables, jnp.asarray(x, jnp.float32))
+        _, seen = jax.jit(observe(run, elements=4096))(fitted(model, x), x)
         assert not list(train_serve_skew(Evidence(Look.of(seen))))
         assert not list(near_epsilon(Evidence(Look.of(seen))))
 
     def test_several_feature_axes_in_any_order(self):
-        x = jnp.asarray(RNG.normal(size=(32, 3, 4, 5)) * np.arange(1, 6), jnp.float32)
+        x = (RNG.normal(size=(32, 2, 4, 8)) * np.arange(1, 9)).astype(np.float32)
         norm = nn.BatchNorm(False, axis=(-1, 1), momentum=0.9)
         assert look(nn.Sequential([norm, nn.relu]), x) == {}
 
@@ -300,7 +314,7 @@ class TestOneLook:
 
     def test_a_vmap_inside_what_is_looked_at(self):
         model = nn.BatchNorm(False, momentum=0.9, axis_name="b")
-        variables = nn.BatchNorm(False, momentum=0.9).init(jax.random.key(0), X)
+        variables = initial(nn.BatchNorm(False), X)
         marked = attach(nn.Sequential([model]))
 
         def each(x):
@@ -308,25 +322,25 @@ class TestOneLook:
                                 mutable=["batch_stats"])[0]  # fmt: skip
 
         for x in (X, X.reshape(8, 8, 8)):  # an example each, and eight
-            y, seen = observe(jax.vmap(each, axis_name="b"))(x)
+            y, seen = jax.jit(observe(jax.vmap(each, axis_name="b")))(x)
             batch = seen["layers_0:input"].batch
             np.testing.assert_allclose(batch.moments.mean, X.mean(0), atol=1e-6)
             assert batch.examples == 64
-            np.testing.assert_allclose(y.reshape(-1, 8).std(0), 1, atol=1e-3)
+            np.testing.assert_allclose(np.reshape(y, (-1, 8)).std(0), 1, atol=1e-3)
 
 
 class TestTraining:
     def test_a_healthy_run_has_nothing(self, tmp_path):
-        found, _ = train(tmp_path)
+        found, _ = train(tmp_path, Net())
         assert found == {}
 
     def test_running_statistics_that_are_never_updated(self, tmp_path):
-        found, _ = train(tmp_path, Net(momentum=1.0), xs=batches(12) + 2)
+        found, _ = train(tmp_path, Net(momentum=1.0), batches() + 2)
         assert found["never-updated"].severity == "critical"
         assert "momentum=1" in found["never-updated"].cause
 
     def test_running_statistics_that_lag_behind(self, tmp_path):
-        found, recording = train(tmp_path, Net(momentum=0.99), xs=batches(24) + 2)
+        found, recording = train(tmp_path, Net(momentum=0.99), batches() + 2)
         skew = found["train-serve-skew"]
         assert "Recalibrate" in skew.remedy
         assert skew.evidence["after recalibration (nats)"] < 0.25 < skew.evidence["skew (nats)"]
@@ -336,49 +350,51 @@ class TestTraining:
         assert (gap > 0.5 * np.sqrt(batch.moments.var[-1])).any()
 
     def test_batches_that_are_not_drawn_alike(self, tmp_path):
-        drift = 4 * jnp.asarray(np.random.default_rng(2).normal(size=(24, 1, 8)), jnp.float32)
-        found, _ = train(tmp_path, optimizer=optax.sgd(1e-3), xs=batches(24) + drift)
+        drift = 4 * np.random.default_rng(2).normal(size=(40, 1, 8)).astype(np.float32)
+        found, _ = train(tmp_path, Net(), batches() + drift, rates=(1e-3, 1e-3))
         assert "would not mend it" in found["train-serve-skew"].remedy
 
     def test_frozen_statistics_while_fine_tuning(self, tmp_path):
-        xs = batches(12) + 2
-        found, _ = train(tmp_path / "a", Net(frozen=True), xs=xs, stats=lambda a: a + 1)
+        xs = batches() + 2
+        found, _ = train(tmp_path / "a", Net(frozen=True), xs, stats=lambda a: a + 1)
         assert "frozen-on-shifted" in found and "never-updated" not in found
-        found, _ = train(tmp_path / "b", Net(frozen=True), xs=xs)
+        found, _ = train(tmp_path / "b", Net(frozen=True), xs)
         assert "never-updated" in found and "frozen-on-shifted" not in found
 
     def test_gradients_that_vanish_towards_the_first_layer(self, tmp_path):
         sick = Net(depth=6, norm="none", function="sigmoid", use_bias=True)
-        found, _ = train(tmp_path, sick, steps=6)
+        found, _ = train(tmp_path, sick)
         assert found["depth-gradients"].evidence["factor per layer"] < 0.5
 
     def test_gradients_that_grow_towards_the_first_layer(self, tmp_path):
         sick = Net(depth=6, norm="none", wide=3.0)
-        found, _ = train(tmp_path, sick, optax.sgd(1e-12), steps=6)
+        found, _ = train(tmp_path, sick, rates=(1e-12, 1e-12))
         assert found["depth-gradients"].evidence["factor per layer"] > 2
         assert "small-updates" in found
 
     def test_updates_out_of_range(self, tmp_path):
-        found, recording = train(tmp_path, Net(norm="layer"), optax.adam(0.3), steps=3)
+        adam = optax.inject_hyperparams(optax.adam)(learning_rate=0.3)
+        rates = (0.3, 3.0)
+        found, recording = train(tmp_path, Net(norm="layer"), optimizer=adam, rates=rates)
         ratio = recording.parameters["Dense_1/kernel"]
         assert found["large-updates"].evidence["update / weight"] >= np.median(
-            (ratio.update / ratio.weight)[1:]
+            (ratio.update / ratio.weight)[20:]
         )
 
     def test_means_that_drift_after_the_learning_rate_dropped(self, tmp_path):
-        schedule = optax.piecewise_constant_schedule(0.05, {20: 0.1})
-        still = batches(40)
-        found, _ = train(tmp_path / "still", optimizer=optax.sgd(schedule), xs=still)
+        still, rates = batches(), (0.05, 0.005)
+        found, _ = train(tmp_path / "still", Net(), still, rates=rates)
         assert "drift-after-drop" not in found
-        moved = still + jnp.maximum(jnp.arange(40) - 20, 0)[:, None, None] * 0.5
-        found, _ = train(tmp_path / "moved", optimizer=optax.sgd(schedule), xs=moved)
+        moved = still + np.maximum(np.arange(40, dtype="f") - 20, 0)[:, None, None] / 2
+        found, _ = train(tmp_path / "moved", Net(), moved, rates=rates)
         finding = found["drift-after-drop"]
         assert "step 20" in finding.title and "BatchNorm_0" in finding.where
         assert finding.evidence["drift after (deviations)"] > 0.1
 
     def test_a_run_that_diverges_names_the_first_layer_and_step(self, tmp_path):
-        xs = batches(12).at[7, 0, 0].set(jnp.inf)
-        found, _ = train(tmp_path, Net(norm="layer"), xs=xs)
+        xs = batches()
+        xs[7, 0, 0] = np.inf
+        found, _ = train(tmp_path, Net(norm="layer"), xs)
         finding = found["nonfinite"]
         assert finding.where == ("LayerNorm_0:input",)
         assert (finding.evidence["step"], finding.evidence["last finite step seen"]) == (7, 6)
@@ -393,7 +409,7 @@ def test_apart_is_the_closed_form_without_what_chance_brings():
     from jaxnorm.core.moments import Moments
 
     def of(mean, var):
-        return Moments(*(jnp.full((1, 3), a, jnp.float32) for a in (1.0, mean, var)))
+        return Moments(*(np.full((1, 3), a, np.float32) for a in (1.0, mean, var)))
 
     # Means m apart, variances v: m^2 / v; variances a and b: (a / b + b / a) / 2 - 1.
     none = np.zeros(1)
@@ -404,9 +420,9 @@ def test_apart_is_the_closed_form_without_what_chance_brings():
     # The mean over many draws of 20 numbers from the same distribution is what is taken off.
     draws = np.random.default_rng(0).normal(size=(2000, 20, 3))
     drawn = Moments(
-        *(jnp.asarray(a) for a in (np.full((2000, 3), 20.0), draws.mean(1), draws.var(1) * 20))
+        *(np.float32(a) for a in (np.full((2000, 3), 20), draws.mean(1), draws.var(1) * 20))
     )
-    truth = Moments(*(jnp.broadcast_to(a, (2000, 3)) for a in of(0.0, 1.0)))
+    truth = Moments(*(np.broadcast_to(a, (2000, 3)) for a in of(0.0, 1.0)))
     assert float(np.mean(apart(drawn, truth, np.zeros(2000)))) == pytest.approx(2 / 20, rel=0.2)
 
 
@@ -415,7 +431,7 @@ def test_apart_is_the_closed_form_without_what_chance_brings():
     [
         (("runs/first",), "diagnose: what is looked at must be"),
         ((Net(),), "comes with its variables and a batch; got neither"),
-        ((Net(), X), "comes with its variables and a batch; got ArrayImpl"),
+        ((Net(), X), "comes with its variables and a batch; got ndarray"),
         ((Net(), {"params": {}}), "comes with its variables and a batch; got dict"),
     ],
 )
@@ -440,6 +456,6 @@ def test_the_gravest_come_first(tmp_path):
         arrays["sights|values|nonfinite"][8:, 4] = 0.5
         arrays["parameters|update"][:] = 100.0
 
-    found = diagnose(invent(tmp_path, norm="LayerNorm", spoil=spoil))
+    found = diagnose(invent(tmp_path, samples=40, norm="LayerNorm", spoil=spoil))
     ranks = [("critical", "warning", "advice").index(finding.severity) for finding in found]
     assert ranks == sorted(ranks) and len(set(ranks)) > 1

@@ -2,7 +2,6 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -16,7 +15,7 @@ from jaxnorm.training import (
 )
 
 MODEL, OPTIMIZER = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(1)]), optax.sgd(0.1)
-X = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
+X = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
 
 
 def loss(y, batch):
@@ -31,16 +30,22 @@ def start(seed=0):
     return create_train_state(MODEL, OPTIMIZER, seed, X)
 
 
+@pytest.fixture(scope="module")
+def begun():
+    """A state, and a step that may start from it any number of times."""
+    return start(), step_of(Monitor(every=2), donate=False)
+
+
 def looked(state):
     return state.monitor.read()[0].tolist()
 
 
 def test_without_a_look_it_is_the_program_of_a_run_without_a_monitor():
-    watched = step_of(Monitor(every=3)).compiled
-    plain = watched.plain.lower(start(), X).as_text()
-    assert plain == step_of(None).lower(start(), X).as_text()
-    state, _ = step_of(Monitor(every=3))(start(), X)
-    assert len(watched.looking.lower(state, X).as_text()) > 2 * len(plain)
+    state, step = jax.eval_shape(start), step_of(Monitor(every=3))
+    plain = step.compiled.plain.lower(state, X).as_text()
+    assert plain == step_of(None).lower(state, X).as_text()
+    with_buffer, _ = jax.eval_shape(step, state, X)
+    assert len(step.compiled.looking.lower(with_buffer, X).as_text()) > 2 * len(plain)
 
 
 def test_all_is_compiled_before_the_first_step(compilations):
@@ -64,7 +69,7 @@ def test_the_device_is_asked_only_for_a_state_from_elsewhere(monkeypatch):
         states = [step(state, X)[0] for state in states]
     assert len(asked) == 2
     # Not of this step's making, and not at its count.
-    states[0] = states[0].replace(step=jnp.asarray(11, jnp.int32))
+    states[0] = states[0].replace(step=jax.device_put(np.int32(11)))
     for _ in range(3):
         states[0], _ = step(states[0], X)
     assert len(asked) == 3
@@ -72,9 +77,9 @@ def test_the_device_is_asked_only_for_a_state_from_elsewhere(monkeypatch):
     assert looked(states[0]) == [0, 2, 4, 12] and looked(states[1]) == [0, 2, 4]
 
 
-def test_a_step_made_again_is_looked_at_again():
-    step = step_of(Monitor(every=2), donate=False)
-    first, _ = step(start(), X)
+def test_a_step_made_again_is_looked_at_again(begun):
+    state, step = begun
+    first, _ = step(state, X)
     second, _ = step(first, X)
     for _ in range(2):
         third, _ = step(second, X)
@@ -84,15 +89,15 @@ def test_a_step_made_again_is_looked_at_again():
 
 
 @pytest.mark.parametrize("larger", [jax.jit, lambda f: lambda s, b: jax.lax.scan(f, s, b[None])])
-def test_in_a_larger_program_the_device_chooses(larger):
-    step = step_of(Monitor(every=2), donate=False)
-    state, _ = step(start(), X)
+def test_in_a_larger_program_the_device_chooses(begun, larger):
+    state, step = begun
+    state, _ = step(state, X)
     run = larger(step)
     for _ in range(4):
         state, _ = run(state, X)
     assert looked(state) == [0, 2, 4]
     rows = state.monitor.read()[1]
-    state = start()
+    state = begun[0]
     for _ in range(5):
         state, _ = step(state, X)
     np.testing.assert_allclose(rows, state.monitor.read()[1], rtol=1e-4, atol=1e-6)

@@ -2,7 +2,6 @@
 
 import html.parser
 import importlib
-import subprocess
 import sys
 
 import pytest
@@ -70,16 +69,6 @@ def test_without_the_packages_of_the_extra_there_is_the_text(tmp_path, monkeypat
     assert set(displayed(NOTE)) == {"text/plain"}
     monkeypatch.undo()
     importlib.import_module("jaxnorm.report")
-
-
-@pytest.mark.seconds(90, "a process that loads all of it")
-def test_a_monitor_loads_nothing_to_draw_with():
-    code = (
-        "import sys, jaxnorm.monitor\n"
-        "heavy = {'altair', 'vl_convert', 'jinja2', 'jaxnorm.report'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @needs_chromium

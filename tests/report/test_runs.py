@@ -115,21 +115,27 @@ def test_every_measure_has_a_look():
 def test_thirty_layers_and_five_hundred_samples_are_under_three_megabytes(tmp_path):
     recording = invent(tmp_path / "big", layers=30, samples=500, channels=64)
     assert len(recording.places) == 120
-    runs = [Run("big", "", recording)]
-    page = render_runs(runs, VERSIONS)
+    page = render_runs([Run("big", "", recording)], VERSIONS)
     assert len(page.encode()) < 3e6
     assert "250 of the samples" in page
-    [packed] = collect(runs).data["runs"]
+    [packed] = json.loads(re.search(r'id="runs">(.*?)</script>', page)[1])["runs"]
     assert packed["steps"][0] == 0 and packed["steps"][-1] == 499 * 4  # the ends are kept
 
 
-def test_findings_are_said_first_the_worst_before_the_others(tmp_path):
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Of one run with findings, settings, and samples that were lost."""
+    settings = {"rate": 0.125, "tags": ["x", "ü"]}
+    recording = invent(tmp_path_factory.mktemp("a"), settings=settings, lost=7)
     found = [
         finding(severity="advice", title="Least."),
         finding(severity="critical", title="Worst.", where=tuple(f"L{i}" for i in range(9))),
         finding(title="Middle.", source="javascript:alert(1)"),
     ]
-    page = render_runs([Run("a", "", invent(tmp_path / "a"), found)], VERSIONS)
+    return render_runs([Run("a", "", recording, found)], VERSIONS)
+
+
+def test_findings_are_said_first_the_worst_before_the_others(page):
     order = [page.index(text) for text in ("Worst.", "Middle.", "Least.", 'id="chart-heat"')]
     assert order == sorted(order)
     for text in ("0.25", "A cause.", "A remedy.", "<code>L8</code>", "and 3 more"):
@@ -142,17 +148,15 @@ def test_findings_are_said_first_the_worst_before_the_others(tmp_path):
     assert "javascript:alert(1)" in page
 
 
-def test_settings_and_what_was_lost_are_said(tmp_path):
-    recording = invent(tmp_path / "a", settings={"rate": 0.25, "tags": ["x", "ü"]}, lost=7)
-    page = render_runs([Run("a", "", recording)], VERSIONS)
-    for text in ("rate", "0.25", "ü", "7 samples, overwritten", "12, from step 0 to step 44"):
+def test_settings_and_what_was_lost_are_said(page):
+    for text in ("rate", "0.125", "ü", "7 samples, overwritten", "12, from step 0 to step 44"):
         assert text in page
 
 
-def test_layers_that_not_every_run_has_are_said(pair):
+def test_layers_that_not_every_run_has_are_said(page, pair):
     assert collect(pair).differences == ["with: BatchNorm_0, BatchNorm_1, BatchNorm_2"]
     assert "Not every run has the same layers" in render_runs(pair, VERSIONS)
-    assert "Not every run has the same layers" not in render_runs(pair[:1], VERSIONS)
+    assert "Not every run has the same layers" not in page
 
 
 @needs_chromium
