@@ -1,5 +1,7 @@
 """Value and derivatives against the float64 oracle: any offset, spread, dtype, layout, outlier."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,11 +83,7 @@ def data(shape, dtype, offset, deviation, outlier, seed=0):
     elif outlier == "last":
         x[..., -1] -= far
     limit = float(jnp.finfo(dtype).max)
-    return jnp.asarray(np.clip(x, -limit, limit), dtype)
-
-
-# Kernels run in Pallas's interpreter, slowly, and as in no user's program; they compute in float32.
-KERNELS = ("layer kernel", "rms kernel", "group kernel", "instance kernel")
+    return np.clip(x, -limit, limit).astype(dtype)
 
 
 def found(name):
@@ -95,23 +93,33 @@ def found(name):
     return in_kernels(function) if kernel else function, *rest
 
 
-def both(*dtypes):
-    """Every norm with every dtype, and its kernels with those they take."""
-    return [
-        (name, dtype)
-        for name in (*FUNCTIONS, *KERNELS)
-        for dtype in dtypes
-        if name in FUNCTIONS or dtype in ("bfloat16", "float32")
-    ]
+# Kernels run in Pallas's interpreter, slowly, and as in no user's program; they compute in float32.
+# Norm, dtype and how many of the shapes: all are measured and rounded by the same functions.
+VALUES = [
+    ("batch", "float32", 3), ("layer", "float32", 2), ("rms", "float32", 2),
+    ("group", "float32", 3), ("instance", "float32", 3),
+    *((name, "bfloat16", 1) for name in ("batch", "layer", "group")),
+    *((name, "float16", 1) for name in ("rms", "instance")),
+    *((name, "float64", 1) for name in ("batch", "rms", "group")),
+    ("layer kernel", "bfloat16", 1), ("layer kernel", "float32", 1), ("rms kernel", "float32", 1),
+    ("group kernel", "bfloat16", 1), ("instance kernel", "float32", 1),
+]  # fmt: skip
+DERIVATIVES = [
+    *((name, "float32") for name in FUNCTIONS),
+    *((name, "bfloat16") for name in ("layer", "group")),
+    *((name, "float64") for name in ("batch", "rms", "instance")),
+    ("layer kernel", "float32"), ("rms kernel", "bfloat16"), ("group kernel", "float32"),
+    ("instance kernel", "bfloat16"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "dtype"), both("bfloat16", "float16", "float32", "float64"))
-def test_value(name, dtype):
+@pytest.mark.parametrize(("name", "dtype", "shapes"), VALUES)
+def test_value(name, dtype, shapes):
     function, reference, *_ = found(name)
     with jax.enable_x64(dtype == "float64"):
         jit = jax.jit if "kernel" in name else jit_as_users
         run = jit(lambda x: function(x, None, None))
-        for shape in SHAPES[:1] if "kernel" in name else SHAPES:
+        for shape in SHAPES[:shapes]:
             for offset in OFFSETS:
                 for deviation in DEVIATIONS:
                     for outlier in OUTLIERS:
@@ -119,12 +127,12 @@ def test_value(name, dtype):
                         y = run(x)
                         assert y.dtype == x.dtype
                         assert_close(
-                            y, reference(np.asarray(x), None, None), dtype,
+                            y, reference(x, None, None), dtype,
                             name=f"{name} {shape} {offset} {deviation} {outlier}",
                         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "dtype"), both("bfloat16", "float32", "float64"))
+@pytest.mark.parametrize(("name", "dtype"), DERIVATIVES)
 def test_derivatives(name, dtype):
     function, _, backward, axes, epsilon = found(name)
     rng = np.random.default_rng(1)
@@ -135,17 +143,14 @@ def test_derivatives(name, dtype):
             return jax.vjp(function, x, scale, bias)[1](dy)
 
         shape = SHAPES[0]
-        scale, bias = (jnp.asarray(rng.normal(size=shape[-1]) + 1, dtype) for _ in range(2))
-        dy = jnp.asarray(rng.normal(size=shape), dtype)
+        scale, bias = ((rng.normal(size=shape[-1]) + 1).astype(dtype) for _ in range(2))
+        dy = rng.normal(size=shape).astype(dtype)
         for offset, deviation in ((0, 1), (1e2, 1), (1e4, 1e2), (1e6, 1e3), (1, 1e-2), (0, 1e6)):
             x = data(shape, dtype, offset, deviation, None)
-            numbers = [np.asarray(a) for a in (dy, x, scale, bias)]
-            if np.ptp(numbers[1].astype(np.float64), axis=axes).min() == 0:
+            if np.ptp(x.astype(np.float64), axis=axes).min() == 0:
                 continue  # rounded to one value: nothing well-conditioned is left
-            conditioning = condition_number(
-                numbers[1], axes, epsilon, centered=name != "rms", terms=x.size
-            )
-            wanted = backward(*numbers)
+            conditioning = condition_number(x, axes, epsilon, centered=name != "rms", terms=x.size)
+            wanted = backward(dy, x, scale, bias)
             for what, got, want in zip(("dx", "dscale", "dbias"), run(x, scale, bias, dy), wanted):
                 assert got.dtype == dtype
                 # Derivatives with respect to x scale with 1 / deviation: measure them so.
@@ -157,21 +162,30 @@ def test_derivatives(name, dtype):
                 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("mask_shape", [(7, 5, 33), (7, 1, 1), (5, 1), (7, 5, 1), (1, 1, 33)])
+@pytest.mark.parametrize(
+    ("name", "mask_shape"),
+    [(name, shape) for name in FUNCTIONS for shape in ((7, 5, 33), (7, 1, 1))]
+    # Other masks broadcast along the axes whose elements these count, or fold into groups.
+    + [(name, shape) for name in ("batch", "group") for shape in ((5, 1), (7, 5, 1), (1, 1, 33))],
+)
 def test_masks(name, mask_shape):
     function, reference, backward, *_ = FUNCTIONS[name]
     rng = np.random.default_rng(2)
     mask = rng.random(mask_shape) < 0.6
     x = data(SHAPES[0], "float32", 3e3, 1.0, None)
-    scale, bias = (jnp.asarray(rng.normal(size=33) + 1, "float32") for _ in range(2))
-    dy = jnp.asarray(rng.normal(size=x.shape), "float32")
-    y, back = jax.vjp(lambda *a: function(*a, mask=jnp.asarray(mask)), x, scale, bias)
-    numbers = [np.asarray(a) for a in (x, scale, bias)]
-    wanted = reference(*numbers, mask=mask)
+    scale, bias = ((rng.normal(size=33) + 1).astype("f") for _ in range(2))
+    dy = rng.normal(size=x.shape).astype("f")
+
+    @jax.jit
+    def run(mask, dy, *arguments):
+        y, back = jax.vjp(lambda *a: function(*a, mask=mask), *arguments)
+        return y, back(dy)
+
+    y, derivatives = run(mask, dy, x, scale, bias)
+    wanted = reference(x, scale, bias, mask=mask)
     # Where one element is left its neighbours are thousands of deviations away: relative to that.
     assert_close(y, wanted, floor=float(np.abs(wanted).max()))
-    for got, want in zip(back(dy), backward(np.asarray(dy), *numbers, mask=mask)):
+    for got, want in zip(derivatives, backward(dy, x, scale, bias, mask=mask)):
         assert_close(got, want, what="derivative", floor=float(np.abs(want).max()))
 
 
@@ -179,9 +193,14 @@ def test_masks(name, mask_shape):
 def test_channels_first(name):
     function, reference, *_ = FUNCTIONS[name]
     x = data((4, 6, 9, 5), "float32", 1e4, 1.0, None)
-    y = function(x, None, None, feature_axis=1)
-    assert_close(y, reference(np.asarray(x), None, None, feature_axis=1))
-    moved = jnp.moveaxis(function(jnp.moveaxis(x, 1, -1), None, None), -1, 1)
+
+    @jax.jit
+    def run(x):
+        moved = function(jnp.moveaxis(x, 1, -1), None, None)
+        return function(x, None, None, feature_axis=1), jnp.moveaxis(moved, -1, 1)
+
+    y, moved = run(x)
+    assert_close(y, reference(x, None, None, feature_axis=1))
     assert_close(y, np.asarray(moved))
 
 
@@ -189,16 +208,15 @@ def test_group_norm_on_any_feature_axis_and_any_reduced_axes():
     x = data((4, 6, 9, 5), "float32", 1e3, 1.0, None)
     for options in ({"feature_axis": 1}, {"feature_axis": 2, "axis": (2, 3)}, {"axis": (0, 3)}):
         groups = 5 if options.get("feature_axis") is None else 3
-        y = jaxnorm.group_norm(x, num_groups=groups, **options)
-        assert_close(y, oracle.group_norm(np.asarray(x), num_groups=groups, **options))
+        y = jax.jit(partial(jaxnorm.group_norm, num_groups=groups, **options))(x)
+        assert_close(y, oracle.group_norm(x, num_groups=groups, **options))
 
 
 def test_layer_norm_over_some_axes_with_parameters_on_others():
     x = data((4, 6, 5), "float32", 1e3, 1.0, None)
-    scale = jnp.arange(1.0, 6.0)
-    y = jaxnorm.layer_norm(x, scale, axis=(1, 2), feature_axis=-1)
-    wanted = oracle.layer_norm(np.asarray(x), np.asarray(scale), axis=(1, 2), feature_axis=-1)
-    assert_close(y, wanted, floor=5.0)
+    scale = np.arange(1, 6, dtype="f")
+    y = jax.jit(partial(jaxnorm.layer_norm, axis=(1, 2), feature_axis=-1))(x, scale)
+    assert_close(y, oracle.layer_norm(x, scale, axis=(1, 2), feature_axis=-1), floor=5.0)
 
 
 def test_scale_offset_is_added_before_rounding():
@@ -218,11 +236,15 @@ def test_complex(name):
     rng = np.random.default_rng(4)
 
     def numbers(*shape):
-        return jnp.asarray(rng.normal(size=shape) + 1j * rng.normal(size=shape), jnp.complex64)
+        return (rng.normal(size=shape) + 1j * rng.normal(size=shape)).astype("complex64")
+
+    @jax.jit
+    def run(dy, *arguments):
+        y, back = jax.vjp(function, *arguments)
+        return y, back(dy)
 
     x, scale, bias, dy = numbers(4, 5, 6) + 100, numbers(6), numbers(6), numbers(4, 5, 6)
-    y, back = jax.vjp(function, x, scale, bias)
-    exact = [np.asarray(a) for a in (dy, x, scale, bias)]
-    assert_close(y, reference(*exact[1:]), floor=4.0)
-    for got, want in zip(back(dy), backward(*exact)):
+    y, derivatives = run(dy, x, scale, bias)
+    assert_close(y, reference(x, scale, bias), floor=4.0)
+    for got, want in zip(derivatives, backward(dy, x, scale, bias)):
         assert_close(got, want, what="derivative", floor=float(np.abs(want).max()))

@@ -18,11 +18,14 @@ OFFSETS = {"bfloat16": (0, 3, 1e2, 1e5, 1e30, 1e36), "float16": (0, 3, 1e2, 1e3,
 def rows(dtype, size, offset, spread):
     x = np.random.default_rng(0).normal(offset, spread, (4, size))
     limit = float(jnp.finfo(dtype).max)
-    return jnp.asarray(np.clip(x, -limit, limit), jnp.float32).astype(dtype)
+    return np.clip(x, -limit, limit).astype(np.float32).astype(dtype)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 100, 8192])
-@pytest.mark.parametrize("dtype", OFFSETS)
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [("bfloat16", size) for size in (1, 2, 3, 100, 8192)]
+    + [("float16", size) for size in (1, 100, 8192)],
+)
 def test_as_exact_as_a_second_read(dtype, size):
     reduction = Reduction((1,), stored=jnp.dtype(dtype))
     assert narrow.exact(dtype, size)
@@ -31,7 +34,7 @@ def test_as_exact_as_a_second_read(dtype, size):
         for share in (1.0, 2.0**-7):  # of the offset: the least that the dtype tells from nothing
             x = rows(dtype, size, offset, max(offset * share, 1.0 if offset == 0 else 0.0))
             found = run(x)
-            exact = np.asarray(x.astype(jnp.float32)).astype(np.float64)
+            exact = x.astype(np.float64)
             mean, deviation = exact.mean(1, keepdims=True), exact.std(1, keepdims=True)
             local = found.local
             got = np.asarray(local.origin, np.float64) + np.asarray(local.mean, np.float64)
@@ -46,8 +49,9 @@ def test_as_exact_as_a_second_read(dtype, size):
 
 def test_one_repeated_value_has_no_spread():
     for value in (10000.1, -3e38, 1e-3):
-        x = jnp.full((2, 1000), value, jnp.bfloat16)
-        np.testing.assert_array_equal(jaxnorm.layer_norm(x, epsilon=0.0), jnp.zeros_like(x))
+        x = jnp.asarray(np.full((2, 1000), value, jnp.bfloat16))
+        y = jaxnorm.layer_norm(x, epsilon=0.0)
+        np.testing.assert_array_equal(y, np.zeros((2, 1000), jnp.bfloat16))
 
 
 def test_where_it_is_not_exact_it_is_not_used():

@@ -72,20 +72,20 @@ def test_same_name_and_fields_in_the_same_order(name):
 
 @pytest.mark.parametrize("name, options", CASES, ids=str)
 def test_same_variables_and_outputs(name, options):
-    ours, theirs = make(jnn, name, options), make(nn, name, options)
-    wanted = theirs.init(KEY, X)
-    variables = ours.init(KEY, X)
+    layers = [make(module, name, options) for module in (jnn, nn)]
+    variables, wanted = jax.jit(lambda: [layer.init(KEY, X) for layer in layers])()
     assert shapes(variables) == shapes(wanted)
     jax.tree.map(np.testing.assert_array_equal, variables, wanted)
     stirred = jax.tree.map(
-        lambda a: a + jnp.asarray(0.3 * np.abs(RNG.normal(size=a.shape)), a.dtype), wanted
+        lambda a: (np.asarray(a) + 0.3 * np.abs(RNG.normal(size=a.shape))).astype(a.dtype), wanted
     )
     mutable = ["batch_stats"] if name == "BatchNorm" else False
-    got, want = (m.apply(stirred, X, mutable=mutable) for m in (ours, theirs))
+    apply = jax.jit(lambda v: [layer.apply(v, X, mutable=mutable) for layer in layers])
+    got, want = apply(stirred)
     tolerance = 3e-2 if jnp.bfloat16 in options.values() else 3e-5
     assert shapes(got) == shapes(want)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-        np.testing.assert_allclose(g.astype("f"), w.astype("f"), atol=tolerance)
+        np.testing.assert_allclose(*(np.asarray(a, "f") for a in (g, w)), atol=tolerance)
 
 
 def test_evaluation_writes_nothing_and_matches_flax():
@@ -93,10 +93,8 @@ def test_evaluation_writes_nothing_and_matches_flax():
     variables = bn.init(KEY, X)
     variables["batch_stats"]["mean"] += 2
     y, after = bn.apply(variables, X, mutable=["batch_stats"])
-    assert jax.tree.all(
-        jax.tree.map(lambda a, b: (a == b).all(), variables["batch_stats"], after["batch_stats"])
-    )
-    np.testing.assert_allclose(y, flax_bn.apply(variables, X), atol=2e-6)
+    jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"], after["batch_stats"])
+    np.testing.assert_allclose(y, jax.jit(flax_bn.apply)(variables, X), atol=2e-6)
 
 
 def test_initialization_updates_nothing_and_needs_no_axis():
@@ -119,7 +117,12 @@ def test_a_model_of_one_example_under_nested_vmap():
     both = nn.vmap(inner, axis_name="outer", **shared)
     layer = both(use_running_average=False, axis_name=("inner", "outer"), momentum=0.0)
     x = X[:, :, 0]
-    y, new = layer.apply(layer.init(KEY, x), x, mutable=["batch_stats"])
+
+    @jax.jit
+    def run(x):
+        return layer.apply(layer.init(KEY, x), x, mutable=["batch_stats"])
+
+    y, new = run(x)
     wanted = oracle.batch_norm(np.asarray(x), None, None, np.zeros(6), np.ones(6), training=True)[0]
     assert_close(y, wanted)
     np.testing.assert_allclose(new["batch_stats"]["mean"], x.mean((0, 1)), atol=1e-6)
@@ -127,38 +130,34 @@ def test_a_model_of_one_example_under_nested_vmap():
 
 def test_a_count_exists_only_when_asked_for():
     assert set(jnn.BatchNorm(False).init(KEY, X)["batch_stats"]) == {"mean", "var"}
-    for options in ({"momentum": None}, {"debias": True}):
+    for options in ({"debias": True}, {"momentum": None}):
         bn = jnn.BatchNorm(False, **options)
         variables = bn.init(KEY, X)
         assert set(variables["batch_stats"]) == {"mean", "var", "count"}
         for i in range(3):
-            batch = X + i
-            _, new = bn.apply(variables, batch, mutable=["batch_stats"])
+            _, new = bn.apply(variables, X + i, mutable=["batch_stats"])
             variables = {**variables, **new}
         assert variables["batch_stats"]["count"] == 3
     # The cumulative average and, at equal weight, nothing of the initial 0 and 1.
-    cumulative = jnn.BatchNorm(False, momentum=None)
-    stats = cumulative.init(KEY, X)
-    for i in range(3):
-        stats = {**stats, **cumulative.apply(stats, X + i, mutable=["batch_stats"])[1]}
-    np.testing.assert_allclose(stats["batch_stats"]["mean"], X.mean((0, 1, 2)) + 1, rtol=1e-5)
-    np.testing.assert_allclose(stats["batch_stats"]["var"], X.var((0, 1, 2)), rtol=1e-4)
+    stats, x = variables["batch_stats"], np.asarray(X)
+    np.testing.assert_allclose(stats["mean"], x.mean((0, 1, 2)) + 1, rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], x.var((0, 1, 2)), rtol=1e-4)
 
 
 def test_running_statistics_keep_their_dtype_under_x64():
     with jax.enable_x64(True):
         bn = jnn.BatchNorm(False)
-        x = np.asarray(X, np.float64)
-        variables = bn.init(KEY, x)
-        _, new = bn.apply(variables, x, mutable=["batch_stats"])
+        x = jax.ShapeDtypeStruct(X.shape, np.float64)
+        variables = jax.eval_shape(bn.init, KEY, x)
+        _, new = jax.eval_shape(partial(bn.apply, mutable=["batch_stats"]), variables, x)
         assert {a.dtype for a in jax.tree.leaves(new)} == {jnp.dtype("float32")}
 
 
 def test_running_statistics_keep_their_dtype_in_bfloat16():
     """Flax's are float32 after a step: a retrace, a broken donation."""
     bn = jnn.BatchNorm(False, force_float32_reductions=False, param_dtype=jnp.bfloat16)
-    variables = bn.init(KEY, X)
-    _, new = bn.apply(variables, X, mutable=["batch_stats"])
+    variables = jax.eval_shape(bn.init, KEY, X)
+    _, new = jax.eval_shape(partial(bn.apply, mutable=["batch_stats"]), variables, X)
     assert {a.dtype for a in jax.tree.leaves((variables, new))} == {jnp.dtype("bfloat16")}
 
 
@@ -185,8 +184,8 @@ class FlaxNamespace:
 
 def test_a_checkpoint_of_flax_loads_unchanged():
     theirs, ours = Block(FlaxNamespace), Block(jnn)
-    saved = serialization.to_bytes(theirs.init(KEY, X, train=True))
-    variables = serialization.from_bytes(ours.init(KEY, X, train=True), saved)
+    first, second = jax.jit(lambda: [m.init(KEY, X, train=True) for m in (theirs, ours)])()
+    variables = serialization.from_bytes(second, serialization.to_bytes(first))
     for train in (True, False):
         got, want = (
             jax.jit(lambda v, m=m, t=train: m.apply(v, X, t, mutable=["batch_stats"]))(variables)
@@ -199,7 +198,7 @@ def test_a_checkpoint_of_flax_loads_unchanged():
 @pytest.mark.parametrize("name", NORMS)
 def test_transforms_of_linen(name):
     options = {"num_groups": 2} if name == "GroupNorm" else {}
-    x = jnp.asarray(RNG.normal(size=(4, 5, 6)), jnp.float32)
+    x = RNG.normal(size=(4, 5, 6)).astype("f")
 
     class Net(nn.Module):
         @nn.compact
@@ -208,74 +207,84 @@ def test_transforms_of_linen(name):
 
     collections = {"params": 0, "batch_stats": 0}
     split = {"params": True}
+
+    def initialized(net, *arguments):
+        """Variables, no two of which are alike."""
+        return jax.tree.map(
+            lambda a: np.asarray(a) + RNG.uniform(size=a.shape).astype(a.dtype),
+            jax.jit(net.init)(KEY, *arguments),
+        )
+
+    @jax.jit
+    def alone(variables, x):
+        (y, _), new = Net().apply(variables, x, mutable=["batch_stats"])
+        return y, new
+
+    def of_one(tree, at):
+        return jax.tree.map(lambda a: np.asarray(a)[at], tree)
+
+    def applied(net, *arguments):
+        return jax.jit(partial(net.apply, mutable=["batch_stats"]))(*arguments)
+
     scanned = nn.scan(Net, variable_axes=collections, split_rngs=split, length=3)()
-    variables = scanned.init(KEY, x)
-    y, new = scanned.apply(variables, x, None, mutable=["batch_stats"])
+    variables = initialized(scanned, x)
+    (y, _), new = applied(scanned, variables, x, None)
     wanted = x
     for i in range(3):
-        layer = jax.tree.map(lambda a, i=i: a[i], variables)
-        wanted, _ = Net().apply(layer, wanted, mutable=["batch_stats"])[0]
-    np.testing.assert_allclose(y[0], wanted, atol=1e-5)
-    if name == "BatchNorm":
-        assert jax.tree.leaves(new)[0].shape == (3, 6)
-
-    xs = jnp.stack([x, x + 1])
-    mapped = nn.vmap(Net, variable_axes=collections, split_rngs=split)()
-    variables = mapped.init(KEY, xs)
-    y, _ = mapped.apply(variables, xs, mutable=["batch_stats"])
-    one = Net().apply(jax.tree.map(lambda a: a[1], variables), xs[1], mutable=["batch_stats"])[0]
-    np.testing.assert_allclose(y[0][1], one[0], atol=1e-5)
+        wanted, statistics = alone(of_one(variables, i), wanted)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), of_one(new, i), statistics)
+    np.testing.assert_allclose(y, wanted, atol=1e-5)
 
     twice = nn.vmap(
         nn.vmap(Net, variable_axes=collections, split_rngs=split),
         variable_axes=collections, split_rngs=split,
     )()  # fmt: skip
     # Each of 2 x 2 layers has its input, parameters and statistics.
-    both = jnp.asarray(RNG.normal(size=(2, 2, *x.shape)), jnp.float32)
-    variables = jax.tree.map(
-        lambda a: a + jnp.asarray(RNG.uniform(size=a.shape), a.dtype), twice.init(KEY, both)
-    )
-    (y, _), new = twice.apply(variables, both, mutable=["batch_stats"])
-    for i, j in np.ndindex(2, 2):
-        of_one = partial(jax.tree.map, lambda a, at=(i, j): a[at])
-        alone = Net().apply(of_one(variables), both[i, j], mutable=["batch_stats"])
-        (one, _), statistics = alone
-        np.testing.assert_allclose(y[i, j], one, atol=1e-5)
-        for g, w in zip(*map(jax.tree.leaves, (of_one(new), statistics)), strict=True):
+    both = RNG.normal(size=(2, 2, *x.shape)).astype("f")
+    variables = initialized(twice, both)
+    (y, _), new = applied(twice, variables, both)
+    for at in np.ndindex(2, 2):
+        one, statistics = alone(of_one(variables, at), both[at])
+        np.testing.assert_allclose(of_one(y, at), one, atol=1e-5)
+        for g, w in zip(*map(jax.tree.leaves, (of_one(new, at), statistics)), strict=True):
             np.testing.assert_allclose(g, w, atol=1e-5)
 
     remat = nn.remat(Net)()
-    variables = remat.init(KEY, x)
-
-    def loss(params, net):
-        (y, _), new = net.apply({**variables, **params}, x, mutable=["batch_stats"])
-        return (y**3).sum(), new
-
+    variables = initialized(remat, x)
     params = {k: v for k, v in variables.items() if k == "params"}
-    (got, new), (want, wanted_new) = (
-        jax.grad(loss, has_aux=True)(params, net) for net in (remat, Net())
-    )
-    for g, w in zip(jax.tree.leaves((got, new)), jax.tree.leaves((want, wanted_new))):
+
+    @jax.jit
+    def gradients(params):
+        def loss(params, net):
+            (y, _), new = net.apply({**variables, **params}, x, mutable=["batch_stats"])
+            return (y**3).sum(), new
+
+        return [jax.grad(loss, has_aux=True)(params, net) for net in (remat, Net())]
+
+    for g, w in zip(*map(jax.tree.leaves, gradients(params))):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gain", [False, True])
 def test_weight_standardization(gain):
     for layer, x in ((jnn.Conv(7, (3, 3)), X), (jnn.Dense(7), X[:, 0, 0])):
-        plain = layer.init(KEY, x)
         weighted = layer.clone(weight_standardization=True, use_gain=gain)
-        variables = weighted.init(KEY, x)
+        plain, variables = jax.jit(
+            lambda x, both=(layer, weighted): [m.init(KEY, x) for m in both]
+        )(x)
         assert set(variables["params"]) == {"kernel", "bias"} | ({"gain"} if gain else set())
         np.testing.assert_array_equal(variables["params"]["kernel"], plain["params"]["kernel"])
         if gain:
-            variables["params"]["gain"] = jnp.arange(1.0, 8.0)
+            variables["params"]["gain"] = np.arange(1, 8, dtype="f")
         kernel = oracle.standardize_weight(
             np.asarray(plain["params"]["kernel"]), np.arange(1.0, 8.0) if gain else None
         )
         flax_layer = nn.Conv(7, (3, 3)) if isinstance(layer, jnn.Conv) else nn.Dense(7)
-        params = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": plain["params"]["bias"]}
+        params = {"kernel": kernel.astype("f"), "bias": plain["params"]["bias"]}
         np.testing.assert_allclose(
-            weighted.apply(variables, x), flax_layer.apply({"params": params}, x), atol=2e-4
+            jax.jit(weighted.apply)(variables, x),
+            jax.jit(flax_layer.apply)({"params": params}, x),
+            atol=2e-4,
         )
 
 
@@ -286,14 +295,15 @@ def test_weight_standardization_refuses_a_masked_kernel():
 
 
 def test_complex_statistics_are_complex_from_the_start():
-    x = X + 1j * X[::-1]
+    x = np.asarray(X) + 1j * np.asarray(X)[::-1]
     bn = jnn.BatchNorm(False)
-    variables = bn.init(KEY, x)
-    y, new = bn.apply(variables, x, mutable=["batch_stats"])
+    variables = jax.jit(bn.init)(KEY, x)
+    apply = jax.jit(partial(bn.apply, mutable=["batch_stats"]))
+    y, new = apply(variables, x)
     assert shapes(variables["batch_stats"]) == shapes(new["batch_stats"])
     # A checkpoint of Flax's holds a real mean before the first update.
-    real = {"mean": jnp.zeros(6), "var": jnp.ones(6)}
-    again, _ = bn.apply({**variables, "batch_stats": real}, x, mutable=["batch_stats"])
+    real = {"mean": np.zeros(6, "f"), "var": np.ones(6, "f")}
+    again, _ = apply({**variables, "batch_stats": real}, x)
     np.testing.assert_array_equal(again, y)
 
 

@@ -48,12 +48,12 @@ def test_an_activation_with_parameters_learns():
             return jnp.where(v > 0, v, self.slope[...] * v)
 
     layer = make("LayerNorm", activation=Slope())
-    gradient = nnx.grad(lambda m: m(X).sum())(layer)
+    gradient = nnx.jit(nnx.grad(lambda m: m(X).sum()))(layer)
     negative = np.minimum(oracle.layer_norm(np.asarray(X)), 0)
     assert_close(gradient["activation"]["slope"][...], negative.sum(), what="derivative")
     for slope in (0.25, 3.0):
         layer.activation.slope[...] = jnp.asarray(slope)
-        assert_close(layer(X).min(), slope * negative.min(), conditioning=3.0)
+        assert_close(np.min(layer(X)), slope * negative.min(), conditioning=3.0)
 
 
 @each_layer
