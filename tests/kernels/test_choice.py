@@ -43,8 +43,10 @@ def table(monkeypatch, xla: float, pallas: float):
     monkeypatch.setattr(choice, "evidence", lambda: rows)
 
 
-@pytest.mark.parametrize("implementation", [None, "xla", "pallas"])
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [("layer_norm", "xla")] + [(name, i) for name in NORMS for i in (None, "pallas")],
+)
 def test_the_program_holds_what_explain_names(name, implementation):
     function = NORMS[name]
     ((*_, runs, why),) = jaxnorm.explain(function, X, platform="tpu", implementation=implementation)
@@ -123,7 +125,7 @@ def test_a_model_is_explained_layer_by_layer():
 
     model, key = Model(), jax.random.key(0)
     with interpreted():
-        variables = model.init(key, X)
+        variables = jax.eval_shape(model.init, key, X)
     explained = list(jaxnorm.explain(model.apply, variables, X, platform="tpu"))
     assert [(row[0], row[1], row[3]) for row in explained] == [
         ("group_norm", X.shape, "xla"),
