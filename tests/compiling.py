@@ -24,3 +24,14 @@ def jit_as_users(function):
     import jax  # not before conftest.py has set the environment
 
     return jax.jit(function, compiler_options=AS_USERS)
+
+
+def value_and_vjp(function, jit=None):
+    """`(dy, *arguments)` -> y and the cotangents of the arguments, in one program."""
+    import jax
+
+    def run(dy, *arguments):
+        y, back = jax.vjp(function, *arguments)
+        return y, back(dy)
+
+    return (jit or jax.jit)(run)

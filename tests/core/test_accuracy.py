@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import in_kernels
-from compiling import jit_as_users
+from compiling import jit_as_users, value_and_vjp
 
 import jaxnorm
 from jaxnorm.testing import assert_close, condition_number, oracle
@@ -238,13 +238,8 @@ def test_complex(name):
     def numbers(*shape):
         return (rng.normal(size=shape) + 1j * rng.normal(size=shape)).astype("complex64")
 
-    @jax.jit
-    def run(dy, *arguments):
-        y, back = jax.vjp(function, *arguments)
-        return y, back(dy)
-
     x, scale, bias, dy = numbers(4, 5, 6) + 100, numbers(6), numbers(6), numbers(4, 5, 6)
-    y, derivatives = run(dy, x, scale, bias)
+    y, derivatives = value_and_vjp(function)(dy, x, scale, bias)
     assert_close(y, reference(x, scale, bias), floor=4.0)
     for got, want in zip(derivatives, backward(dy, x, scale, bias)):
         assert_close(got, want, what="derivative", floor=float(np.abs(want).max()))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import value_and_vjp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -64,17 +65,6 @@ def assert_cotangents(got, wanted, dtype, conditioning, **options):
             g, w, dtype, what="derivative", floor=min(1.0, float(np.abs(w).max())),
             conditioning=conditioning, name=what, **options,
         )  # fmt: skip
-
-
-def value_and_vjp(function):
-    """y and the cotangents of the arguments, from that of y, in one program."""
-
-    @jax.jit
-    def run(dy, *arguments):
-        y, back = jax.vjp(function, *arguments)
-        return y, back(dy)
-
-    return run
 
 
 @pytest.mark.parametrize(

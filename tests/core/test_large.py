@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import BATCH, GROUP, INSTANCE, LAYER, RMS, cotangent
-from compiling import jit_as_users
+from compiling import jit_as_users, value_and_vjp
 
 from jaxnorm.core import slices
 from jaxnorm.testing import assert_close, condition_number, oracle
@@ -71,15 +71,9 @@ def test_value(case):
 
 
 @cache
-def value_and_vjp(case):
-    """Without epsilon, which hides what is divided by nearly nothing."""
-
-    @jit_as_users
-    def run(dy, *arguments):
-        y, back = jax.vjp(partial(case.function, epsilon=0.0), *arguments)
-        return y, back(dy)
-
-    return run
+def without_epsilon(case):
+    """Epsilon hides what is divided by nearly nothing."""
+    return value_and_vjp(partial(case.function, epsilon=0.0), jit_as_users)
 
 
 def parameters_and_cotangent(seed):
@@ -96,7 +90,7 @@ def test_derivatives(case):
         conditioning = np.max(
             condition_number(x, axes, 0.0, centered=case is not RMS, terms=x.size)
         )
-        _, derivatives = value_and_vjp(case)(dy, x, scale, bias)
+        _, derivatives = without_epsilon(case)(dy, x, scale, bias)
         wanted = exact(case, "_vjp", dy, x, scale, bias, epsilon=0.0)
         for got, want in zip(derivatives, wanted):
             floor = min(1.0, float(np.abs(want).max()))
@@ -128,7 +122,7 @@ def test_extremes(case):
     scale, bias, dy = parameters_and_cotangent(2)
 
     def run(x):
-        y, (dx, *_) = value_and_vjp(case)(dy, x.astype(np.float32), scale, bias)
+        y, (dx, *_) = without_epsilon(case)(dy, x.astype(np.float32), scale, bias)
         return np.asarray(y), dx
 
     rng = np.random.default_rng(0)

@@ -189,7 +189,10 @@ def test_landscape_of_a_quadratic():
     a, w = a @ a.T, rng.normal(size=5)
     matrix, start = floats(a, w)
     etas = np.array([0.01, 0.05, 0.2])
-    loss = lambda p: 0.5 * p["w"] @ matrix @ p["w"]  # noqa: E731
+
+    def loss(p):
+        return 0.5 * p["w"] @ matrix @ p["w"]
+
     found = jax.jit(lambda p: loss_landscape(loss, p, etas))({"w": start})
     g = a @ w
     losses = [0.5 * (w - e * g) @ a @ (w - e * g) for e in etas]

@@ -170,7 +170,9 @@ def test_what_remat_keeps_grows_with_the_root_of_the_depth():
         objective = Objective("", adapt("", model), lambda y, b: (y**2).mean(), remat=remat)
 
         def backward(state, x):
-            loss = lambda params: objective.value(params, state.variables, state.rng, x)  # noqa: E731
+            def loss(params):
+                return objective.value(params, state.variables, state.rng, x)
+
             return jax.vjp(loss, state.params)[1]
 
         residuals = jax.eval_shape(backward, state, x)
