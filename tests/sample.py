@@ -1,9 +1,13 @@
 """How much runs: a few cases of every test with `--sample`, all of a notebook with `--all-cells`.
 
-`--sample` is for a second Python and for other versions of packages. A case is left out if all that
-tells it from those before it is on what numbers it runs: of the arguments below each value is taken
-once, and of a test that has none of them the first case.
+`--sample` is for a second Python and for other versions of packages: what those may break is how
+JAX, Flax and the rest are called, not the numbers. It takes the tests that are marked
+`@pytest.mark.sample`, at least one for each transformation, layer, step, kind of model, checkpoint,
+probe, recording, command and launch, and all doctests. Of a marked test it takes each value of the
+arguments below once, and where it has none of them the first case.
 """
+
+import pytest
 
 KINDS = (
     "transformation", "name", "norm", "normalization", "network", "framework", "kind", "context",
@@ -11,7 +15,9 @@ KINDS = (
 
 
 def pytest_addoption(parser):
-    parser.addoption("--sample", action="store_true", help="a few cases of every test")
+    parser.addoption(
+        "--sample", action="store_true", help="a few cases of the tests marked so, and all doctests"
+    )
     parser.addoption(
         "--all-cells",
         action="store_true",
@@ -19,11 +25,21 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "sample: it meets other versions of Python and of packages")
+
+
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("sample"):
         return
     seen, chosen, rest = set(), [], []
     for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            chosen.append(item)
+            continue
+        if item.get_closest_marker("sample") is None:
+            rest.append(item)
+            continue
         test = item.nodeid.split("[")[0]
         given = item.callspec.params if hasattr(item, "callspec") else {}
         kinds = {(test, kind, repr(given[kind])) for kind in KINDS if kind in given}

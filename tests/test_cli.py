@@ -28,6 +28,7 @@ def small(seed, steps, quick):
     return study.StudyConfig(plans=plans, seed=seed, seeds=2, samples=2)
 
 
+@pytest.mark.sample
 @pytest.mark.seconds(90, "it trains two networks")
 def test_a_small_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "demo_config", small)
@@ -80,6 +81,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     refused(capsys, ["--out", tmp_path / "out"], "'report.html' must be a file", "Move it")
 
 
+@pytest.mark.sample
 def test_a_report_on_runs(tmp_path, monkeypatch, capsys):
     for folder, norm in (("a/run", "BatchNorm"), ("b/run", ""), ("c", "LayerNorm")):
         invent(tmp_path / folder, norm=norm)
@@ -155,6 +157,7 @@ def test_an_interrupt_writes_nothing(monkeypatch, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.sample
 def test_help_loads_nothing_heavy():
     code = (
         "import sys; from jaxnorm import cli\n"
@@ -173,6 +176,7 @@ def test_no_command_shows_the_help(capsys):
     assert "usage: jaxnorm" in capsys.readouterr().err
 
 
+@pytest.mark.sample
 def test_doctor_tells_what_is_wrong_and_exits_with_one(tmp_path, capsys):
     def spoil(arrays):
         arrays["sights|values|nonfinite"][8:, 4] = 0.5

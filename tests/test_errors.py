@@ -118,6 +118,7 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", BAD)
 def test_three_parts(name):
     call, kind, given, advice = BAD[name]

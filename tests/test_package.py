@@ -19,6 +19,8 @@ from launching import NO_BACKEND
 import jaxnorm
 import jaxnorm.linen as jnn
 
+pytestmark = pytest.mark.sample
+
 ROOT = Path(jaxnorm.__file__).parent
 # Each room may use those before it.
 ROOMS = (

@@ -102,6 +102,7 @@ def step(topology: str, mapped: bool):
     return Program(found.as_text()), found.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("topology", "mapped"),
     [(topology, False) for topology in TOPOLOGIES]

@@ -172,6 +172,7 @@ TOGETHER = [
 ]
 
 
+@pytest.mark.sample
 @pytest.mark.filterwarnings("ignore:jax.pmap is deprecated")
 @pytest.mark.parametrize(
     ("case", "transformation"), TOGETHER, ids=[f"{c.name}-{t.__name__}" for c, t in TOGETHER]
@@ -193,6 +194,7 @@ def test_agrees_with_the_plain_formula(case: Case, transformation):
         np.testing.assert_allclose(np.asarray(g) / size, np.asarray(w) / size, atol=2e-5)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_shapes_without_running(case: Case):
     a = case.arguments(dtype=jnp.bfloat16)
@@ -200,6 +202,7 @@ def test_shapes_without_running(case: Case):
     assert (out.shape, out.dtype) == (a[0].shape, jnp.bfloat16)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_export_runs_what_was_exported(case: Case):
     a = case.arguments()

@@ -113,6 +113,7 @@ DERIVATIVES = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("name", "dtype", "shapes"), VALUES)
 def test_value(name, dtype, shapes):
     function, reference, *_ = found(name)
@@ -132,6 +133,7 @@ def test_value(name, dtype, shapes):
                         )  # fmt: skip
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("name", "dtype"), DERIVATIVES)
 def test_derivatives(name, dtype):
     function, _, backward, axes, epsilon = found(name)
@@ -162,6 +164,7 @@ def test_derivatives(name, dtype):
                 )  # fmt: skip
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("name", "mask_shape"),
     [(name, shape) for name in FUNCTIONS for shape in ((7, 5, 33), (7, 1, 1))]

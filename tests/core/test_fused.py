@@ -209,6 +209,7 @@ def test_an_activation_may_hold_values_of_its_own():
         assert_close(y, xhat * slope.value, conditioning=2.0)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("save", ["input", "output"])
 @each_dtype
 @pytest.mark.parametrize("name", ["layer", "rms"])

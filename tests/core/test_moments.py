@@ -59,6 +59,7 @@ def test_merge_where_a_mean_of_variances_is_wrong():
     assert (whole.count, whole.mean, whole.var) == (4, 5, 26)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("axis", [0, 1, -1, (0, 2), (0, 1, 2)])
 def test_moments_against_the_oracle(axis):
     rng = np.random.default_rng(0)
@@ -110,6 +111,7 @@ def stats(mean, var, count=0):
     return BatchStats(*(jnp.asarray(np.full(2, a, "f")) for a in (mean, var)), jnp.int32(count))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "options",
     [

@@ -79,6 +79,7 @@ def assert_within(got, wanted_and_bounds, dtype):
         assert (error <= bound).all(), (what, float((error / bound).max()))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("parameters", "dtype"),
     [((32,), dtype) for dtype in DTYPES]

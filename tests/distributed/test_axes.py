@@ -156,6 +156,7 @@ SECOND = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @each_context
 @pytest.mark.parametrize("groups", GROUPS)
@@ -430,6 +431,7 @@ class TestRefused:
         with pytest.raises((TypeError, ValueError), match=r"^batch_norm: axis_name"):
             batch_norm(self.x[0], None, None, None, axis_name=name)
 
+    @pytest.mark.sample
     def test_a_batch_over_devices_that_nobody_synchronizes(self):
         def local(x, **options):
             return batch_norm(x, None, None, None, **options)[0]

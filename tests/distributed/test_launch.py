@@ -58,6 +58,7 @@ def test_an_exception_ends_the_run():
     assert len(pids) == 2 and gone(pids)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "end, status, told",
     [
@@ -150,6 +151,7 @@ def test_a_port_that_is_taken_is_named(monkeypatch):
             initialize()
 
 
+@pytest.mark.sample
 def test_initialize_comes_first():
     jax.devices()
     with pytest.raises(ProcessError, match="it must come before JAX's first use"):

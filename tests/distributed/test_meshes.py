@@ -99,6 +99,7 @@ def agree(got, wanted):
             assert_close(g, np.asarray(w, np.float64), what="derivative")
 
 
+@pytest.mark.sample
 @each
 def test_as_on_one_device(name, layout, kind):
     sharding, run = compiled(name, layout, kind)

@@ -89,6 +89,7 @@ def check(got, case, offset):
         np.testing.assert_allclose(value / size, leaf / size, atol=3e-6, rtol=0, err_msg=label)
 
 
+@pytest.mark.sample
 @pytest.mark.seconds(90, "two processes")
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("case", TWO)

@@ -148,6 +148,7 @@ def test_options_that_make_no_sense_are_refused(options, told, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.sample
 @pytest.mark.seconds(90, "the first import of scikit-learn")
 def test_the_shares_of_all_processes_are_the_batch(monkeypatch):
     part = train.load_digits().train

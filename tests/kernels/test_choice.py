@@ -43,6 +43,7 @@ def table(monkeypatch, xla: float, pallas: float):
     monkeypatch.setattr(choice, "evidence", lambda: rows)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [("layer_norm", "xla")] + [(name, i) for name in NORMS for i in (None, "pallas")],
@@ -116,6 +117,7 @@ def test_unknown_implementations_are_named():
         jaxnorm.batch_norm(X, None, None, stats, training=True, implementation="pallas")
 
 
+@pytest.mark.sample
 def test_a_model_is_explained_layer_by_layer():
     class Model(nn.Module):
         @nn.compact

@@ -88,6 +88,7 @@ def small_gpu(monkeypatch):
 
 
 # Each case with one dtype in turn; with both where rows are cut by the last axis, and groups.
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, DTYPES[i % 2]) for i, name in enumerate(CASES)]
@@ -206,6 +207,7 @@ LOWERED = {
 }  # fmt: skip
 
 
+@pytest.mark.sample
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", LOWERED)
 def test_lowers_for_cuda(name):

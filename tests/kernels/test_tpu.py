@@ -107,6 +107,7 @@ def assert_passes(case: Case, function, topology: str, most: float, kernels: int
 COMPILED = [(case, TOPOLOGIES[i % len(TOPOLOGIES)]) for i, case in enumerate(CASES)]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("case", "topology"), COMPILED, ids=str)
 def test_every_element_crosses_the_bus_once_each_way(case, topology):
     assert_passes(case, case.both, topology, case.passes + 8 * case.relaid, kernels=2)

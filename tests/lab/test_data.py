@@ -127,6 +127,7 @@ def test_blank_images_are_refused(folder):
         data.load_idx(folder)
 
 
+@pytest.mark.sample
 @pytest.mark.seconds(90, "the first import of scikit-learn")
 def test_digits_are_split_by_seed_without_overlap():
     first, again, other = data.load_digits(0), data.load_digits(0), data.load_digits(1)

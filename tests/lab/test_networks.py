@@ -13,6 +13,7 @@ from jaxnorm.lab import networks
 from jaxnorm.monitor import attach, observe
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
 def test_patches_are_a_convolution(size, strides):

@@ -62,6 +62,7 @@ def test_scale_and_bias_in_the_call(name):
         make(name).init(KEY, X, scale=SCALE)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
 def test_residual(name):
     layer = make(name, dtype=jnp.bfloat16)

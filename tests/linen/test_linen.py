@@ -13,6 +13,8 @@ from flax import serialization
 import jaxnorm.linen as jnn
 from jaxnorm.testing import assert_close, oracle
 
+pytestmark = pytest.mark.sample
+
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
 NORMS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")

@@ -87,6 +87,7 @@ def apply(variables, x):
     return attach(Net()).apply(variables, x, mutable=["batch_stats"])[0]
 
 
+@pytest.mark.sample
 def test_every_place_shows_its_channels(variables):
     _, seen = jax.jit(observe(apply, channels=True))(variables, X)
     expected = values(variables["params"], X)

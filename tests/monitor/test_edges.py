@@ -79,6 +79,7 @@ def test_a_model_without_normalization_shows_its_nonlinearities():
     assert [name for name in seen if name.endswith("input")] == ["tanh_0:input", "sigmoid_0:input"]
 
 
+@pytest.mark.sample
 def test_nonlinearities_are_found_however_they_are_written():
     functions = [
         jax.nn.relu, jax.nn.gelu, lambda x: jax.nn.gelu(x, approximate=False), jax.nn.silu,

@@ -103,6 +103,7 @@ def recorded(state, folder):
     return recording
 
 
+@pytest.mark.sample
 def test_of_a_linen_model(linen, tmp_path):
     plain = run(Net(), 2, monitor=None)
     jax.tree.map(
@@ -123,6 +124,7 @@ def test_of_a_linen_model(linen, tmp_path):
         assert_near(shift, at, expected(lambda p, s=stats: gradient(p, s), old, new))
 
 
+@pytest.mark.sample
 def test_of_an_nnx_model(tmp_path):
     states = run(Same, 2)
     shift = recorded(states[-1], tmp_path).shift

@@ -80,6 +80,7 @@ def same(a, b, rtol=1e-4, atol=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("every", [1, 3])
 def test_it_looks_every_so_often_and_changes_nothing(plain, everything, every):
     states, metrics = everything if every == 1 else run(7, Monitor(every=every))
@@ -144,6 +145,7 @@ def test_micro_batches_show_what_the_whole_batch_shows(everything):
     np.testing.assert_allclose(2 * a[mean], b[mean], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm])
 def test_a_mesh_shows_what_one_device_shows(everything, norm):
     model, monitor = Net(norm), Monitor(every=1, channels=True)

@@ -110,6 +110,7 @@ def assert_sees(sight, value, gradient):
     np.testing.assert_allclose(sight.gradient.moments.mean, gradient.mean(), rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.sample
 def test_every_place_shows_its_value_and_its_gradient(given):
     variables, x, target = given
     values, gradients = by_hand(variables["params"], x, target)
@@ -211,6 +212,7 @@ def deep(given):
     return seen
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("remat", [False, True])
 def test_a_scan_over_layers_shows_each_of_them(deep, remat):
     one_by_one, scanned = deep(False, False), deep(True, remat)
@@ -289,6 +291,7 @@ class Small(nnx.Module):
         return self.dense[2](nnx.relu(self.batch(self.dense[1](x))))
 
 
+@pytest.mark.sample
 def test_nnx_shows_what_linen_shows(given):
     variables, x, target = given
     _, expected = observed(variables, x, target)

@@ -54,6 +54,7 @@ def same(a, b):
         jax.tree.map(np.testing.assert_array_equal, a[name], b[name])
 
 
+@pytest.mark.sample
 def test_what_was_written_is_what_was_seen(states, tmp_path):
     recording = recorded(tmp_path / "run", states, settings={"rate": 0.1})
     assert recording.steps.tolist() == [0, 2, 4, 6] and recording.lost == 0
@@ -123,6 +124,7 @@ def test_a_run_that_is_taken_back_is_recorded_on(step, states, tmp_path):
             np.testing.assert_array_equal(got[:3], wanted)
 
 
+@pytest.mark.sample
 def test_frames_trackers_and_tensorboard(states, tmp_path):
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator",

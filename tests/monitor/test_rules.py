@@ -122,6 +122,7 @@ class TestOneLook:
         assert look(Net(norm="layer")) == {}
         assert look(Net(norm="none", use_bias=True)) == {}
 
+    @pytest.mark.sample
     def test_a_small_batch(self):
         found = look(Net(depth=2), X[:4])["small-batch"]
         assert found.evidence["independent numbers per channel"] == 4
@@ -330,6 +331,7 @@ class TestOneLook:
 
 
 class TestTraining:
+    @pytest.mark.sample
     def test_a_healthy_run_has_nothing(self, tmp_path):
         found, _ = train(tmp_path, Net())
         assert found == {}

@@ -156,6 +156,7 @@ def layers(params, x):
     return h @ params["second"]["kernel"]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("batch_size", [None, 1, 2])
 def test_internal_covariate_shift_is_definition_two_point_one(batch_size):
     rng = np.random.default_rng(1)

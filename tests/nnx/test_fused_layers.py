@@ -71,6 +71,7 @@ def test_scale_and_bias_in_the_call(name):
         make(name)(X, scale=SCALE)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
 def test_residual(name):
     """The dtypes of `flax.linen`'s rule: the sum counts where no dtype is given."""

@@ -12,6 +12,8 @@ from flax import nnx
 import jaxnorm.nnx as jnn
 from jaxnorm.testing import assert_close, oracle
 
+pytestmark = pytest.mark.sample
+
 RNG = np.random.default_rng(0)
 NORMS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 # Without an offset, where Flax's fast variance still has its digits.

@@ -12,6 +12,7 @@ import pytest
 from compiling import QUICK_FLAGS
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from traitlets.config import Config
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -73,6 +74,8 @@ def test_runs_without_an_error(path, tmp_path, monkeypatch, pytestconfig):
         startup_timeout=CELL_SECONDS,
         kernel_name="python3",
         resources={"metadata": {"path": str(here)}},
+        # Sockets in files: a port that is free when it is chosen may be taken when it is bound.
+        config=Config(KernelManager={"transport": "ipc", "ip": str(tmp_path / "ipc")}),
     )
     begin = time.perf_counter()
     try:

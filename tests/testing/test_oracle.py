@@ -143,6 +143,7 @@ def naive(case: Case, x, parameters, options):
     return y + bias[0] if bias else y
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("case", "kind", "masked"),
     [

@@ -51,6 +51,7 @@ def test_micro_batches_are_steps_of_small_batches_with_one_update(framework, whe
     assert int(state.step) == 2
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("framework", MAKE)
 @pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
 def test_exact_is_one_step_on_the_whole_batch(framework, remat):

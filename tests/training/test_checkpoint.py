@@ -105,6 +105,7 @@ def assert_placed_like(state, template):
         assert x.sharding == like.sharding, (x.sharding, like.sharding)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "kind, axis_type", [("linen", AxisType.Auto), ("nnx", AxisType.Explicit)], indirect=["kind"]
 )
@@ -229,6 +230,7 @@ def three(tmp_path_factory):
     return folder, states
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damage_is_found_and_the_newest_whole_one_taken(tmp_path, three, damage):
     folder, states = shutil.copytree(three[0], tmp_path / "run"), three[1]

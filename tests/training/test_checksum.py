@@ -33,6 +33,7 @@ def plain_checksum(x):
     return sum(mix(int(word) ^ mix(place)) for place, word in enumerate(words)) % 2**32
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "dtype",
     ["float32", "bfloat16", "float8_e5m2", "bool", "int8", "uint32", "complex64", "float64"],

@@ -253,6 +253,7 @@ CASES = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", CASES)
 def test_refusal(name):
     error, call, message = CASES[name]

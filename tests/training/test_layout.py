@@ -76,6 +76,7 @@ def test_random_parameters_are_those_of_one_device(name):
     jax.tree.map(np.testing.assert_array_equal, create(LAYOUTS[name]()).params, create().params)
 
 
+@pytest.mark.sample
 # What a layout does with an NNX state is seen on two of them.
 @pytest.mark.parametrize(
     "framework, name",
@@ -125,6 +126,7 @@ def test_no_row_leaves_its_device_and_parameters_only_to_be_used(name):
         assert gathered(compiled) == (set() if name == "data parallel" else {"f32[16,64]"})
 
 
+@pytest.mark.sample
 def test_each_device_stores_its_part():
     model, optimizer = Dense(256), optax.adam(1e-3)
     x = np.ones((8, 128), np.float32)

@@ -106,6 +106,7 @@ def stats(state):
     return (nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree)["norm"]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", MODES)
 def test_mode_is_found(name):
     model = MODES[name]
@@ -216,6 +217,7 @@ def test_parameters_are_those_of_plain_flax(kind, batches, snapshot):
         np.testing.assert_array_equal(snapshot(state)[".rng"], snapshot(states[0])[".rng"])
 
 
+@pytest.mark.sample
 def test_an_nnx_instance_gives_its_values_and_takes_them_back(mse, batches):
     (batch,) = batches(1, size=5)
     model = NNXByArgument(nnx.Rngs(0))

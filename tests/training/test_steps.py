@@ -20,6 +20,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[path], b[path], err_msg=path)
 
 
+@pytest.mark.sample
 def test_step_is_the_hand_written_loop(kind, plain, mse, batches):
     data = batches(5)
     model = kind.make()
@@ -89,6 +90,7 @@ def test_a_hundred_steps_trace_once(kind, x64, mse, batches, counting):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.batch_stats))
 
 
+@pytest.mark.sample
 def test_state_is_donated_and_nothing_else(kind, mse, batches):
     (batch,) = batches(1)
     model, key = kind.make(), jax.random.key(3)
@@ -161,6 +163,7 @@ def test_a_batch_counts_once(kind, mse, batches, remat, optimizer):
     np.testing.assert_allclose(var, MOMENTUM + (1 - MOMENTUM) * hidden.var(0), rtol=1e-5)
 
 
+@pytest.mark.sample
 def test_scan_is_the_steps_in_one_program(kind, mse, batches, counting, snapshot):
     data = batches(7)
     model = kind.make(dropout=0.3)

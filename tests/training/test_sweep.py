@@ -64,6 +64,7 @@ def assert_member(snapshot, swept, single):
             np.testing.assert_allclose(a[path], b[path], rtol=1e-4, atol=3e-5, err_msg=path)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "kind, x64", [("linen", False), ("linen", True), ("nnx", False)], indirect=True
 )
