@@ -133,7 +133,7 @@ class Browser:
         deadline = time.monotonic() + self.seconds
         while not self.run(f"Boolean({condition})"):
             assert time.monotonic() < deadline, (condition, self.complaints)
-            time.sleep(0.05)
+            time.sleep(0.005)
 
     def run(self, expression):
         """The value of an expression on the page."""

@@ -1,4 +1,7 @@
-"""How much runs: a few cases of every test with `--sample`, all of a notebook with `--all-cells`.
+"""How much runs: a sample with `--sample`; what is marked slow only with `-m slow`.
+
+What is slow has a smaller form that always runs: a notebook up to its first plot, an example in one
+process.
 
 `--sample` is for a second Python and for other versions of packages: what those may break is how
 JAX, Flax and the rest are called, not the numbers. It takes the tests that are marked
@@ -18,15 +21,11 @@ def pytest_addoption(parser):
     parser.addoption(
         "--sample", action="store_true", help="a few cases of the tests marked so, and all doctests"
     )
-    parser.addoption(
-        "--all-cells",
-        action="store_true",
-        help="run notebooks to their last cell, not only to the first that draws",
-    )
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "sample: it meets other versions of Python and of packages")
+    config.addinivalue_line("markers", "slow: it runs with -m slow; a smaller form, always")
 
 
 def pytest_collection_modifyitems(config, items):

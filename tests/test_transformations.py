@@ -164,8 +164,11 @@ TRANSFORMATIONS = [
 SOME = (linearize, grad, forward_over_reverse, reverse_over_reverse, vmap, vmap_of_grad, scan,
         shard_map)  # fmt: skip
 MOST = (*SOME, hessian, reverse_over_forward, grad_of_vmap, while_loop)
-SPARED = dict.fromkeys((BATCH_EVAL, INSTANCE, *FUSED), SOME) | dict.fromkeys(
-    (RMS, GROUP, WEIGHT), MOST
+BATCHED = (*MOST, vjp, third, vmap_one, vmap_of_vmap)  # a kernel has rules of its own for these
+SPARED = (
+    dict.fromkeys((BATCH_EVAL, INSTANCE, *FUSED), SOME)
+    | dict.fromkeys((RMS, GROUP, WEIGHT), MOST)
+    | dict.fromkeys(KERNELS, BATCHED)
 )
 TOGETHER = [
     (case, transformation) for case in CASES for transformation in SPARED.get(case, TRANSFORMATIONS)

@@ -62,7 +62,7 @@ class StudyConfig:
             steps=400,
             batch_size=60,
             learning_rates=(0.3, 1.0, 3.0, 10.0, 30.0),
-            normalizations=("none", "batch", "layer", "rms", "weight"),
+            normalizations=("none", "batch", "layer", "rms"),
         ),
         Plan(
             "conv",

@@ -98,6 +98,20 @@ def final_state(folder, step):
     return Checkpoints(folder).restore(template, step)[0]
 
 
+@pytest.mark.seconds(60, "it trains twice")
+def test_a_run_goes_on_from_its_checkpoint(tmp_path, capsys):
+    options = ["--every", "2", "--layout", "fsdp", "--checkpoints", str(tmp_path / "run")]
+    assert train.main([*options, "--steps", "2"]) == train.main([*options, "--steps", "20"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("1 processes, 8 devices, batch 64\nstep     2  loss ")
+    assert "going on from step 2\nstep     4  loss " in said
+    losses = [float(found) for found in re.findall(r"loss ([\d.]+)", said)]
+    assert len(losses) == 10 and losses[-1] < 0.8 * losses[0]
+    assert len(re.findall(r"^test accuracy [\d.]+%$", said, re.M)) == 2
+    assert final_state(tmp_path / "run", 20).step == 20
+
+
+@pytest.mark.slow
 @pytest.mark.seconds(240, "five processes that train")
 def test_a_killed_run_goes_on_under_slurm_and_ends_where_one_process_does(environment, tmp_path):
     """Two processes that split batch and parameters, twice, against one that sees all."""

@@ -19,7 +19,7 @@ from jaxnorm.training import create_train_state, make_train_step
 RATES = {"mlp": {"batch": 0.3}, "conv": {"batch": 1.0}}
 STEPS, SIZES = {"mlp": 400, "conv": 100}, {"mlp": 60, "conv": 32}
 SEED = 7
-PAIRS = [(network, name) for network, rates in RATES.items() for name in rates]
+PAIRS = [("mlp", "batch"), pytest.param("conv", "batch", marks=pytest.mark.slow)]
 
 
 def train(network, normalization, folder):

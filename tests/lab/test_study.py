@@ -14,7 +14,10 @@ from jaxnorm.monitor import Recording
 
 NAMES = ("none", "batch", "instance")
 TINY = study.StudyConfig(
-    plans=(study.Plan("mlp", 7, 20, (0.1, 1e38), NAMES), study.Plan("conv", 4, 10, (0.1,), NAMES)),
+    plans=(
+        study.Plan("mlp", 7, 20, (0.1, 1e38), NAMES),
+        study.Plan("conv", 2, 10, (0.1,), ("instance",)),
+    ),
     seeds=2,
     samples=3,
 )
@@ -32,24 +35,22 @@ def result(digits):
     return found, seen
 
 
-@pytest.mark.seconds(90, "it trains five networks")
+@pytest.mark.seconds(90, "it trains three networks")
 def test_every_pair_that_fits_is_trained(result):
     found, _ = result
     assert [(each.network, each.normalization) for each in found.curves] == [
         ("mlp", "none"),
         ("mlp", "batch"),
-        ("conv", "none"),
-        ("conv", "batch"),
         ("conv", "instance"),
     ]
     rows = [(row.network, row.normalization, row.applicable) for row in found.summaries]
-    assert rows[2] == ("mlp", "instance", False) and len(rows) == 6
+    assert rows[2] == ("mlp", "instance", False) and len(rows) == 4
 
 
 def test_progress_ends_with_every_step_made(result):
     _, seen = result
     last = {(state.network, state.normalization): state for state in seen}
-    assert len(last) == 5
+    assert len(last) == 3
     assert all(state.step == state.steps for state in last.values())
 
 
@@ -90,7 +91,7 @@ def test_the_monitor_sees_a_signal_die_and_normalization_keep_it(result, tmp_pat
 
 def test_recordings_of_an_earlier_study_are_replaced(result, tmp_path):
     first = result[0].write_recordings(tmp_path)
-    (tmp_path / "conv-none" / "samples-00000007.npz").write_bytes(b"of a longer run")
+    (tmp_path / "conv-instance" / "samples-00000007.npz").write_bytes(b"of a longer run")
     again = result[0].write_recordings(tmp_path)
     for key, recording in first.items():
         read = Recording(again[key].folder)

@@ -59,7 +59,7 @@ def copy_tree(to: Path) -> None:
 
 def pytest(tree: Path, tests: list[str]) -> tuple[int, str]:
     """The exit status, and what failed first."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-m", "", *tests]
     # `jaxnorm` must be the copy's, in subprocesses too, whatever is installed.
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)

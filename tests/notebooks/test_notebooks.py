@@ -1,4 +1,4 @@
-"""Every notebook runs, with `--all-cells` from first cell to last, and is stored as it ran."""
+"""Every notebook runs, with `-m slow` from first cell to last, and is stored as it ran."""
 
 import base64
 import os
@@ -52,11 +52,12 @@ def draws(cell) -> bool:
     return any("image/png" in output.get("data", {}) for output in cell.get("outputs", ()))
 
 
-@pytest.mark.seconds(240, "it runs a notebook, with --all-cells to its end")
+@pytest.mark.seconds(TOTAL_SECONDS, "it runs a notebook")
+@pytest.mark.parametrize("cells", ["to a plot", pytest.param("all", marks=pytest.mark.slow)])
 @each_notebook
-def test_runs_without_an_error(path, tmp_path, monkeypatch, pytestconfig):
+def test_runs_without_an_error(path, cells, tmp_path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
-    if not pytestconfig.getoption("all_cells"):
+    if cells != "all":
         first = next(i for i, cell in enumerate(notebook.cells) if draws(cell))
         del notebook.cells[first + 1 :]
     # The kernel finds this checkout, sees one plain CPU, and keeps its files to itself.

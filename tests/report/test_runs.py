@@ -38,12 +38,14 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def show(browser, tmp_path):
-    """Puts a page of runs before the browser."""
+    """Puts a page of runs, or one that was written before, in front of the browser."""
 
-    def shown(*runs, width=1200, dark=False):
-        (tmp_path / "report.html").write_text(render_runs(runs, VERSIONS))
+    def shown(*runs, page=None, width=1200, dark=False):
+        if page is None:
+            page = tmp_path / "report.html"
+            page.write_text(render_runs(runs, VERSIONS))
         browser.look(width, dark=dark)
-        browser.open(tmp_path / "report.html")
+        browser.open(page)
         return browser
 
     yield shown
@@ -52,13 +54,22 @@ def show(browser, tmp_path):
         assert [url for url in browser.requests if not url.startswith(("file:", "data:"))] == []
 
 
-@pytest.fixture
-def pair(tmp_path):
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
     """With and without normalization."""
+    folder = tmp_path_factory.mktemp("pair")
     return (
-        Run("with", "", invent(tmp_path / "a", shift=4), [finding()]),
-        Run("without", "", invent(tmp_path / "b", norm="")),
+        Run("with", "", invent(folder / "a", shift=4), [finding()]),
+        Run("without", "", invent(folder / "b", norm="")),
     )
+
+
+@pytest.fixture(scope="module")
+def of_pair(pair, tmp_path_factory):
+    """Their page."""
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(render_runs(pair, VERSIONS))
+    return path
 
 
 def filled(number):
@@ -153,15 +164,15 @@ def test_settings_and_what_was_lost_are_said(page):
         assert text in page
 
 
-def test_layers_that_not_every_run_has_are_said(page, pair):
+def test_layers_that_not_every_run_has_are_said(page, pair, of_pair):
     assert collect(pair).differences == ["with: BatchNorm_0, BatchNorm_1, BatchNorm_2"]
-    assert "Not every run has the same layers" in render_runs(pair, VERSIONS)
+    assert "Not every run has the same layers" in of_pair.read_text()
     assert "Not every run has the same layers" not in page
 
 
 @needs_chromium
-def test_every_chart_is_drawn_and_nothing_is_asked_of_the_network(show, pair):
-    browser = show(*pair)
+def test_every_chart_is_drawn_and_nothing_is_asked_of_the_network(show, of_pair):
+    browser = show(page=of_pair)
     shown = browser.run(
         "[...document.querySelectorAll('.chart')].filter((c) => c.querySelector('svg'))"
         ".map((c) => c.id)"
@@ -175,8 +186,8 @@ def test_every_chart_is_drawn_and_nothing_is_asked_of_the_network(show, pair):
 
 
 @needs_chromium
-def test_the_run_is_toggled_in_place_on_one_scale(show, pair):
-    browser = show(*pair)
+def test_the_run_is_toggled_in_place_on_one_scale(show, of_pair):
+    browser = show(page=of_pair)
     legend = "document.querySelector('#chart-heat .role-legend').innerHTML"
     before, scale = browser.drawn("heat"), browser.run(legend)
     browser.choose('input[name="run"][value="1"]')
@@ -192,8 +203,8 @@ def test_the_run_is_toggled_in_place_on_one_scale(show, pair):
 
 
 @needs_chromium
-def test_each_choice_changes_what_is_drawn(show, pair):
-    browser = show(*pair)
+def test_each_choice_changes_what_is_drawn(show, of_pair):
+    browser = show(page=of_pair)
     for selector, value, chart in (
         ("#measure", "skewness", "heat"),
         ('input[name="kind"][value="norm-input"]', None, "heat"),
@@ -213,8 +224,8 @@ def test_each_choice_changes_what_is_drawn(show, pair):
 
 
 @needs_chromium
-def test_the_slider_and_the_choices_work_by_keyboard(show, pair):
-    browser = show(*pair)
+def test_the_slider_and_the_choices_work_by_keyboard(show, of_pair):
+    browser = show(page=of_pair)
     browser.run("document.querySelector('#step').focus()")
     before = browser.drawn("histogram")
     browser.press("ArrowLeft", 37)
@@ -226,8 +237,8 @@ def test_the_slider_and_the_choices_work_by_keyboard(show, pair):
 
 
 @needs_chromium
-def test_the_page_shows_the_numbers_of_the_recording(show, pair):
-    browser = show(*pair)
+def test_the_page_shows_the_numbers_of_the_recording(show, pair, of_pair):
+    browser = show(page=of_pair)
     recording = pair[0].recording
     cells = values(browser, "heat", "cells")
     places = [p for p in recording.places if p.kind == "relu" and p.side == "input"]
@@ -347,8 +358,8 @@ def test_markup_in_names_is_shown_and_never_run(show, tmp_path):
 
 @needs_chromium
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_phone_shows_all_of_it(show, pair, dark):
-    browser = show(*pair, width=390, dark=dark)
+def test_a_phone_shows_all_of_it(show, of_pair, dark):
+    browser = show(page=of_pair, width=390, dark=dark)
     assert browser.run("document.documentElement.scrollWidth") == 390
     assert browser.run(
         "[...document.querySelectorAll('.chart svg')].every((svg) => "
@@ -360,9 +371,11 @@ def test_a_phone_shows_all_of_it(show, pair, dark):
 
 
 @needs_chromium
-def test_a_page_follows_when_the_lights_go_out(show, pair):
-    browser = show(*pair)
+def test_a_page_follows_when_the_lights_go_out(show, of_pair):
+    browser = show(page=of_pair)
     before = browser.drawn("heat")
     browser.look(dark=True)
+    # The page hears of it some time later, and fails by never changing.
+    browser.wait(f"document.querySelector('#chart-heat svg')?.innerHTML !== {json.dumps(before)}")
     browser.settle()
     assert browser.drawn("heat") != before
