@@ -99,7 +99,8 @@ def final_state(folder, step):
 
 
 @pytest.mark.seconds(60, "it trains twice")
-def test_a_run_goes_on_from_its_checkpoint(tmp_path, capsys):
+def test_a_run_goes_on_from_its_checkpoint(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "initialize", lambda: False)  # it must come before JAX's first use
     options = ["--every", "2", "--layout", "fsdp", "--checkpoints", str(tmp_path / "run")]
     assert train.main([*options, "--steps", "2"]) == train.main([*options, "--steps", "20"]) == 0
     said = capsys.readouterr().out
