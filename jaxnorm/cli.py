@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--quick",
         action="store_true",
-        help="two seeds, three learning rates, fewer steps: half the time, and rougher figures",
+        help="two seeds, fewer learning rates and steps: half the time, and rougher figures",
     )
     doctor = commands.add_parser(
         "doctor",
