@@ -14,11 +14,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import optax
 
@@ -302,7 +302,7 @@ def _quick_options() -> dict[str, Any]:
         return {}
     options: dict[str, Any] = {"xla_backend_optimization_level": 0}
     # Half the time; later versions have the slower emitters only, and refuse the option.
-    if jaxlib.__version__.startswith("0.10."):
+    if metadata.version("jaxlib").startswith("0.10."):
         options["xla_cpu_use_fusion_emitters"] = False
     return options
 
