@@ -45,9 +45,11 @@ from jaxnorm.training.record import (
     listed,
     make_record,
     named_leaves,
+    not_stored,
     place,
     plain_type,
     read_record,
+    structures,
     to_plain,
 )
 from jaxnorm.training.state import TrainState
@@ -146,7 +148,7 @@ class Checkpoints:
         # The leaves say where they lie, whichever mesh is set around the call.
         with jax.set_mesh(None):
             plain = {name: to_plain(leaf) for name, leaf in leaves.items()}
-            record = make_record(operation, leaves, checksums(operation, plain), data)
+            record = make_record(operation, state, leaves, checksums(operation, plain), data)
             self.wait()
             newest = max(self._steps().keys() - self._damaged, default=-1)
             step = int(np.max(state.step))
@@ -171,6 +173,9 @@ class Checkpoints:
         Every value comes back bit for bit, placed on the devices as the template's leaf is,
         whichever mesh it was saved from. A leaf without a place (a fresh array that is bound to no
         device, a ShapeDtypeStruct without a sharding) gives an array bound to no device.
+
+        What a monitor saw is restored where the template has the same monitor on the same model;
+        otherwise it is left out, or starts empty. All else must be as it was saved.
 
         Without a `step`, the newest checkpoint that is whole. A newer one that is damaged is
         skipped with a warning that names it; the next `save` moves it to `folder/damaged`.
@@ -197,13 +202,19 @@ class Checkpoints:
         with jax.set_mesh(None):
             values = {n: to_plain(leaf) for n, leaf in leaves.items() if has_values(leaf)}
             checksums(operation, values)
-            number, (state, data), skipped = self._newest_whole(operation, leaves, step)
+            number, (state, data), skipped = self._newest_whole(
+                operation, leaves, structures(template), step
+            )
         for error in skipped:
             warnings.warn(f"{error} Restored step {number} instead.", stacklevel=2)
         return jax.tree.unflatten(jax.tree.structure(template), state), data
 
     def _newest_whole(
-        self, operation: str, leaves: Mapping[str, Any], step: int | None
+        self,
+        operation: str,
+        leaves: Mapping[str, Any],
+        optional: Mapping[str, int],
+        step: int | None,
     ) -> tuple[int, Any, list[DamagedCheckpointError]]:
         """The step that was read, what was read, and why later ones were not."""
         self.wait()
@@ -217,7 +228,7 @@ class Checkpoints:
         skipped = []
         for number in sorted(found, reverse=True) if step is None else [step]:
             try:
-                return number, _read(operation, found[number], number, leaves), skipped
+                return number, _read(operation, found[number], number, leaves, optional), skipped
             except DamagedCheckpointError as error:
                 self._damaged.add(number)
                 skipped.append(error)
@@ -316,9 +327,16 @@ def _writing(operation: str, folder: str) -> Iterator[None]:
 
 
 def _read(
-    operation: str, path: Any, step: int, leaves: Mapping[str, Any]
+    operation: str,
+    path: Any,
+    step: int,
+    leaves: Mapping[str, Any],
+    optional: Mapping[str, int],
 ) -> tuple[list[jax.Array], dict[str, Any]]:
-    """The leaves of a checkpoint in the order of `leaves`, and its data."""
+    """The leaves of a checkpoint in the order of `leaves`, and its data.
+
+    Those of an optional field that was saved otherwise are zeros, of which it starts empty.
+    """
 
     def damaged(why: str) -> DamagedCheckpointError:
         return DamagedCheckpointError(
@@ -327,11 +345,13 @@ def _read(
             step,
         )
 
-    record, values, different, error = {}, {}, "", None
+    record, values, different, empty, error = {}, {}, "", set(), None
     try:
         record = read_record(ocp.JsonCheckpointHandler().restore(path / _RECORD))
         different = differences(record, leaves)
-        values = {} if different else read_values(path / _STATE, leaves)
+        empty = not_stored(record, leaves, optional)
+        read = {name: leaf for name, leaf in leaves.items() if name not in empty}
+        values = {} if different else read_values(path / _STATE, read)
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # says nothing about the files
     except Exception as caught:  # of any kind: a truncated file makes TensorStore's a bare one
@@ -345,10 +365,14 @@ def _read(
             "with, or name that model's folder."
         )
     found = checksums(operation, values)
-    wrong = [name for name in leaves if found[name] != record["leaves"][name]["checksum"]]
+    wrong = [name for name in values if found[name] != record["leaves"][name]["checksum"]]
     if wrong:
         raise damaged(f"{listed(wrong)} came back with other bits than were saved")
-    state = [from_plain(values[name], record["leaves"][name]) for name in leaves]
+    zeros = {name: _zeros(leaves[name]) for name in empty}
+    state = [
+        zeros[name] if name in empty else from_plain(values[name], record["leaves"][name])
+        for name in leaves
+    ]
     return state, record["data"]
 
 
@@ -373,13 +397,17 @@ def read_values(path: Any, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
     try:
         stored = {name: restore_args(leaf) for name, leaf in leaves.items() if leaf.size}
         wanted = unflatten_dict(stored, sep="/")
-        args = ocp.args.PyTreeRestore(item=wanted, restore_args=wanted)
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=wanted, partial_restore=True)
         read = flatten_dict(handler.restore(path, args=args), sep="/")
     finally:
         handler.close()
     # Orbax stores nothing for an array without elements.
-    empty = {n: jnp.zeros(*plain_type(x), device=place(x)) for n, x in leaves.items() if not x.size}
+    empty = {name: _zeros(leaf) for name, leaf in leaves.items() if not leaf.size}
     return empty | {name: jnp.asarray(value) for name, value in read.items()}
+
+
+def _zeros(leaf: Any) -> jax.Array:
+    return jnp.zeros(*plain_type(leaf), device=place(leaf))
 
 
 def _on_any_process(failed: bool) -> bool:

@@ -3,7 +3,8 @@
 Orbax stores plain arrays under names that do not depend on the classes of a state; a random key is
 stored as its data, and what kind of key it was stands in the record. The record is a JSON object:
 
-    {"data": {...}, "leaves": {name: {"shape", "dtype", "checksum", "key"?}}, "crc32": of all else}
+    {"data": {...}, "leaves": {name: {"shape", "dtype", "checksum", "key"?}},
+     "optional": {field: checksum of its structure}, "crc32": of all else}
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from jax.sharding import AbstractMesh, NamedSharding, Sharding
 from jaxnorm.training.state import TrainState
 
 Leaves = Mapping[str, Any]  # name, such as params/Dense_0/kernel -> array or ShapeDtypeStruct
+# Fields of a TrainState that a run goes on without: instruments, which change no other number.
+OPTIONAL = ("monitor",)
 
 
 def named_leaves(operation: str, argument: str, state: Any) -> dict[str, Any]:
@@ -111,8 +114,16 @@ def plain_type(leaf: Any) -> tuple[tuple[int, ...], Any]:
     return plain.shape, plain.dtype
 
 
+def structures(state: TrainState) -> dict[str, int]:
+    """A checksum of the structure of each optional field: what its arrays mean."""
+    return {
+        field: zlib.crc32(str(jax.tree.structure(getattr(state, field))).encode())
+        for field in OPTIONAL
+    }
+
+
 def make_record(
-    operation: str, leaves: Leaves, checksums: Mapping[str, int], data: Any
+    operation: str, state: TrainState, leaves: Leaves, checksums: Mapping[str, int], data: Any
 ) -> dict[str, Any]:
     """The record of a state about to be saved."""
     data = {} if data is None else data
@@ -130,7 +141,7 @@ def make_record(
     for name, leaf in leaves.items():
         if is_key(leaf):
             described[name]["key"] = jax.random.key_impl(leaf)
-    record = {"data": dict(data), "leaves": described}
+    record = {"data": dict(data), "leaves": described, "optional": structures(state)}
     return {**record, "crc32": _crc32(record)}
 
 
@@ -142,11 +153,30 @@ def read_record(stored: Any) -> dict[str, Any]:
     return record
 
 
+def not_stored(record: Mapping[str, Any], leaves: Leaves, template: Mapping[str, int]) -> set[str]:
+    """Leaves of optional fields that are stored otherwise than a template has them, or not at all.
+
+    `template` is what `structures` says of it.
+    """
+    stored, missing = record["leaves"], set()
+    for field in OPTIONAL:
+        wanted = {name: _type(leaf) for name, leaf in leaves.items() if _field(name) == field}
+        has = {name: _kind(stored[name]) for name in stored if _field(name) == field}
+        # Records from before there were structures have none.
+        if wanted != has or record.get("optional", template)[field] != template[field]:
+            missing |= wanted.keys()
+    return missing
+
+
 def differences(record: Mapping[str, Any], leaves: Leaves) -> str:
-    """In words, how the leaves of a template differ from those stored; empty if they do not."""
+    """In words, how the leaves of a template differ from those stored; empty if they do not.
+
+    Optional fields may differ.
+    """
     stored, found = record["leaves"], []
-    for name in [*stored, *(name for name in leaves if name not in stored)]:
-        has = {k: stored[name][k] for k in ("shape", "dtype")} if name in stored else None
+    names = [*stored, *(name for name in leaves if name not in stored)]
+    for name in (name for name in names if _field(name) not in OPTIONAL):
+        has = _kind(stored[name]) if name in stored else None
         wants = _type(leaves[name]) if name in leaves else None
         if has != wants:
             found.append(f"{name} is stored as {_shown(has)} and wanted as {_shown(wants)}")
@@ -163,6 +193,15 @@ def brief(thing: Any) -> str:
     """One line of an error of another library, or of a value."""
     text = " ".join(str(thing).split()) or type(thing).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _field(name: str) -> str:
+    """The field of a TrainState in which a leaf lies."""
+    return name.partition("/")[0]
+
+
+def _kind(stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: stored[key] for key in ("shape", "dtype")}
 
 
 def _type(leaf: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Checkpoints: on any mesh, never half of one, and a killed run ends like one that was not."""
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -17,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxnorm.linen import BatchNorm
+from jaxnorm.monitor import Monitor
 from jaxnorm.training import create_train_state, make_train_step
 from jaxnorm.training.checkpoint import Checkpoints, DamagedCheckpointError
 
@@ -390,3 +392,50 @@ def test_another_mesh_may_be_set_and_the_template_donated(tmp_path, axis_type):
         restored, _ = checkpoints.restore(template)
     assert_identical(restored, state)
     assert_placed_like(restored, template)
+
+
+MONITORS = {
+    "none": None,
+    "all": Monitor(every=1, capacity=3),
+    "longer": Monitor(every=1, capacity=4),
+    "values": Monitor(every=1, capacity=3, gradients=False),
+}
+
+
+@functools.cache
+def watched(name):
+    """A state of a run that was looked at, after two steps."""
+    state = create_train_state(NET, OPTIMIZER, 0, jnp.ones((1, 3)))
+    step = make_train_step(NET, OPTIMIZER, lambda y, x: (y**2).mean(), monitor=MONITORS[name])
+    for x in np.random.default_rng(0).normal(size=(2, 8, 3)).astype("f"):
+        state, _ = step(state, x)
+    return step, state
+
+
+@pytest.mark.parametrize("wanted", MONITORS)
+@pytest.mark.parametrize("saved", MONITORS)
+def test_a_run_is_restored_whatever_looked_at_it(tmp_path, saved, wanted):
+    (_, state), (step, template) = watched(saved), watched(wanted)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        restored, _ = checkpoints.restore(template)
+    assert_identical(restored.replace(monitor=None), state.replace(monitor=None))
+    if saved == wanted:
+        assert_identical(restored.monitor, state.monitor)
+    elif restored.monitor is not None:
+        assert restored.monitor.capacity == template.monitor.capacity
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(restored.monitor))
+    following, _ = step(restored, jnp.ones((8, 3)))
+    if wanted != "none":
+        assert int(following.monitor.written) == (3 if saved == wanted else 1)
+
+
+def test_samples_of_other_places_are_not_taken_for_ones_own(tmp_path):
+    _, state = watched("all")
+    schema = state.monitor.schema
+    other = dataclasses.replace(schema, parameters=schema.parameters[::-1])  # as many numbers
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        template = state.replace(monitor=state.monitor.replace(schema=other))
+        restored, _ = checkpoints.restore(template)
+    assert restored.monitor.schema == other and int(restored.monitor.written) == 0
