@@ -227,6 +227,14 @@ def groups_from(operation: str, num_groups, group_size, x) -> int:
     return features // group_size
 
 
+def reduced_from(reduction_axes: Axes | None, x) -> Axes | None:
+    """The axes that a group normalization reduces, as Flax's layers take them.
+
+    One example without a batch axis, an array of rank 1, is its features.
+    """
+    return -1 if reduction_axes is None and x.ndim == 1 else reduction_axes
+
+
 def kernel_options(operation: str, standardized: bool, use_gain: bool, mask) -> None:
     """What goes together in a layer whose kernel can be standardized."""
     if use_gain and not standardized:

@@ -85,8 +85,8 @@ class BatchNorm(nn.BatchNorm):
             start.count if count is None else count.value,
         )
         initializing = self.is_initializing()
-        # A model of one example, whose batch is a named axis, has no batch while initializing.
-        one_example = initializing and self.axis_name is not None and x.ndim == len(shape)
+        # As in Flax, one example without a batch axis is enough to initialize.
+        one_example = initializing and x.ndim == len(shape)
         # A named axis need not exist while initializing; inside `shard_map` it may.
         bound = not initializing or is_bound(self.axis_name)
         training = not use_running_average
@@ -248,7 +248,7 @@ class GroupNorm(nn.GroupNorm):
             x,
             *_parameters(self, _feature_shape(self, "axis", -1, x), scale, bias),
             num_groups=check.groups_from("GroupNorm", self.num_groups, self.group_size, x),
-            axis=self.reduction_axes,
+            axis=check.reduced_from(self.reduction_axes, x),
             mask=mask,
             **_options(self),
         )

@@ -277,7 +277,8 @@ class GroupNorm(nnx.GroupNorm):
         """
         x, scale, bias = _promoted(self, x, *_parameters(self, scale, bias))
         return functional.group_norm(
-            x, scale, bias, num_groups=self.num_groups, axis=self.reduction_axes, mask=mask,
+            x, scale, bias, num_groups=self.num_groups,
+            axis=check.reduced_from(self.reduction_axes, x), mask=mask,
             **_options(self),
         )  # fmt: skip
 

@@ -109,6 +109,22 @@ def test_initialization_updates_nothing_and_needs_no_axis():
     del variables
 
 
+def test_one_example_without_a_batch_axis():
+    """It initializes a batch norm, as in Flax, and is no batch to train on; groups need none."""
+    one = X[0, 0, 0]
+    (y, variables), (_, wanted) = (m.BatchNorm(False).init_with_output(KEY, one) for m in (jnn, nn))
+    jax.tree.map(np.testing.assert_array_equal, variables, wanted)
+    assert y.shape == one.shape
+    with pytest.raises(ValueError, match="a batch has an axis beside the features"):
+        jnn.BatchNorm(False).apply(variables, one, mutable=["batch_stats"])
+    ours, theirs = (m.GroupNorm(num_groups=3) for m in (jnn, nn))
+    variables = jax.tree.map(lambda a: a + RNG.normal(size=a.shape), theirs.init(KEY, one))
+    wanted = theirs.apply(variables, one)
+    np.testing.assert_allclose(ours.apply(variables, one), wanted, atol=1e-6)
+    mapped = jax.vmap(lambda x: ours.apply(variables, x))(X[0, 0])
+    np.testing.assert_allclose(mapped, ours.apply(variables, X[0, 0]), atol=1e-6)
+
+
 def test_a_model_of_one_example_under_nested_vmap():
     """The batch is two named axes; shared statistics come out unbatched (flax#3319)."""
     shared = {

@@ -100,6 +100,12 @@ def test_group_norm_with_reduction_axes():
     assert_close(layer(X), oracle.group_norm(np.asarray(X), num_groups=3, axis=(1, 3)))
 
 
+def test_groups_of_one_example_without_a_batch_axis():
+    """As `flax.linen` has it; Flax's NNX fails."""
+    layer = make(jnn, "GroupNorm", {"num_groups": 3})
+    assert_close(layer(X[0, 0, 0]), oracle.group_norm(np.asarray(X[0, 0, :1]), num_groups=3)[0])
+
+
 def test_a_count_exists_only_when_asked_for():
     assert not hasattr(make(jnn, "BatchNorm", {}), "count")
     bn = make(jnn, "BatchNorm", {"momentum": None})
