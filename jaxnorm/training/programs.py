@@ -6,6 +6,7 @@ member of a sweep and a run alone are one computation.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -62,6 +63,8 @@ def build_train_step(
     """
     operation, layout = objective.operation, objective.layout
     update = optax.with_extra_args_support(optimizer).update
+    taken = inspect.signature(update).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Any]:
         check_single(operation, state)
@@ -70,14 +73,13 @@ def build_train_step(
         result, grads = objective.value_and_grad(state.variables, key, batch)
         loss, (metrics, written) = result
         grads = keep_parameters(layout, grads)
-        updates, opt_state = update(
-            grads,
-            state.opt_state,
-            state.params,
-            value=loss,
-            grad=grads,
-            value_fn=lambda params: objective.value(params, state.variables, key, batch),
-        )
+        extra = {
+            "value": loss,
+            "grad": grads,
+            "value_fn": lambda params: objective.value(params, state.variables, key, batch),
+        }
+        given = {name: value for name, value in extra.items() if takes_all or name in taken}
+        updates, opt_state = update(grads, state.opt_state, state.params, **given)
         finite = jnp.isfinite(loss)
         new = state.replace(
             step=state.step + 1,

@@ -200,6 +200,8 @@ OPTIMIZERS = {
     "masked": optax.adamw(0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
     "inject": optax.inject_hyperparams(optax.rmsprop)(optax.linear_schedule(0.1, 0.0, 9)),
     "apply if finite": optax.apply_if_finite(optax.lion(0.01), 3),
+    # Its update takes no further arguments, though its type says so.
+    "sharpness aware": optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.01), sync_period=2),
 }
 
 
