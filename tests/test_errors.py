@@ -41,6 +41,14 @@ BAD = {
     "rank 0": (lambda: layer_norm(jnp.float32(1)), ValueError, "x.shape=()", "lies between"),
     "empty batch": (lambda: bn(jnp.ones((0, 5))), ValueError, "x.shape=(0, 5)", "Skip"),
     "empty row": (lambda: layer_norm(jnp.ones((5, 0))), ValueError, "(5, 0)", "Skip"),
+    "empty group": (lambda: group_norm(jnp.ones((5, 0)), num_groups=4), ValueError, "(5, 0)", "Sk"),
+    "symbolic": (
+        lambda: jax.eval_shape(
+            lambda x: bn(x, virtual_batch_size=4),
+            jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 5), jnp.float32),
+        ),
+        ValueError, "x.shape=(b, 5)", 'symbolic_shape("4*b")',
+    ),
     "integers": (lambda: bn(jnp.ones((4, 5), int)), TypeError, "int32", "astype"),
     "string": (lambda: layer_norm("abc"), TypeError, "str 'abc'", "asarray"),
     "strings": (lambda: rms_norm(np.array(["a"])), TypeError, "<U1", "astype"),

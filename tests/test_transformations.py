@@ -23,6 +23,8 @@ from cases import (
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+import jaxnorm
+
 
 def directions(arguments, seed=3):
     return tuple(cotangent(a.shape, seed + i) for i, a in enumerate(arguments))
@@ -212,6 +214,20 @@ def test_export_runs_what_was_exported(case: Case):
     function = jax.jit(lambda *b: jax.vjp(case.function, *b)[0])
     exported = jax.export.deserialize(jax.export.export(function)(*a).serialize())
     np.testing.assert_allclose(exported.call(*a), jax.jit(case.function)(*a), atol=1e-6)
+
+
+def test_export_with_statistics_and_moments():
+    x = BATCH.arguments()[0]
+    stats = jaxnorm.init_batch_stats(x.shape[-1])
+
+    def both(x, stats):
+        y, new = jaxnorm.batch_norm(x, None, None, stats, training=True)
+        return y, new, jaxnorm.moments(x, (0, 1))
+
+    stored = jax.export.export(jax.jit(both))(x, stats).serialize()
+    got = jax.export.deserialize(stored).call(x, stats)
+    assert (type(got[1]), type(got[2])) == (jaxnorm.BatchStats, jaxnorm.Moments)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, jax.jit(both)(x, stats))
 
 
 @pytest.mark.unchecked_types  # it does not know sizes that are symbols

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Float, Inexact
 
 
@@ -106,6 +106,10 @@ class Moments(NamedTuple):
         """
         real = jnp.zeros(shape, jnp.finfo(dtype).dtype)
         return cls(real, jnp.zeros(shape, dtype), real)
+
+
+# An exported program that takes or returns moments can be written to a file.
+export.register_namedtuple_serialization(Moments, serialized_name="jaxnorm.Moments")
 
 
 def abs_squared(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:

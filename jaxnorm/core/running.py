@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Float, Inexact, Int
 
 from jaxnorm.core.blocks import placed_like
@@ -30,6 +30,10 @@ class BatchStats(NamedTuple):
     mean: Inexact[Array, "*features"]  # float32; complex64 for complex data
     var: Float[Array, "*features"]  # float32
     count: Int[Array, ""]  # int32  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+# An exported program that takes or returns statistics can be written to a file.
+export.register_namedtuple_serialization(BatchStats, serialized_name="jaxnorm.BatchStats")
 
 
 def init_batch_stats(

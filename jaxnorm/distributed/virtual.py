@@ -34,6 +34,12 @@ def virtual_batches(
     if size > 0 and axis is not None and share % size == 0:
         others = tuple(a for a in reduction.axes if a != axis)
         return replace(reduction, axes=others, blocks=(axis, share // size), replicas=ALONE)
+    if not isinstance(share, int):
+        raise ValueError(
+            f"{operation}: virtual_batch_size must be known to divide a batch of symbolic size; "
+            f"got virtual_batch_size={size} for x.shape={shape}. Export a multiple of it: "
+            f'jax.export.symbolic_shape("{size}*b").'
+        )
     if size > 0 and size % share == 0 and members % (size // share) == 0:
         if not isinstance(replicas, NamedAxis) or size == share * members:
             return reduction

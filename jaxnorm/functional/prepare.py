@@ -57,7 +57,7 @@ def per_slice(
     scale = check.modulation(op, "scale", scale, x, features)
     bias = check.modulation(op, "bias", bias, x, features)
     two_pass = check.implementation_of(op, implementation, kernels=True)
-    check.not_empty(op, x, reduced)
+    check.not_empty(op, x, reduced if blocks is None else (*reduced, blocks[0]))
     epsilon = check.number(op, "epsilon", epsilon, 0.0, float("inf"), "1e-6")
     mask = check.mask_of(op, mask, x)
     replicas = named_axis(op, axis_name, axis_index_groups)

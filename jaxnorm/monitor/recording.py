@@ -23,6 +23,7 @@ from jaxnorm.monitor.gradients import GradientShift
 from jaxnorm.monitor.marks import Place
 from jaxnorm.monitor.schema import ParameterSummary, Schema
 from jaxnorm.monitor.sights import Sight
+from jaxnorm.monitor.tensorboard import add_scalars
 
 FORMAT = 1
 _HEAD, _CHUNK = "recording.json", "samples-{:08d}.npz"
@@ -81,6 +82,11 @@ class Recording(Displayed):
         self._chunks = 0
         self._steps = np.zeros(0, np.int64)
         self._rows = np.zeros((0, 0), np.float32)
+        if self.folder.is_file():
+            raise RecordingError(
+                f"Recording: a recording is a folder; got '{folder}', which is a file. Name "
+                "another, which need not exist yet."
+            )
         head = self.folder / _HEAD
         if head.exists():
             if not anew:
@@ -244,36 +250,35 @@ class Recording(Displayed):
             frames.append(pandas.DataFrame(columns))
         return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
 
-    def report_to(self, callback: Callable[[int, dict[str, float]], Any]) -> None:
+    def report_to(
+        self, callback: Callable[[int, dict[str, float]], Any], *, after: int = -1
+    ) -> None:
         """Hand each sample to a tracker: ``callback(step, numbers)``.
 
         Args:
             callback: such as ``lambda step, numbers: wandb.log(numbers, step=step)``.
+            after: the last step that the tracker has. Called again, while the run goes on or after
+                a restart, only what follows is handed over.
         """
         for step, numbers in self.numbers():
-            callback(step, numbers)
+            if step > after:
+                callback(step, numbers)
 
     def to_tensorboard(self, folder: str | os.PathLike[str]) -> None:
         """Every number of every sample as a scalar that TensorBoard shows.
 
+        Called again, while the run goes on or after a restart, it adds what is new; steps that
+        were made again replace the earlier ones.
+
         Args:
-            folder: for its event file, such as "runs/first".
+            folder: for this recording's event files, such as "runs/first". Those of other
+                programs in it are left alone.
 
         Raises:
             ModuleNotFoundError: tensorboard is not installed.
+            ValueError: the folder holds the scalars of another recording.
         """
-        try:
-            from tensorboard.summary import Writer
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError(
-                "Recording: TensorBoard's files are written by tensorboard; got an environment "
-                "without it. Install it: pip install tensorboard."
-            ) from None
-        writer = Writer(os.fspath(folder))
-        for step, numbers in self.numbers():
-            for name, number in numbers.items():
-                writer.add_scalar(name, number, step)
-        writer.close()
+        add_scalars(folder, list(self.numbers()))
 
     def _arrays(self) -> dict[str, Any]:
         return {} if self.schema is None else self.schema.split(self._rows)

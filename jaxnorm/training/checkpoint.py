@@ -28,10 +28,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
 from jaxnorm.training.checksum import checksums
@@ -46,16 +45,14 @@ from jaxnorm.training.record import (
     make_record,
     named_leaves,
     not_stored,
-    place,
-    plain_type,
     read_record,
     structures,
     to_plain,
 )
 from jaxnorm.training.state import TrainState
+from jaxnorm.training.stored import SIZES, read_values, sizes_of_files, zeros_for
 
 _STATE, _RECORD = "state", "record"  # the two items of an Orbax checkpoint
-_SIZES = "_SIZES"  # a file of the state's item
 _MOVED = "damaged"  # folder/damaged/<time>/<step>
 
 
@@ -306,13 +303,7 @@ class _StateHandler(ocp.PyTreeCheckpointHandler):
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
-        (directory / _SIZES).write_text(json.dumps(sizes_of_files(directory)))
-
-
-def sizes_of_files(directory: Any) -> dict[str, int]:
-    """Bytes of every file below a directory."""
-    files = (root / name for root, _, names in directory.walk() for name in names)
-    return {str(file.relative_to(directory)): file.stat().length for file in files}
+        (directory / SIZES).write_text(json.dumps(sizes_of_files(directory)))
 
 
 @contextlib.contextmanager
@@ -368,46 +359,12 @@ def _read(
     wrong = [name for name in values if found[name] != record["leaves"][name]["checksum"]]
     if wrong:
         raise damaged(f"{listed(wrong)} came back with other bits than were saved")
-    zeros = {name: _zeros(leaves[name]) for name in empty}
+    zeros = {name: zeros_for(leaves[name]) for name in empty}
     state = [
         zeros[name] if name in empty else from_plain(values[name], record["leaves"][name])
         for name in leaves
     ]
     return state, record["data"]
-
-
-def read_values(path: Any, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Plain arrays by name, each in the place of its leaf."""
-
-    def restore_args(leaf: Any) -> ocp.RestoreArgs:
-        sharding = place(leaf)
-        if sharding is None:
-            return ocp.RestoreArgs(restore_type=np.ndarray)
-        shape, dtype = plain_type(leaf)
-        return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=dtype)
-
-    found = sizes_of_files(path)
-    sizes = json.loads((path / _SIZES).read_text())
-    lost = [name for name, size in sizes.items() if found.get(name) != size]
-    if lost:
-        raise ValueError(f"{listed(lost)} missing or of another size")
-    # The handler rather than a manager: it waits for no other process, so that one which cannot
-    # read its part does not leave the others waiting for it.
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        stored = {name: restore_args(leaf) for name, leaf in leaves.items() if leaf.size}
-        wanted = unflatten_dict(stored, sep="/")
-        args = ocp.args.PyTreeRestore(item=wanted, restore_args=wanted, partial_restore=True)
-        read = flatten_dict(handler.restore(path, args=args), sep="/")
-    finally:
-        handler.close()
-    # Orbax stores nothing for an array without elements.
-    empty = {name: _zeros(leaf) for name, leaf in leaves.items() if not leaf.size}
-    return empty | {name: jnp.asarray(value) for name, value in read.items()}
-
-
-def _zeros(leaf: Any) -> jax.Array:
-    return jnp.zeros(*plain_type(leaf), device=place(leaf))
 
 
 def _on_any_process(failed: bool) -> bool:

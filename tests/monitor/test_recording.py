@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import optax
 import pytest
+from recordings import invent
 
 from jaxnorm.monitor import Monitor, Recording, RecordingError, attach, observe
+from jaxnorm.monitor.buffer import Buffer
 from jaxnorm.training import (
     create_sweep_state,
     create_train_state,
@@ -149,6 +151,64 @@ def test_frames_trackers_and_tensorboard(states, tmp_path):
     values = [event.tensor_proto.float_val[0] for event in shown]
     np.testing.assert_allclose(values, mean, rtol=1e-6)
     assert set(events.Tags()["tensors"]) == set(told[0])
+
+
+def test_trackers_are_told_what_is_new(states, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def shown():
+        events = EventAccumulator(str(tmp_path / "events"), {"tensors": 0})
+        events.Reload()
+        found = events.Tensors("metrics/loss")
+        return [e.step for e in found], [e.tensor_proto.float_val[0] for e in found]
+
+    def files():
+        return sorted((tmp_path / "events").iterdir())
+
+    (tmp_path / "events").mkdir()
+    other = tmp_path / "events" / "events.out.tfevents.1.of.another"
+    other.touch()
+    recording = recorded(tmp_path / "run", states[:1])
+    seen = list(recording.steps)
+    recording.to_tensorboard(tmp_path / "events")
+    assert shown()[0] == seen and len(seen) < 4
+    recording.append(states[-1])
+    for _ in range(2):
+        recording.to_tensorboard(tmp_path / "events")
+        assert shown()[0] == [0, 2, 4, 6]
+        written = files()
+    recording.to_tensorboard(tmp_path / "events")
+    assert files() == written  # there is nothing to write
+    told = []
+    recording.report_to(lambda step, _: told.append(step), after=seen[-1])
+    assert told == [step for step in (0, 2, 4, 6) if step > seen[-1]]
+
+    # A restart makes step 4 and what follows again, with other numbers.
+    made, rows, _ = states[-1].monitor.read()
+    rows[1:] += 1
+    free = np.zeros((1, rows.shape[1]), np.float32)
+    again = recorded(tmp_path / "again", states[:1])
+    schema = states[-1].monitor.schema
+    again.append(Buffer(np.concatenate([rows, free]), np.append(made, 0), 3, schema))
+    again.to_tensorboard(tmp_path / "events")
+    steps, losses = shown()
+    assert steps == [0, 2, 4, 6]
+    np.testing.assert_allclose(losses, again.metrics["loss"], rtol=1e-6)
+    assert not np.allclose(losses[2:], recording.metrics["loss"][2:])
+    assert other.exists()
+    elsewhere = recorded(tmp_path / "elsewhere", states[-1:])
+    (tmp_path / "of another").mkdir()
+    invent(tmp_path / "invented").to_tensorboard(tmp_path / "of another")
+    with pytest.raises(ValueError, match="scalars of another, with no sample"):
+        elsewhere.to_tensorboard(tmp_path / "of another")
+
+
+def test_a_file_is_no_folder_for_a_recording(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(RecordingError, match="which is a file"):
+        Recording(tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_an_empty_recording(tmp_path):
