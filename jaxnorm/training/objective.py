@@ -84,14 +84,20 @@ class Objective:
 
         def micro_batch(carry: Any, i: jax.Array) -> tuple[Any, Any]:
             total, variables = carry
-            differentiate = jax.value_and_grad(self._micro_batch, has_aux=True)
-            (loss, (metrics, written)), grads = differentiate(params, variables, key, batch, i)
+
+            def loss_of(params: Any) -> Result:
+                return self._micro_batch(params, variables, key, batch, i)
+
+            loss, back, (metrics, written) = jax.vjp(loss_of, params, has_aux=True)
+            # Its share of the step's loss: so all gradients on the way, which a monitor may look
+            # at, are those of the step's loss, too.
+            (grads,) = back(jnp.full_like(loss, 1 / self.accumulate))
             total = jax.tree.map(jnp.add, total, widened(grads))
             return (keep_parameters(self.layout, total), written), (loss, metrics)
 
         zeros = keep_parameters(self.layout, widened(jax.tree.map(jnp.zeros_like, params)))
         (total, written), (losses, metrics) = lax.scan(micro_batch, (zeros, carried), self._indices)
-        grads = jax.tree.map(lambda g, p: (g / self.accumulate).astype(p.dtype), total, params)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), total, params)
         return (losses.mean(), (_mean(metrics), written)), grads
 
     @property

@@ -135,14 +135,12 @@ def test_norms_of_parameters_gradients_and_updates(plain, everything):
 
 
 def test_micro_batches_show_what_the_whole_batch_shows(everything):
-    # But for gradients, which are those of the micro-batches' own losses: twice as large here.
     halves, _ = run(2, Monitor(every=1, channels=True), accumulate=2)
     a, b = columns(everything[0][1])[0], columns(halves[-1])[0]
     for name in a:
-        if name.startswith(("sights|values", "sights|channels|")) or name == "metrics|loss":
-            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    mean = "sights|gradients|moments|mean"
-    np.testing.assert_allclose(2 * a[mean], b[mean], rtol=1e-3, atol=1e-6)
+        if name.startswith("sights|") or name == "metrics|loss":
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    assert np.abs(a["sights|gradients|moments|m2"]).min() > 1e-4  # so that a factor would be seen
 
 
 @pytest.mark.sample
