@@ -101,7 +101,9 @@ def _near(reduction: Reduction, x, mask, guess, otherwise: Callable) -> _Counted
     That is also told a scale in which the squares of ``x - guess`` do not overflow.
     """
     count, mean, square = _means(reduction, x, mask, origin=guess)
-    var = jnp.maximum(square - abs_squared(mean), 0)
+    # Where both overflow their difference is infinite, and no NaN for `checkify` to report.
+    largest = lax.full_like(square, jnp.finfo(square.dtype).max)
+    var = jnp.maximum(square - lax.min(abs_squared(mean), largest), 0)
     near = jnp.abs(mean) <= _NEAR * jnp.sqrt(var)
     finite = square < _big(square.dtype)
     # A branch's operands are arrays in memory. Narrowed, this one is the array that is there

@@ -34,7 +34,8 @@ def add_layer_norm(
     Returns:
         `y` and t, both of the shape of `x`. t is rounded once to the dtype that `x` and `residual`
         promote to; `y` is the normalization of that, in the dtype which t, scale and bias promote
-        to, or in `dtype`.
+        to, or in `dtype`. Where a sum exceeds the largest number of its dtype (65504 in float16), t
+        is infinite there, and `y` NaN in that slice.
 
     Raises:
         TypeError: as `layer_norm`, for `residual` too.

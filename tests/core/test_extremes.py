@@ -1,6 +1,6 @@
 """No finite input gives a NaN or an infinity, in the value or in any derivative."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cases import BATCH, FROM_OUTPUT, GROUP, INSTANCE, LAYER, RMS, cotangent
 from compiling import jit_as_users
+from jax.experimental import checkify
 
 MAX = float(np.finfo(np.float32).max)
 RNG = np.random.default_rng(0)
@@ -45,6 +46,23 @@ def test_all_finite(case, epsilon):
     for name, x in EXTREMES.items():
         for what, a in zip(("value", "gradient", "second"), run(jnp.asarray(x, jnp.float32))):
             assert np.isfinite(a).all(), (name, what)
+
+
+@pytest.mark.parametrize("case", FUNCTIONS, ids=lambda c: c.name)
+def test_nothing_on_the_way_is_no_number(case):
+    """`checkify` reports every NaN and division by zero, be its result used or not."""
+    _, scale, bias = case.arguments()
+    ct = cotangent(SHAPE)
+
+    @jax.jit
+    @partial(checkify.checkify, errors=checkify.float_checks)
+    def run(x):
+        y, back = jax.vjp(lambda x: case.function(x, scale, bias), x)
+        return y, back(ct)
+
+    for name, x in EXTREMES.items():
+        error, _ = run(jnp.asarray(x, jnp.float32))
+        assert error.get() is None, (name, error.get())
 
 
 @pytest.mark.parametrize("case", FUNCTIONS, ids=lambda c: c.name)
