@@ -2,14 +2,15 @@
 
     python benchmarks/run.py ops|blocks|tpu|memory|compile|scaling|accuracy|monitor [--quick]
         [--out DIR]
-    python benchmarks/run.py report [--readme|--evidence] [--results DIR] [--out DIR]
+    python benchmarks/run.py report [--docs|--readme|--evidence] [--results DIR] [--out DIR]
 
 A run prints its tables and writes every sample to `<DIR>/<name>.json`; DIR is
 `benchmarks/results` unless given. An interrupted run is continued by the same command, from
 `<DIR>/<name>.partial.jsonl`. A quick run is a smoke test: it writes only where it is told.
 `report` prints the results (those in `--results`) as Markdown, or writes that with its plots into
-`--out`; `report --readme` prints the section that the README holds, `report --evidence` what
-`jaxnorm/kernels/evidence.json` holds, by which implementations are chosen.
+`--out`; `report --docs` prints `docs/benchmarks.md`, `report --readme` the figures that the README
+holds, `report --evidence` what `jaxnorm/kernels/evidence.json` holds, by which implementations are
+chosen.
 """
 
 import argparse
@@ -39,7 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=[*BENCHMARKS, "report"])
-    parser.add_argument("--readme", action="store_true", help="report: the README's section")
+    parser.add_argument("--docs", action="store_true", help="report: docs/benchmarks.md")
+    parser.add_argument("--readme", action="store_true", help="report: the README's figures")
     parser.add_argument(
         "--evidence", action="store_true", help="report: what kernels are chosen by"
     )
@@ -72,7 +74,9 @@ def _measure(given: argparse.Namespace) -> None:
 def _report(given: argparse.Namespace) -> None:
     from benchmarks import report
 
-    if given.readme:
+    if given.docs:
+        print(report.docs(given.results), end="")
+    elif given.readme:
         print(report.readme(given.results), end="")
     elif given.evidence:
         print(report.evidence(given.results), end="")

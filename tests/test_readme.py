@@ -107,3 +107,5 @@ def test_the_figures_are_the_committed_ones():
         sys.path.remove(str(ROOT))
     section = README.split("<!-- measured: begin -->\n")[1].split("<!-- measured: end -->")[0]
     assert section == report.readme(), "python benchmarks/run.py report --readme"
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert page == report.docs(), "python benchmarks/run.py report --docs > docs/benchmarks.md"

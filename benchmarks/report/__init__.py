@@ -8,7 +8,18 @@ from benchmarks import records
 from benchmarks.report import accuracy, plots, programs, section, speed
 from benchmarks.report.table import WORD, Table, origin
 
-__all__ = ["TABLES", "WORD", "Table", "evidence", "origin", "readme", "render", "tables", "write"]
+__all__ = [
+    "TABLES",
+    "WORD",
+    "Table",
+    "docs",
+    "evidence",
+    "origin",
+    "readme",
+    "render",
+    "tables",
+    "write",
+]
 
 TABLES: dict[str, Callable[[dict], list[Table]]] = {
     "ops": lambda results: [speed.summary(results), speed.operations(results)],
@@ -66,9 +77,14 @@ def write(out: Path, folder: Path | None = None) -> list[Path]:
     return [page, *(out / picture for found in pictures.values() for picture in found)]
 
 
+def docs(folder: Path | None = None) -> str:
+    """The page `docs/benchmarks.md`."""
+    return section.page(read(folder))
+
+
 def readme(folder: Path | None = None) -> str:
-    """The README's section of measured figures, between its two markers."""
-    return section.section(read(folder))
+    """The README's few figures, between its two markers."""
+    return section.summary(read(folder))
 
 
 def evidence(folder: Path | None = None) -> str:

@@ -34,6 +34,16 @@ class Explanation:
 def explain(function: Callable, *arguments, platform: str | None = None, **keywords) -> Explanation:
     """Trace a function and tell for each layer, RMS, group or instance norm in it what runs.
 
+    A kernel reads `x` once and writes `y` once; backward it reads `x` and `dy` once and writes `dx`
+    once. On TPUs a slice that is too large for on-chip memory is read again for every sum over it;
+    on GPUs it has no kernel. Where none is asked for, one runs if whole blocks of networks were
+    measured to be faster with it.
+
+    Under `jit` a kernel runs on each device's part of an array on a mesh with Explicit axes, and
+    inside `jax.shard_map`. XLA for TPUs cannot partition a kernel on Auto axes
+    (https://github.com/jax-ml/jax/issues/38196): there XLA's form runs, and to ask for the kernel
+    is an error.
+
     Args:
         function: one of jaxnorm's, or any function that calls them, such as a model's `apply`.
             Nothing is computed.
