@@ -37,7 +37,7 @@ class UsageError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command of the command line.
 
     Args:
       argv: arguments without the program's name; those of the process by default.

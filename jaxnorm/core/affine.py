@@ -1,4 +1,4 @@
-"""From moments to the normalized array: standardize, finish, and what the backward keeps."""
+"""The normalized array from moments: standardize, finish, and what the backward pass keeps."""
 
 from dataclasses import replace
 from functools import partial
@@ -59,7 +59,7 @@ def normalize_held(
     mask: Bool[Array, "*#shape"] | None,
     finish: Finish,
 ) -> Inexact[Array, "*shape"]:
-    """The same of a block in fast memory, in which nothing is kept and all may be read again."""
+    """Normalize a block in fast memory, where nothing is kept and all may be read again."""
     _, _, local = _held(reduction, x, mask)
     return finish(local.standardize(x), scale, bias)
 
@@ -74,7 +74,7 @@ def pull_back_held(
     mask: Bool[Array, "*#shape"] | None,
     finish: Finish,
 ):
-    """From the cotangent of `normalize_held`'s result those of `x`, scale and bias, not rounded."""
+    """Cotangents of `x`, scale and bias, not rounded, from that of `normalize_held`'s result."""
     wide, measured, local = _held(reduction, x, mask)
     given = [p if p is None else p.astype(wide_dtype(p.dtype)) for p in (scale, bias)]
     _, pull = jax.vjp(finish, local.standardize(wide), *given)
@@ -102,7 +102,7 @@ _normalize = jax.jit(_remembering, static_argnums=(0, 1), inline=True)
 def measure(
     x: Inexact[Array, "*shape"], reduction: Reduction, mask: Bool[Array, "*#shape"] | None
 ) -> Measured:
-    """The moments alone."""
+    """The moments alone, without a normalized array."""
     run = _measured if reduction.replicas.mapped else _measure
     return run(reduction, x, mask)
 
@@ -135,7 +135,7 @@ def normalize_with(
     bias: Inexact[Array, "*#shape"] | None,
     finish: Finish,
 ) -> Inexact[Array, "*shape"]:
-    """The same with moments that are given."""
+    """Normalize with moments that are given."""
     run = _normalize_with if finish.is_constant else _remembering_with
     return run(finish, x, local, scale, bias)
 

@@ -169,7 +169,7 @@ def decay_of(operation: str, value):
 
 
 def flag(operation: str, name: str, value) -> bool:
-    """A Python bool."""
+    """An argument that must be a Python bool."""
     if not isinstance(value, bool):
         raise TypeError(
             f"{operation}: {name} must be a Python bool, known when the function is traced; got "
@@ -236,7 +236,7 @@ def reduced_from(reduction_axes: Axes | None, x) -> Axes | None:
 
 
 def kernel_options(operation: str, standardized: bool, use_gain: bool, mask) -> None:
-    """What goes together in a layer whose kernel can be standardized."""
+    """Options that exclude each other in a layer whose kernel can be standardized."""
     if use_gain and not standardized:
         raise ValueError(
             f"{operation}: a gain belongs to a standardized kernel; got use_gain=True with "
@@ -250,7 +250,7 @@ def kernel_options(operation: str, standardized: bool, use_gain: bool, mask) -> 
 
 
 def implementation_of(operation: str, value, *, kernels: bool = False) -> bool:
-    """Whether the two-pass form is asked for. What does not exist is refused, never replaced."""
+    """True if the two-pass form is asked for; an unknown implementation is refused."""
     known = (None, "xla", "two_pass", *(["pallas"] if kernels else []))
     if value not in known:
         names = ", ".join(map(repr, known[1:]))
@@ -263,7 +263,7 @@ def implementation_of(operation: str, value, *, kernels: bool = False) -> bool:
 
 
 def residual_of(operation: str, value, x) -> Array:
-    """What is added to `x`: an array of its shape, never broadcast."""
+    """The array that is added to `x`: of its shape, never broadcast."""
     value = inexact(operation, "residual", value)
     if value.shape != x.shape:
         raise ValueError(
@@ -275,7 +275,7 @@ def residual_of(operation: str, value, x) -> Array:
 
 
 def offset_of(operation: str, value, scale) -> float:
-    """What is added to a scale: a number, and 0 where there is none."""
+    """The number that is added to a scale; it must be 0 where there is no scale."""
     offset = number(operation, "scale_offset", value, float("-inf"), float("inf"), "1.0")
     if offset and scale is None:
         raise ValueError(
@@ -296,7 +296,7 @@ def activation_of(operation: str, value) -> Activation | None:
 
 
 def save_of(operation: str, value, *, activation, axis_name) -> Save:
-    """Which array is kept for the backward pass, with what that excludes."""
+    """The array that is kept for the backward pass, checked against what that excludes."""
     if value not in ("input", "output"):
         raise ValueError(
             f"{operation}: save must be 'input' or 'output'; got save={value!r}. Leave it at "

@@ -41,7 +41,7 @@ def spread(blocks: Array, like: Array) -> Array:
 
 
 def settled(array: Array, number: Array) -> Array:
-    """The same array, but one that compilers for CPUs keep: divided by one, or NaN as `number` is.
+    """An equal array that compilers for CPUs keep in memory: divided by one, or NaN as `number` is.
 
     What ends in a division they compute once; all else anew for each element that it meets, even
     where that means to find out to which block of an axis the element belongs.
@@ -50,7 +50,7 @@ def settled(array: Array, number: Array) -> Array:
 
 
 def placed_like(array: Array, like: Array) -> Array:
-    """What broadcasts to another array, spread over an Explicit mesh as that is, by their types."""
+    """An array that broadcasts to another, sharded over an Explicit mesh as that is by its type."""
     mesh = jax.typeof(like).sharding.mesh
     spec: Any = [None if n == 1 else s for n, s in zip(array.shape, spec_of(like))]
     if mesh.empty or spec == spec_of(array):
@@ -70,7 +70,7 @@ def _repeat(axis: int, size: int) -> Callable:
 
 
 def _layout(array: Array, axis: int) -> tuple[list, list[str], int]:
-    """How an array is spread over an Explicit mesh, by its type; one axis: over which, how many."""
+    """The sharding of an array over an Explicit mesh, by its type; of one axis its mesh axes."""
     sharding, spec = jax.typeof(array).sharding, spec_of(array)
     over = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
     names = [name for name in over if name is not None]

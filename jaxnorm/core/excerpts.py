@@ -63,6 +63,6 @@ def _places(shape: tuple[int, ...], axes: tuple[int, ...]):
 
 
 def _sliceable(x, axes: tuple[int, ...]) -> bool:
-    """Whether none of the axes is, by the type of `x`, spread over an Explicit mesh."""
+    """True if the type of `x` shards none of these axes over an Explicit mesh."""
     spec = spec_of(x)
     return all(spec[a] is None for a in axes)

@@ -1,4 +1,4 @@
-"""What follows standardization: scale, shift, an activation, and the one rounding."""
+"""The steps after standardization: scale, shift, an activation, and the one rounding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,12 +33,12 @@ class Activation:
 
     @property
     def name(self) -> str:
-        """What to call it in an error."""
+        """The function's name as an error shows it."""
         return getattr(self.function, "__name__", repr(self.function))
 
     @property
     def is_constant(self) -> bool:
-        """Whether it is one of JAX's own functions, which hold no values of their own.
+        """True for one of JAX's own functions, which hold no values of their own.
 
         What else is called may hold some that are traced, or that change from call to call.
         """
@@ -72,7 +72,7 @@ class Finish:
         return self.rounded(affine(xhat, factor, shift))
 
     def parameters(self, x, scale, bias):
-        """What xhat is multiplied by and what is added, in the dtype that both are computed in."""
+        """The factor and the summand of xhat, in the dtype that both are computed in."""
         wide = promoted(wide_dtype(x.dtype), self.dtype)
         factor = None if scale is None else self.factor(scale, wide)
         return factor, None if bias is None else bias.astype(wide)
@@ -90,5 +90,5 @@ class Finish:
 
     @property
     def is_constant(self) -> bool:
-        """Whether what was traced with it once may be used again."""
+        """True if a trace made with it may be used again."""
         return self.activation is None or self.activation.is_constant

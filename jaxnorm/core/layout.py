@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 
 def in_order(x: Array, axes: Sequence[int]) -> Array:
-    """The same array; on TPUs with its axes in memory in that order, the last one contiguous.
+    """An equal array; on TPUs its axes lie in memory in that order, the last one contiguous.
 
     Other compilers are told nothing: theirs lie so anyway. Nor is it said where there is more than
     one device: XLA for CPUs, and that for pods of TPU v5p, gathers what such a constraint is put

@@ -79,7 +79,7 @@ def take(
 
 
 def _rescaled(reduction: Reduction, count, scaled: _Scaled, *, masked: bool) -> Measured:
-    """Of `x` itself."""
+    """The moments of `x` itself, from those of scaled data."""
     origin, mean, var, scale = scaled
     n = lax.max(count, lax.full_like(count, 1))
     # An element lies at most sqrt(n) deviations from the mean, any two 2 sqrt(n) from each other.
@@ -162,7 +162,7 @@ def _unguessed(reduction: Reduction, x, mask) -> _Counted:
 
 
 def _by_platform(reduction: Reduction, x, mask, *, cpu: Callable, default: Callable) -> _Counted:
-    """What a CPU does of `x` alone, where that is worth the time to compile it, and others do."""
+    """Measure as a CPU does where that is worth its compile time, and as other platforms do."""
     plain = mask is None and reduction.replicas == ALONE and not jnp.iscomplexobj(x)
     if not (plain and reduction.worth_it(x)):
         return default(reduction, x, mask)
@@ -295,7 +295,7 @@ def _local(
 
 
 def _row_major(reduction: Reduction, x):
-    """The same `x`; the compiler is told that rows which are reduced lie in one piece.
+    """An equal array of which the compiler is told that rows which are reduced lie in one piece.
 
     Left to choose, XLA for TPUs lays whole networks out by columns around the sums of rows, and
     copies what enters and leaves them.

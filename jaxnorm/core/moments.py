@@ -113,14 +113,14 @@ export.register_namedtuple_serialization(Moments, serialized_name="jaxnorm.Momen
 
 
 def abs_squared(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """|x|^2, real."""
+    """The squared modulus ``|x|^2`` as real numbers."""
     if jnp.iscomplexobj(x):
         return lax.square(jnp.real(x)) + lax.square(jnp.imag(x))
     return lax.square(x)
 
 
 def promoted(*dtypes):
-    """What arrays or dtypes promote to by JAX's standard rules, whichever the user has chosen.
+    """The dtype that JAX's standard promotion gives, whichever rules the user has chosen.
 
     Here promotion is meant, and every cast that follows from it is spelled out.
     """

@@ -18,14 +18,14 @@ from jaxtyping import Array, Float
 
 
 def exact(dtype, size: int) -> bool:
-    """Whether sums over that many numbers of `dtype` are exact, if all are of one magnitude."""
+    """True if sums over that many numbers of `dtype` are exact, if all are of one magnitude."""
     if dtype is None or jnp.dtype(dtype).itemsize != 2:
         return False
     return size <= 2 ** (23 - jnp.finfo(dtype).nmant)
 
 
 def terms(x: Float[Array, "*shape"], dtype, size: int, down: float) -> tuple[Array, ...]:
-    """What is to be summed over each slice of `size` numbers, widened from `dtype`.
+    """Terms to be summed over each slice of `size` numbers that were widened from `dtype`.
 
     The numbers, divided by a power of two that keeps their sum in range; their squares in halves;
     and for bfloat16, whose squares can overflow, those of the numbers times `down`.
@@ -42,7 +42,7 @@ def terms(x: Float[Array, "*shape"], dtype, size: int, down: float) -> tuple[Arr
 def solve(
     count: Array, sums: list[Array], dtype, size: int, down: float, big: float
 ) -> tuple[Array, Array, Array, Array]:
-    """Of ``z = x * rescale`` an origin, the mean of ``z - origin`` and the variance; `rescale`."""
+    """An origin, the mean of ``z - origin`` and the variance for ``z = x * rescale``; `rescale`."""
     total, *halves = sums
     rescale = jnp.ones_like(total)
     high, low = halves[:2]

@@ -21,7 +21,7 @@ class Alone:
     """
 
     def size(self) -> int | Array:
-        """Number of replicas."""
+        """The number of replicas that share statistics."""
         return 1
 
     def sum(self, *arrays: Array) -> tuple[Array, ...]:

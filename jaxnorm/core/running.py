@@ -102,7 +102,7 @@ def unbiased(
 
 
 def _share_kept(count, decay, debias: bool):
-    """What share of the old statistics survives the update number count + 1."""
+    """The share of the old statistics that survives the update number count + 1."""
     if decay is None:
         return 1 - 1 / (count.astype(jnp.float32) + 1)
     if not debias:

@@ -1,4 +1,4 @@
-"""What is measured of an array, and of which parts of it."""
+"""Slices of an array, and the moments that are measured of them."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ LARGE = 2**18
 
 
 class LocalMoments(NamedTuple):
-    """What it takes to standardize `x`, with size 1 (or the number of blocks) on reduced axes.
+    """All that standardizes `x`, with size 1 (or the number of blocks) on reduced axes.
 
     The mean comes in two parts, `origin` + `mean`, since one float32 near 1e4 cannot hold it.
     """
@@ -38,11 +38,11 @@ class LocalMoments(NamedTuple):
         return ((x.astype(dtype) - origin) - mean) * rstd.astype(dtype)
 
     def over(self, reduction: "Reduction", x: Inexact[Array, "*shape"]) -> "LocalMoments":
-        """The same with size 1 or that of `x` on all axes: those of blocks, for each entry."""
+        """These moments with size 1 or that of `x` on all axes: those of blocks, for each entry."""
         return LocalMoments(*(self.spread(reduction, part, x) for part in self))
 
     def spread(self, reduction: "Reduction", part: Inexact[Array, "*slices"], x) -> Array:
-        """What belongs to blocks of an axis, for each of its entries."""
+        """Values that belong to blocks of an axis, repeated for each of its entries."""
         wide = spread(part, x)
         if wide.shape == part.shape or not reduction.worth_it(x):
             return wide
@@ -50,7 +50,7 @@ class LocalMoments(NamedTuple):
 
     @classmethod
     def known(cls, mean: Inexact[Array, "*slices"], var: Float[Array, "*slices"], epsilon: float):
-        """From statistics that are given, as in evaluation."""
+        """Local moments from statistics that are given, as in evaluation."""
         return cls(mean, jnp.zeros_like(mean), _reciprocal_root(var + epsilon))
 
 
@@ -100,7 +100,7 @@ class Reduction:
         return number * self.replicas.size()
 
     def worth_it(self, x: Inexact[Array, "*shape"]) -> bool:
-        """Whether the time to normalize `x` outweighs that to compile what makes it faster.
+        """True if normalizing `x` takes long enough to compile what makes it faster.
 
         That is for one device, or one that does not know of others.
         """
@@ -109,7 +109,7 @@ class Reduction:
         return large and not self.at_hand and jax.typeof(x).sharding.mesh.empty
 
     def over(self, reducer: Callable, array: Array) -> Array:
-        """What jnp.sum, jnp.min or their like make of each slice, without the replicas."""
+        """Apply jnp.sum, jnp.min or their like to each slice, without the replicas."""
         reduced = reducer(array, axis=self.axes, keepdims=True)
         return reduced if self.blocks is None else fold(reducer, reduced, *self.blocks)
 

@@ -87,7 +87,7 @@ class AnyGroups(Groups):
         return jnp.min(jnp.where(self._mine(every.ndim), every, jnp.inf), 0)
 
     def agreed(self, condition: Array) -> Array:
-        """Whether it holds in all groups: what follows is a collective of all of them."""
+        """A condition that holds in all groups: all join in the collective that follows."""
         return lax.pmin(condition.astype(jnp.int32), self.name) > 0
 
     def _sum(self, array: Array) -> Array:
@@ -101,7 +101,7 @@ class AnyGroups(Groups):
         return array.reshape(-1, *shape)
 
     def _mine(self, ndim: int = 1) -> Array:
-        """Which members belong to the group of this one, along axis 0."""
+        """A mask of the members, along axis 0, that are in the group of this one."""
         of = np.empty(sum(map(len, self.groups)), np.int32)
         for number, group in enumerate(self.groups):
             of[list(group)] = number
@@ -114,7 +114,7 @@ def _parts(array: Array) -> tuple[Array, ...]:
 
 
 def _varies(name: tuple[str, ...]) -> bool:
-    """Whether values that differ along the axis have a type that says so (check_vma=True)."""
+    """True if values that differ along the axis have a type that says so (check_vma=True)."""
     return bool(varying(lax.axis_index(name)))
 
 
@@ -146,7 +146,7 @@ def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=Non
 
 
 def is_bound(axis_name: AxisName | None) -> bool:
-    """Whether all names are bound where this is traced; False for none."""
+    """True if all names are bound where this is traced; False for no name."""
     names = _names(axis_name)
     try:
         return axis_name is not None and lax.axis_size(names) > 0
@@ -181,7 +181,7 @@ def grouped(every: NamedAxis, groups: tuple[tuple[int, ...], ...]) -> Groups:
 
 
 def _on_mesh(names: tuple[str, ...]) -> bool:
-    """Whether all are axes of a mesh, in a `shard_map` or `pmap`."""
+    """True if all are axes of a mesh, in a `shard_map` or `pmap`."""
     return set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 

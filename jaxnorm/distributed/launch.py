@@ -167,7 +167,7 @@ def _first_failure(workers: list[subprocess.Popen]) -> int | None:
 
 
 def _kill(worker: subprocess.Popen) -> None:
-    """With its own children. Not SIGTERM: JAX catches that, and waits for a common step."""
+    """Kill a process with its children. Not by SIGTERM: JAX would wait for a common step."""
     with suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
 

@@ -64,7 +64,7 @@ def count_correct(logits, batch):
 
 
 def share(rows: np.ndarray) -> np.ndarray:
-    """Of the numbers of a batch's rows, those that this process loads."""
+    """The rows of a batch, by number, that this process loads."""
     return rows[jax.process_index() :: jax.process_count()]
 
 

@@ -1,4 +1,4 @@
-"""Group normalization."""
+"""Group normalization as a pure function."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The moments themselves."""
+"""The moments of an array as a pure function."""
 
 from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact

@@ -1,4 +1,4 @@
-"""What all stateless normalizations share: their options, checked, and the call."""
+"""The options of all stateless normalizations, checked, and the call they share."""
 
 from collections.abc import Callable
 from typing import Any, TypedDict

@@ -1,4 +1,4 @@
-"""Weight standardization."""
+"""Weight standardization as a pure function."""
 
 from jaxtyping import Array, Inexact
 

@@ -1,4 +1,4 @@
-"""Which implementation runs, and why: the one place where that is decided.
+"""The one place that decides which implementation runs, and why.
 
 `evidence.json` holds what whole blocks of networks cost with each implementation, as the benchmark
 measured it; a kernel is chosen where a block is better off with it, not because it exists.
@@ -28,7 +28,7 @@ _interpreted: ContextVar[str | None] = ContextVar("jaxnorm_interpreted", default
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided for one call."""
+    """The implementation chosen for one call, and why."""
 
     norm: Norm
     shape: tuple[int, ...]
@@ -125,7 +125,7 @@ def recorded() -> Iterator[list[Decision]]:
 
 @contextmanager
 def interpreted(platform: str = "tpu") -> Iterator[None]:
-    """What is traced inside runs that platform's kernels anywhere, interpreted and slowly."""
+    """Run a platform's kernels anywhere, interpreted and slowly, in all that is traced inside."""
     token = _interpreted.set(platform)
     try:
         yield

@@ -172,7 +172,7 @@ class Held(Reduction):
         return math.prod(self.sizes)
 
     def over(self, reducer, array: Array) -> Array:
-        """What jnp.sum or jnp.min make of each slice."""
+        """Apply jnp.sum or jnp.min to each slice."""
         nothing = jnp.asarray(jnp.inf if reducer is jnp.min else 0, array.dtype)
         for axis, size in zip(self.axes, self.sizes):
             if size < array.shape[axis]:
@@ -183,7 +183,7 @@ class Held(Reduction):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a block lies in an array: an index for each axis, and which of them lie inside."""
+    """The place of a block in an array: an index for each axis, and which of them lie inside."""
 
     index: tuple[Any, ...]
     inside: Array | None
@@ -221,7 +221,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the slices of an array are spread over programs.
+    """The distribution of an array's slices over programs.
 
     The array is seen as (rows, positions, groups, members). A slice is all positions and members of
     a row and a group. For slices over trailing axes these are all members, of one group; channels
@@ -248,17 +248,17 @@ class Plan:
 
     @property
     def each(self) -> int:
-        """How many programs share a sample."""
+        """The number of programs that share a sample."""
         return self.programs // self.samples
 
     @property
     def steps(self) -> int:
-        """How many blocks a program walks through."""
+        """The number of blocks that a program walks through."""
         return pl.cdiv(self.rows, self.block[0] * self.each)
 
     @property
     def warps(self) -> int:
-        """Of a program."""
+        """The number of warps of a program."""
         return min(max(math.prod(self.block) // (32 * _EACH), 1), 32)
 
     def walk(self, program: Program, refs, step: Callable, carry):
@@ -380,7 +380,7 @@ def _span(norm: Norm) -> tuple[int, int]:
 
 
 def _samples(before: tuple[int, ...], given: tuple[int, ...]) -> int | None:
-    """How many rows a parameter of that shape has; None where they do not follow each other."""
+    """The number of rows of a parameter; None where they do not follow each other."""
     own = max((a + 1 for a, size in enumerate(given[: len(before)]) if size > 1), default=0)
     return math.prod(before[:own]) if given[:own] == before[:own] else None
 
@@ -393,5 +393,5 @@ def _operations(jaxpr) -> set[str]:
 
 
 def _all(conditions: Sequence[Array]) -> Array | None:
-    """Whether they all hold, at each place of a block; None: there is none."""
+    """The conjunction of masks at each place of a block; None where there is no mask."""
     return reduce(operator.and_, conditions) if conditions else None

@@ -21,7 +21,7 @@ from jaxnorm.kernels.tiles import Tiles, tiles_of
 
 @dataclass(frozen=True)
 class Norm:
-    """What is computed: the static half of a call, for arrays of one rank."""
+    """The static half of a call: what is computed, for arrays of one rank."""
 
     operation: str
     reduction: Reduction
@@ -38,11 +38,11 @@ class Norm:
         return tiles_of(shape, self.reduction.axes, dtype, self.reduction.blocks)
 
     def among(self, replicas: Alone) -> "Norm":
-        """The same of blocks that share their slices with others."""
+        """This norm for blocks that share their slices with others."""
         return replace(self, reduction=replace(self.reduction, replicas=replicas))
 
     def behind(self) -> "Norm":
-        """The same for arrays with one more axis in front."""
+        """This norm for arrays with one more axis in front."""
         r = self.reduction
         axes = tuple(a + 1 for a in r.axes)
         blocks = r.blocks and (r.blocks[0] + 1, r.blocks[1])
@@ -64,7 +64,7 @@ class Norm:
         return affine.normalize_held(x, *parameters, mask=mask, **options)
 
     def pulled_back(self, features: int, x: Array, dy: Array, *parameters: Array | None, mask=None):
-        """From the cotangent of `y` those of `x` and of the parameters, in float32."""
+        """Cotangents of `x` and of the parameters, in float32, from that of `y`."""
         options = self._options(features, x)
         return affine.pull_back_held(x, dy, *parameters, mask=mask, **options)
 

@@ -42,7 +42,7 @@ def everywhere(
 
 
 def _here(norm: Norm, x: Array, *others: Array | None) -> tuple[Array, ...]:
-    """With all operands varying over the devices that any of them varies over."""
+    """Operands that all vary over the devices that any of them varies over."""
     from jaxnorm.kernels.operator import normalize  # loaded when a kernel is called, not before
 
     names = frozenset().union(*(varying(a) for a in (x, *others) if a is not None))

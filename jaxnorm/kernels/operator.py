@@ -39,11 +39,11 @@ class Call:
 
     @property
     def count(self) -> int:
-        """How many parameters there are."""
+        """The number of parameters, scale and bias."""
         return self.has_scale + self.has_bias
 
     def behind(self) -> "Call":
-        """The same for arrays with one more axis in front."""
+        """This call for arrays with one more axis in front."""
         return Call(self.norm.behind(), self.has_scale, self.has_bias, self.adds)
 
 
@@ -90,14 +90,14 @@ def _of(call: Call, x: Array, *given: Array) -> Array:
 
 
 def plain_push(call: Call, *operands: Array) -> list[Array]:
-    """From `x`, parameters and the tangents of all, dy, and dx where `x` is a result too."""
+    """The tangent dy, and dx where `x` is a result too, from `x`, parameters and their tangents."""
     primals, tangents = operands[: call.count + 1], operands[call.count + 1 :]
     dy = jax.jvp(partial(_of, call), primals, tangents)[1]
     return [dy, tangents[0]] if call.adds else [dy]
 
 
 def plain_pull(call: Call, *operands: Array) -> list[Array]:
-    """From `x`, parameters and the cotangents of the results, those of `x` and the parameters."""
+    """Cotangents of `x` and the parameters, from these and the cotangents of the results."""
     primals, (dy, *dtotal) = operands[: call.count + 1], operands[call.count + 1 :]
     dx, *dgiven = jax.vjp(partial(_of, call), *primals)[1](dy)
     return [dx + dtotal[0] if dtotal else dx, *dgiven]

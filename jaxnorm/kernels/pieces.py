@@ -35,23 +35,23 @@ class Walk:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Of programs."""
+        """The grid of the kernel's programs."""
         sizes, cut = self.tiles.grid, self.tiles.cut
         turns = (self.turns,) if cut else ()
         return (*(sizes[a] for a in self.outer), *turns, *(sizes[a] for a in cut))
 
     @property
     def semantics(self) -> list[Literal["parallel", "arbitrary"]]:
-        """Which axes of the grid may be taken in any order."""
+        """The axes of the grid that may be taken in any order."""
         return ["parallel" if i < len(self.outer) else "arbitrary" for i in range(len(self.grid))]
 
     @property
     def pieces(self) -> int:
-        """Of a slice."""
+        """The number of pieces of a slice."""
         return math.prod(self.tiles.grid[a] for a in self.tiles.cut)
 
     def index(self, *program, since: int = 0) -> tuple:
-        """Where in the tiles' grid a program is; before a turn, at the first piece already."""
+        """A program's place in the tiles' grid; before a turn, at the first piece already."""
         if not self.tiles.cut:
             return program
         outer, (turn, *pieces) = program[: len(self.outer)], program[len(self.outer) :]
@@ -60,11 +60,11 @@ class Walk:
         return tuple(places[a] for a in range(len(places)))
 
     def spec(self, block: tuple[int, ...], place: Callable, since: int) -> pl.BlockSpec:
-        """Of an array that is first looked at in that turn: until then its block stays."""
+        """The block of an array that is first read in that turn: until then it stays."""
         return pl.BlockSpec(block, lambda *program: place(*self.index(*program, since=since)))
 
     def is_first(self, *program) -> Any:
-        """Whether a program has the first piece of a slice."""
+        """True for a program that has the first piece of a slice."""
         return sum(program[len(self.outer) + 1 :]) == 0
 
     def during(self, turn: int, *program) -> Callable[[Callable], Any]:
@@ -82,12 +82,12 @@ class Sums(Alone):
     totals: list[list[jax.ShapeDtypeStruct]] = field(default_factory=list)
 
     def sum(self, *arrays: Array) -> tuple[Array, ...]:
-        """Of one piece."""
+        """The sum over one piece."""
         self.totals.append([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays])
         return arrays
 
     def min(self, array: Array) -> Array:
-        """Of one piece."""
+        """The minimum over one piece."""
         self.least.append(jax.ShapeDtypeStruct(array.shape, array.dtype))
         return array
 
@@ -97,7 +97,7 @@ class Sums(Alone):
         return [*self.least, *(a for group in self.totals for a in group)]
 
     def kept(self, refs: Sequence[Any], turn: int, first: Any, pieces: int) -> "Pieces":
-        """The same with those places."""
+        """These pieces with those places kept."""
         some = iter(refs)
         least = [next(some) for _ in self.least]
         totals = [[next(some) for _ in group] for group in self.totals]

@@ -1,4 +1,4 @@
-"""What each primitive becomes on each platform, when a program is lowered for it."""
+"""The lowering of each primitive for each platform."""
 
 from importlib import import_module
 

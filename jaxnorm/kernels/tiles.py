@@ -1,4 +1,4 @@
-"""How an array is cut into blocks that fit into a TPU's on-chip memory.
+"""The division of an array into blocks that fit into a TPU's on-chip memory.
 
 A block holds whole slices. What is left of its room is filled from the last axis to the first, so
 that a block is one piece of memory, or few. Slices that are too large for that are cut into pieces.
@@ -29,7 +29,7 @@ class Tiles:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """How many blocks lie along each axis."""
+        """The number of blocks along each axis."""
         return tuple(-(-size // step) for size, step in zip(self.shape, self.block))
 
     @property
@@ -40,12 +40,12 @@ class Tiles:
 
     @property
     def elements(self) -> int:
-        """Of a block as it lies in memory, filled up to whole registers."""
+        """The number of elements of a block in memory, filled up to whole registers."""
         return _padded(self.block, 8)
 
     @property
     def fits(self) -> bool:
-        """Whether on-chip memory has room for a block; for groups of very many channels not."""
+        """True if on-chip memory has room for a block; not for groups of very many channels."""
         return self.elements <= MOST
 
     def of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -54,7 +54,7 @@ class Tiles:
 
     @staticmethod
     def place(shape: tuple[int, ...], index: Sequence) -> tuple:
-        """Where in the grid of an array that broadcasts to this one the block at `index` lies."""
+        """The place of the block at `index` in the grid of an array that broadcasts to this one."""
         return tuple(0 if size == 1 else i for size, i in zip(shape, index))
 
 

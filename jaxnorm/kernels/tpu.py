@@ -169,7 +169,7 @@ def _partial_sums(tiles: Tiles, shape: tuple[int, ...]):
 
 
 def _valid(tiles: Tiles, index) -> Array | None:
-    """Which elements of the block there lie inside the array; None: of all blocks all do."""
+    """A mask of the block's elements inside the array; None if all of all blocks are."""
     valid = None
     for a in tiles.ragged:
         here = lax.broadcasted_iota(jnp.int32, tiles.block, a) + index[a] * tiles.block[a]

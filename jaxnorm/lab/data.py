@@ -184,7 +184,7 @@ def read_idx(path: str | os.PathLike[str], magic: int) -> np.ndarray:
 
 
 def batch_rows(count: int, batch_size: int, steps: int, seed: int) -> np.ndarray:
-    """Which images each step of a training sees: shuffled epochs, one after another.
+    """The images that each step of a training sees: shuffled epochs, one after another.
 
     Args:
       count: images to draw from.

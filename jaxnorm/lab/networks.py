@@ -24,7 +24,7 @@ RELU_DEVIATION = math.sqrt((1 - 1 / math.pi) / 2)
 
 
 class Normalization(NamedTuple):
-    """How one name in the tables is built."""
+    """The construction of a normalization, by its name in the tables."""
 
     layer: Callable[[bool, int], nn.Module] | None  # (training, features) -> layer; None: no layer
     shifts: bool = True  # the layer has a bias, so that the one of the kernel would be idle
@@ -116,7 +116,7 @@ NETWORKS: dict[str, type[DeepMLP] | type[SmallConvNet]] = {"mlp": DeepMLP, "conv
 
 
 def is_applicable(network: str, normalization: str) -> bool:
-    """Whether a network has the axes that a normalization averages over.
+    """True if a network has the axes that a normalization averages over.
 
     Example:
       >>> is_applicable("mlp", "instance"), is_applicable("conv", "instance")
@@ -194,7 +194,7 @@ def draw_kernels(params: Any, seeds: Sequence[int]) -> Any:
 
 
 def _unit_scale(choice: Normalization, fan_in: int, deviation: float) -> float:
-    """What brings the output of a standardized kernel to unit variance (Brock, De & Smith 2021)."""
+    """A layer that brings a standardized kernel's output to unit variance (Brock et al. 2021)."""
     return 1 / (deviation * math.sqrt(fan_in)) if choice.standardized else 1.0
 
 

@@ -1,4 +1,4 @@
-"""What a study found: curves, activations, and the three figures that its table shows."""
+"""The results of a study: curves, activations, and the three figures that its table shows."""
 
 import dataclasses
 import math
@@ -71,13 +71,13 @@ class Summary:
 
     @property
     def applicable(self) -> bool:
-        """Whether the network has the axes that the normalization averages over."""
+        """True if the network has the axes that the normalization averages over."""
         return self.best_rate is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """What a monitor saw of one run: the first seed, at the best rate."""
+    """The monitor's samples of one run: the first seed, at the best rate."""
 
     network: str
     normalization: str
@@ -87,7 +87,7 @@ class Recorded:
 
 @dataclasses.dataclass(frozen=True)
 class StudyResult:
-    """A finished study."""
+    """All results of a finished study."""
 
     settings: dict[str, Any]
     data: dict[str, Any]
@@ -97,7 +97,7 @@ class StudyResult:
     seconds: float
 
     def write_recordings(self, folder: Path) -> dict[tuple[str, str], Recording]:
-        """What the monitor saw, each run in a folder of its own.
+        """Write the monitor's samples, each run in a folder of its own.
 
         Args:
           folder: for them; those of the same names in it are replaced.

@@ -43,7 +43,7 @@ SHIFT_OF = ("none", "batch")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one network is trained."""
+    """The training of one network: steps, batch size, rates, normalizations."""
 
     network: str
     steps: int
@@ -123,7 +123,7 @@ def demo_config(seed: int = 0, steps: int | None = None, quick: bool = False) ->
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a running study tells its caller."""
+    """A running study's report to its caller."""
 
     network: str
     normalization: str

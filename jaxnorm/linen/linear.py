@@ -11,7 +11,7 @@ from jaxnorm.core.arguments import kernel_options
 
 
 class _Standardized:
-    """What Dense and Conv share: the kernel they are handed is the standardized one."""
+    """The common part of Dense and Conv: they are handed the standardized kernel."""
 
     weight_standardization: bool
     param_dtype: Any

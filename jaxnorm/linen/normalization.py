@@ -315,7 +315,7 @@ def _parameter(module, name: str, shape: tuple[int, ...], given=None):
 
 
 def _axes(module) -> dict:
-    """What layer and RMS normalization have beyond `_options`."""
+    """Options that only layer and RMS normalization have."""
     return {
         "axis": module.reduction_axes,
         "feature_axis": module.feature_axes,
@@ -324,7 +324,7 @@ def _axes(module) -> dict:
 
 
 def _options(module) -> dict:
-    """What all stateless layers pass on. A named axis need not exist while initializing."""
+    """Options of all stateless layers. A named axis need not exist while initializing."""
     bound = not module.is_initializing()
     return {
         "epsilon": module.epsilon,

@@ -21,14 +21,14 @@ Layers = str | type | Callable[[str, str], bool] | Sequence[str | type]
 
 @dataclass(frozen=True)
 class Selection:
-    """Which layers and nonlinearities are wanted."""
+    """The layers and nonlinearities to be observed."""
 
     layers: Any = None
     """None, a function, or a tuple of patterns and types."""
 
     @classmethod
     def of(cls, operation: str, layers: Layers | None) -> Selection:
-        """From the argument of a public function."""
+        """A selection from the argument of a public function."""
         if layers is None or (callable(layers) and not isinstance(layers, type)):
             return cls(layers)
         several = layers if isinstance(layers, list | tuple | set) else (layers,)
@@ -42,7 +42,7 @@ class Selection:
         return cls(tuple(several))
 
     def layer(self, path: str, module: Any) -> bool:
-        """Whether a layer is wanted."""
+        """True if this layer is to be observed."""
         if self.layers is None:
             return isinstance(module, NORM_TYPES)
         if not isinstance(self.layers, tuple):
@@ -51,7 +51,7 @@ class Selection:
         return isinstance(module, types) or self._matches(path)
 
     def nonlinearity(self, path: str, name: str) -> bool:
-        """Whether a nonlinearity is wanted."""
+        """True if this nonlinearity is to be observed."""
         if self.layers is None:
             return True
         if not isinstance(self.layers, tuple):
@@ -107,7 +107,7 @@ def adapted(
     mode_kwargs: Mapping[str, Any] | None,
     compute_dtype: Any,
 ) -> Model:
-    """What `jaxnorm.training.models.adapt` makes of the model, with marks."""
+    """A model as `jaxnorm.training.models.adapt` gives it, with marks."""
     if isinstance(model, nnx.Module):
         marked = derived(model, selection.layer)
     elif isinstance(model, linen.Module):

@@ -27,7 +27,7 @@ class Buffer(struct.PyTreeNode):
 
     @classmethod
     def empty(cls, schema: Schema, capacity: int) -> Buffer:
-        """With room for so many samples."""
+        """An empty buffer with room for so many samples."""
         return cls(
             jnp.zeros((capacity + 1, schema.width), jnp.float32),
             jnp.zeros((capacity + 1,), jnp.int32),
@@ -37,11 +37,11 @@ class Buffer(struct.PyTreeNode):
 
     @property
     def capacity(self) -> int:
-        """How many samples are kept."""
+        """The number of samples that are kept."""
         return self.steps.shape[0] - 1
 
     def push(self, step: Int[Array, ""], row: Float[Array, " width"], taken: Any) -> Buffer:
-        """With one more sample, in place of the oldest where there is no room.
+        """A buffer with one more sample, in place of the oldest where there is no room.
 
         One that was not taken is written all the same, where no sample is: of a buffer that goes
         through a branch, compilers make a copy at every step.

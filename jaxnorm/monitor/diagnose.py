@@ -1,4 +1,4 @@
-"""From what was seen to what is wrong."""
+"""The diagnosis of a recording, or of a model and a batch."""
 
 from __future__ import annotations
 
@@ -102,6 +102,6 @@ def _look_nnx(module: nnx.Module, layers: Any, args: Any, kwargs: Any) -> Sights
 
 
 def _seen(function: Callable[..., Any], *args: Any) -> Sights:
-    """What a run of it shows, compiled."""
+    """The compiled observation of one run of a model."""
     run, arrays = on_arrays(lambda *args: observe(function)(*args)[1], args, {})
     return jax.jit(run)(arrays)

@@ -1,4 +1,4 @@
-"""How what a monitor found shows itself in a notebook."""
+"""The display of recordings and findings in a notebook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rules judge by: a run's samples, or one look at a model, in the same form."""
+"""The evidence for rules: a run's samples, or one observation of a model, in the same form."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Look:
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """What was looked at."""
+        """The places that were observed."""
         return self.sights.places
 
     def __getitem__(self, name: str) -> Sight:
-        """What one place showed, with an axis of one sample."""
+        """The observation of one place, with an axis of one sample."""
         return jax.tree.map(lambda a: np.asarray(a)[None], self.sights[name])
 
 
@@ -60,12 +60,12 @@ class Norm:
 
     @property
     def frozen(self) -> bool:
-        """Whether it normalizes by its running statistics."""
+        """True if a norm normalizes by its running statistics."""
         return bool(self.facts.get("use_running_average"))
 
     @cached_property
     def skew(self) -> np.ndarray:
-        """How far each sample's batch is from the running statistics; see `apart`.
+        """The distance of each sample's batch from the running statistics; see `apart`.
 
         0 where there are too few numbers to tell.
         """
@@ -75,14 +75,14 @@ class Norm:
 
     @cached_property
     def noise(self) -> np.ndarray:
-        """What `apart` gives by chance for a batch of so many independent numbers: two over it."""
+        """The value of `apart` by chance, with so many independent numbers: two over that."""
         looked_at = np.asarray(self.batch.moments.count)[:, 0]
         return 2 / np.maximum(np.minimum(looked_at, np.asarray(self.batch.independent)), 1)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was seen, as far as it was finite, and what was measured on it."""
+    """All that was seen, as far as it was finite, and measures of it."""
 
     seen: Seen
 
@@ -93,7 +93,7 @@ class Evidence:
 
     @cached_property
     def facts(self) -> dict[str, dict[str, Any]]:
-        """Of each place."""
+        """The facts that are known of each place."""
         return {place.name: dict(place.facts) for place in self.seen.places}
 
     @cached_property
@@ -136,7 +136,7 @@ class Evidence:
 
 
 def apart(now: Moments, then: Moments, noise: np.ndarray) -> np.ndarray:
-    r"""How far the channels of a batch are from some statistics, median over channels.
+    r"""The distance of a batch's channels from some statistics, median over channels.
 
     .. math:: \operatorname{median}_c\; D(p_c \| q_c) + D(q_c \| p_c)
 

@@ -1,4 +1,4 @@
-"""What is looked at of an array: some of it, in the parts in which it lies on devices."""
+"""The subsample of an array that is observed, in the parts in which it lies on devices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxnorm.core.moments import wide_dtype
 
 @dataclass(frozen=True)
 class Excerpt:
-    """What is looked at of an array."""
+    """The subsample of an array that is observed."""
 
     rows: Float[Array, "parts n s c"]
     """Some of its examples, some of their positions, some of their channels; by the parts of the
@@ -78,7 +78,7 @@ _ROWS_OF_ALL = 1024  # a channel that is seldom other than zero has to be seen s
 
 
 def odd_stride(size: int, wanted: int) -> int:
-    """Of about so many positions: odd, so that they do not all lie in a few columns of an image."""
+    """An odd stride for about so many positions, so that they lie in many columns of an image."""
     step = max(1, size // wanted)
     return step if step % 2 or step == 1 else step - 1
 
@@ -97,7 +97,7 @@ def every_nth(x: Array, axis: int, step: int) -> Array:
 
 
 def alike(excerpts: Sequence[Excerpt]) -> list[tuple[list[int], Array]]:
-    """Which are of one shape and dtype, and these together on an axis after that of parts."""
+    """Arrays grouped by shape and dtype, each group on an axis after that of parts."""
     groups: dict[Any, list[int]] = {}
     for i, each in enumerate(excerpts):
         groups.setdefault((each.rows.shape, each.rows.dtype), []).append(i)

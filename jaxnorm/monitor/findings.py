@@ -1,4 +1,4 @@
-"""What is wrong with a network, said so that somebody can act on it."""
+"""Findings: a network's faults, told so that somebody can act on them."""
 
 from __future__ import annotations
 

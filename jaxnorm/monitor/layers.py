@@ -37,7 +37,7 @@ Wanted = Callable[[str, Any], bool]
 
 
 class _Trace(threading.local):
-    """What is known while a model is traced."""
+    """The knowledge about a model while it is traced."""
 
     def __init__(self) -> None:
         self.path: tuple[str, ...] = ()
@@ -185,7 +185,7 @@ def _is_floating(x: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """What can be written down as it is; of anything else its name."""
+    """A value that can be stored as it is; of anything else its name."""
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):

@@ -23,7 +23,7 @@ FENCE = "fence"  # of a norm layer that nobody looks at: what is in it is no pla
 
 @dataclass(frozen=True)
 class Place:
-    """Where a mark is: a layer or a nonlinearity, and which side of it."""
+    """The place of a mark: a layer or a nonlinearity, and which side of it."""
 
     layer: str
     """Its path in the model, such as "Block_1/BatchNorm_0" or "Block_1/relu_0"."""
@@ -49,7 +49,7 @@ class Place:
 def mark(
     x: Inexact[Array, "*shape"], place: Place, *beside: Array, role: str = VALUE
 ) -> Inexact[Array, "*shape"]:
-    """`x` itself, marked.
+    """The array `x` with a mark.
 
     Args:
         x: any floating array.

@@ -1,4 +1,4 @@
-"""What a recording says, as one number for each place and sample: for rules, charts and people."""
+"""Measures of a recording: one number for each place and sample, for rules and charts."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ class Seen(Protocol):
 
     @property
     def steps(self) -> np.ndarray:
-        """Of the samples."""
+        """The steps of the samples."""
         ...
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """What was looked at."""
+        """The places that were observed."""
         ...
 
     @property
@@ -82,7 +82,7 @@ class Seen(Protocol):
         ...
 
     def __getitem__(self, name: str) -> Sight:
-        """What one place showed."""
+        """The observation of one place."""
         ...
 
 
@@ -226,11 +226,11 @@ def running_kl(batch: BatchSummary) -> np.ndarray:
 
 
 def later(series: ArrayLike) -> np.ndarray:
-    """With nothing for the first sample, before which there is none."""
+    """A measure without a value for the first sample, before which there is none."""
     return np.concatenate([[np.nan], np.asarray(series, np.float64)])
 
 
 def _known(array: ArrayLike | None) -> np.ndarray:
-    """What every value has, and only gradients have not."""
+    """A field that every value has, and only gradients have not."""
     assert array is not None
     return np.asarray(array)

@@ -1,4 +1,4 @@
-"""What to look at while a model trains, and how often."""
+"""The monitor of a training run: the places it observes, and how often."""
 
 from __future__ import annotations
 
@@ -176,12 +176,12 @@ class _Traced:
         self.results = jax.tree.structure(shape)
 
     def run(self, leaves: list[Any]) -> Any:
-        """The step."""
+        """Run the traced step on these leaves."""
         return jax.tree.unflatten(self.results, jaxpr_as_fun(self.program)(*leaves))
 
 
 def _either(taken: Any, looking: Callable, plain: Callable, state: Any, row: Any) -> Any:
-    """What one of two steps makes of a state."""
+    """The results of one of two steps, chosen on the device."""
 
     def branch(state: Any, row: Any) -> Any:
         return lax.cond(taken, looking, plain, state, row)

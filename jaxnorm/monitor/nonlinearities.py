@@ -1,4 +1,4 @@
-"""Where in a traced program the nonlinearities are.
+"""The search for nonlinearities in a traced program.
 
 Models call them as plain functions, so there is nothing to hook into: they are found in the
 equations. Most of them are compiled functions that bear their name; one that JAX writes out in

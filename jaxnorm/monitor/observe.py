@@ -96,7 +96,7 @@ def on_arrays(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Cal
 def look(
     closed: Any, args: Sequence[Any], elements: int | None, gradients: bool, channels: bool
 ) -> tuple[list[Any], Sights]:
-    """What a traced program returns, and what is seen in it."""
+    """The results of a traced program, and the observations made in it."""
     watch = _Watch(elements, gradients, channels)
     outputs, found = watch.run(closed.jaxpr, closed.consts, args)
     found = whole_parts(found)
@@ -203,7 +203,7 @@ class _Watch:
         return place.kind if known else ""
 
     def _details(self, given: dict[str, list[Any]], role: str) -> dict[str, Detail]:
-        """What places show by channel."""
+        """The details of places by channel."""
         batches = self._batches(given) if role == VALUE else {}
         channels: dict[str, Summary] = {}
         if self.channels:
@@ -277,7 +277,7 @@ class _Watch:
         return [*carry, *ys], [self._turns(part, length, min(ranks)[0]) for part in parts]
 
     def _turns(self, part: Part, length: int, begin: int) -> Part:
-        """What the turns of a scan showed: of layers each, of all else together."""
+        """Observations of a scan's iterations: of layers each, of all else together."""
         places = [self.places[name] for name in part.names]
         scans = places[0].scans
         if not scans or not scans[-1][1]:
@@ -352,7 +352,7 @@ class _Watch:
 
 
 def scan_operands(eqn: JaxprEqn) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried.
+    """The numbers of a scan's operands that are constants, and that are carried.
 
     Told by their ranks, since the parameters that say so have other names in each version of JAX.
     """

@@ -1,4 +1,4 @@
-"""What some places of a program showed together, on its way out of the programs around it."""
+"""Observations of some places, on their way out of the programs around them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxnorm.monitor.summary import BatchParts, Summary, finished
 
 
 class Detail(NamedTuple):
-    """What one place shows by channel, with an axis of parts of the batch.
+    """The details of one place by channel, with an axis of parts of the batch.
 
     None for what is not looked at.
     """
@@ -21,7 +21,7 @@ class Detail(NamedTuple):
     channels: Summary | None = None
 
     def pooled(self) -> Detail:
-        """Of all that the leading axis goes over."""
+        """Observations pooled over the leading axis."""
         return Detail(
             None if self.batch is None else self.batch.pooled(),
             None if self.channels is None else self.channels.pooled(),
@@ -29,7 +29,7 @@ class Detail(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What some places showed together."""
+    """The observations of some places together."""
 
     role: str
     names: tuple[str, ...]
@@ -88,7 +88,7 @@ def from_names(found: dict[tuple[str, str], Any]) -> list[Part]:
 
 
 def nothing(shape: Any) -> Any:
-    """What a branch shows that has no such place: a summary of no elements."""
+    """The summary of no elements, for a branch that has no such place."""
     summary, detail = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
     channels = None if detail.channels is None else _of_none(detail.channels)
     return _of_none(summary), detail._replace(channels=channels)

@@ -1,4 +1,4 @@
-"""From a traced model to the same with marks on what is wanted, each at a place of its own."""
+"""Marks in a traced model on all that is to be observed, each at a place of its own."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Recording(Displayed):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of the run."""
+        """The settings of the run."""
         return dict(self._settings)
 
     @property
@@ -109,7 +109,7 @@ class Recording(Displayed):
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """What was looked at, in the order in which a forward pass comes by."""
+        """The places that were observed, in the order of a forward pass."""
         return () if self.schema is None else self.schema.places
 
     @property
@@ -146,7 +146,7 @@ class Recording(Displayed):
         return (place.name for place in self.places)
 
     def __getitem__(self, name: str) -> Sight:
-        """What one place showed, each array with a leading axis of samples.
+        """The observations of one place, each array with a leading axis of samples.
 
         Args:
             name: of the place, such as "BatchNorm_0:input".
@@ -284,7 +284,7 @@ class Recording(Displayed):
         return {} if self.schema is None else self.schema.split(self._rows)
 
     def _has(self, steps: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Which samples are here already; not by a count, which a restart would set back."""
+        """A mask of the samples that are here, not by a count, which a restart sets back."""
         if not len(self._steps):
             return np.zeros(len(steps), bool)
         at = np.searchsorted(self._steps, steps).clip(max=len(self._steps) - 1)
@@ -302,7 +302,7 @@ class Recording(Displayed):
         self._steps, self._rows = steps[last], rows[last]
 
     def _files(self) -> list[Path]:
-        """Of samples, in order."""
+        """The files of samples, in order."""
         return sorted(self.folder.glob(_CHUNK.replace("{:08d}", "*")))
 
     def _start(self, schema: Schema) -> None:

@@ -1,4 +1,4 @@
-"""What the numbers of a sample are, on the device and on disk."""
+"""The meaning of a sample's numbers, on the device and on disk."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Schema:
-    """What the numbers of a sample are."""
+    """The meaning of a sample's numbers."""
 
     columns: tuple[tuple[str, tuple[int, ...]], ...]
     """Path and shape of each array, in the order in which they lie one behind the other."""
@@ -64,7 +64,7 @@ class Schema:
 
     @classmethod
     def of(cls, sample: Sample, params: Any) -> Schema:
-        """Of a sample, or of its shapes, of a model with these parameters."""
+        """The schema of a sample, or of its shapes, of a model with these parameters."""
         leaves = jax.tree_util.tree_leaves_with_path(sample)
         paths = jax.tree_util.tree_leaves_with_path(params)
         return cls(
@@ -85,7 +85,7 @@ class Schema:
         return arrays
 
     def sight(self, arrays: dict[str, Any], name: str) -> Sight:
-        """What one place showed, from what `split` returned."""
+        """The observation of one place, from the arrays that `split` returned."""
         at = [place.name for place in self.places].index(name)
         value = _summary(arrays, "sights|values", at)
         gradient = None
@@ -100,7 +100,7 @@ class Schema:
         return Sight(value, gradient, batch, *by_channel)
 
     def shift(self, arrays: dict[str, Any]) -> GradientShift | None:
-        """How far the gradients moved, from what `split` returned."""
+        """The shift of the gradients, from the arrays that `split` returned."""
         if not self.shift_layers:
             return None
         return GradientShift(self.shift_layers, arrays["shift|l2"], arrays["shift|cosine"])
@@ -111,7 +111,7 @@ class Schema:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Schema:
-        """What was stored as `to_json` returned it."""
+        """A schema from the object that `to_json` returned."""
         places = [
             Place(
                 **{

@@ -1,4 +1,4 @@
-"""How far a distribution has moved: the measures, as pure functions.
+"""Measures of how far a distribution has moved, as pure functions.
 
 They take what there is of a distribution: its numbers, its `Moments` (or a `Summary`, which holds
 them), or counts in bins that both share. Whatever has leading axes (layers, channels, steps) is

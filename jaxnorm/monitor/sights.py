@@ -1,4 +1,4 @@
-"""What was seen in one run of a program."""
+"""Observations of one run of a program."""
 
 from __future__ import annotations
 

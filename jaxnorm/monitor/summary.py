@@ -1,4 +1,4 @@
-"""What is kept of an array that somebody looks at: a few numbers, whatever its size.
+"""Summaries of an array: a few numbers, whatever its size.
 
 A `Summary` is a monoid like the `Moments` in it: the parts of a batch, the devices of a mesh, the
 iterations of a loop each have one, and together they have that of the whole.
@@ -133,7 +133,7 @@ class BatchSummary(NamedTuple):
     independent: Float[Array, ""]
 
     def pooled(self) -> BatchSummary:
-        """Of all batches that the leading axis goes over; running statistics before the first."""
+        """Batches pooled over the leading axis; running statistics before the first."""
         return BatchSummary(
             self.moments.pooled(),
             self.running_mean[0],
@@ -199,7 +199,7 @@ def _described(
     flat: Array | None,
     axes: tuple[int, ...],
 ) -> Summary:
-    """What the numbers along some axes are; `flat` is None for gradients."""
+    """The summary of numbers along some axes; `flat` is None for gradients."""
 
     def share(condition: Array) -> Array:
         return condition.astype(jnp.float32).mean(axes)
@@ -217,14 +217,14 @@ def _described(
 
 
 def _flat(rows: Float[Array, "parts k n c"], kinds: Sequence[str]) -> Array:
-    """Which numbers lie where the nonlinearity is flat that they are values of, if of one."""
+    """A mask of the numbers that lie where the nonlinearity which gave them is flat."""
     ends = [FLAT_ENDS.get(kind, (-math.inf, math.inf)) for kind in kinds]
     low, high = jnp.asarray(ends, rows.dtype).T[..., None, None]
     return (rows <= low) | (rows >= high)
 
 
 def finished(summary: Summary) -> Summary:
-    """What was seen of all parts, with the share of dead channels."""
+    """The summary of all parts, with the share of dead channels."""
     return summary if summary.dead is None else summary._replace(dead=summary.dead.mean(-1))
 
 
@@ -236,7 +236,7 @@ def joined(parts: Sequence[Summary]) -> Summary:
 
 
 class BatchParts(NamedTuple):
-    """What a batch norm was given, in numbers that are pooled over parts of the batch."""
+    """The input of a batch norm, in numbers that are pooled over parts of the batch."""
 
     moments: Moments
     of_examples: Moments
@@ -249,7 +249,7 @@ class BatchParts(NamedTuple):
     """Of each example."""
 
     def pooled(self) -> BatchParts:
-        """Of all parts that the leading axis goes over; running statistics before the first."""
+        """Parts pooled over the leading axis; running statistics before the first."""
         return BatchParts(
             self.moments.pooled(),
             self.of_examples.pooled(),
@@ -260,7 +260,7 @@ class BatchParts(NamedTuple):
         )
 
     def summary(self) -> BatchSummary:
-        r"""What is told of it, with an estimate of how many numbers are independent.
+        r"""The summary of a batch, with an estimate of how many numbers are independent.
 
         .. math::
             n_{ind} = \frac{n s}{1 + (s - 1) \rho}, \quad
@@ -289,7 +289,7 @@ class BatchParts(NamedTuple):
 def summarize_batches(
     excerpts: Sequence[Excerpt], running: Sequence[tuple[Array, Array]]
 ) -> list[BatchParts]:
-    """What batch norms were given, with an axis of parts of the batch.
+    """Summarize the inputs of batch norms, with an axis of parts of the batch.
 
     Args:
         excerpts: with all channels.
@@ -318,7 +318,7 @@ def summarize_batches(
 
 
 def _moments(rows: Float[Array, "parts k n c"]) -> Moments:
-    """Of each column: squares are taken of what is left when a value near it is subtracted."""
+    """The moments of each column, taken of its differences from a value near it."""
     n = rows.shape[2]
     origin = every_nth(rows, 2, max(1, n // 8)).mean(2)
     shifted = rows - origin[:, :, None]

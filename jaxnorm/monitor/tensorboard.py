@@ -78,7 +78,7 @@ def _read(files: Sequence[Path]) -> dict[int, dict[str, np.ndarray]]:
 
 
 def _same(shown: Mapping[str, np.ndarray], numbers: Numbers) -> bool:
-    """Whether these numbers are shown, as far as float32 tells them apart."""
+    """True if these numbers are shown, as far as float32 tells them apart."""
     return shown.keys() == numbers.keys() and all(
         np.array_equal(shown[name], np.float32(number), equal_nan=True)
         for name, number in numbers.items()

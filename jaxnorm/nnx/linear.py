@@ -11,7 +11,7 @@ from jaxnorm.nnx.constructor import extends
 
 
 class _Standardized:
-    """What Linear and Conv share: they run on a copy that holds the standardized kernel."""
+    """The common part of Linear and Conv: they run on a copy with the standardized kernel."""
 
     kernel: nnx.Param
     param_dtype: Any

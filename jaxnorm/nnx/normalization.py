@@ -358,7 +358,7 @@ def _promoted(module, x, *others):
 
 
 def _axes(module) -> dict:
-    """What layer and RMS normalization have beyond `_options`."""
+    """Options that only layer and RMS normalization have."""
     return {
         "axis": module.reduction_axes,
         "feature_axis": module.feature_axes,

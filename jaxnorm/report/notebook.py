@@ -16,7 +16,7 @@ HEIGHT = 640  # pixels: a frame that leaves room for the cells around it
 
 
 def show(thing: Any) -> str:
-    """What a notebook shows of a recording, of a finding, or of several.
+    """The HTML that a notebook shows of a recording, of a finding, or of several.
 
     Args:
       thing: a `Recording`, a `Finding`, or a sequence of findings.

@@ -1,4 +1,4 @@
-"""What a page shows of runs: their numbers, packed, and what is said about them."""
+"""The content of a page on runs: their numbers, packed, and what is said about them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Collected:
-    """What the page's sections on runs are made from."""
+    """The material of the page's sections on runs."""
 
     data: dict[str, Any]
     """For the script: runs with their packed numbers, and the words for measures."""
@@ -177,7 +177,7 @@ def _most(budget: int, each: int, most: int, fewest: int) -> int:
 
 
 def _spread(count: int, most: int) -> np.ndarray:
-    """Of so many at most these, evenly spread, with the first and the last."""
+    """A choice of at most so many, evenly spread, with the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 

@@ -1,4 +1,4 @@
-"""How each measure is drawn: its name, its colours, and what good looks like.
+"""The look of each measure: its name, its colours, and what good looks like.
 
 Colours are those for a light page; the page exchanges them for `THEME`'s in the dark, where what is
 far from good is bright. Blue and orange, and the lightness of purple, can be told apart by the
@@ -31,7 +31,7 @@ THEME = {  # what a light page shows -> what a dark page shows
 
 
 class Look(NamedTuple):
-    """How a measure is drawn."""
+    """The look of one measure in charts."""
 
     label: str
     kind: Kind
@@ -46,7 +46,7 @@ class Look(NamedTuple):
 
     @property
     def mode(self) -> Mode:
-        """How its numbers are packed."""
+        """The way its numbers are packed."""
         return _MODES[self.kind]
 
 

@@ -22,7 +22,7 @@ FOOTNOTE = "-  not applicable: instance normalization averages over pixels, and 
 
 
 class Line(NamedTuple):
-    """How a normalization is drawn."""
+    """The line by which a normalization is drawn."""
 
     light: str  # on a light page
     dark: str  # on a dark one

@@ -1,4 +1,4 @@
-"""What a test of a normalization needs: the right answer, and how near is near enough.
+"""Tools for testing a normalization: the right answer, and how near is near enough.
 
 `oracle` computes every public function and its backward pass in NumPy, in at least float64 and
 independently of JAX. `assert_close` compares in units of rounding of the result's dtype, with a

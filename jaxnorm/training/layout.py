@@ -1,4 +1,4 @@
-"""Where a training run lives: which axes of a mesh split the batch, and which the parameters.
+"""The layout of a run on a mesh: which axes split the batch, and which the parameters.
 
 A layout never changes what is computed. It says where every leaf of a state and of a batch lies;
 the compiler's partitioner does the rest, so a model needs no axis name and no collective of its
@@ -110,7 +110,7 @@ class Layout:
         return cls(mesh, parameter_axes=tuple(mesh.axis_names))
 
     def shardings(self, state: TrainState) -> Any:
-        """Where each leaf of a state lies: a TrainState of `jax.sharding.NamedSharding`.
+        """The sharding of each leaf of a state: a TrainState of `jax.sharding.NamedSharding`.
 
         Args:
           state: arrays or `jax.ShapeDtypeStruct`s (of `jax.eval_shape`); only shapes matter.
@@ -162,13 +162,13 @@ class Layout:
         return place_batch("Layout.batch", self, batch, scan)
 
     def rows(self, ndim: int, *, scan: bool = False) -> NamedSharding:
-        """Where a leaf of a batch lies: sharding of an array of rank `ndim`; see `batch`."""
+        """The sharding of a batch's leaf, an array of rank `ndim`; see `batch`."""
         leading = (None,) * scan
         axes = tuple(self.batch_axes or ())
         return self._sharding(*leading, axes) if ndim > scan else self._sharding()
 
     def parameter(self, shape: tuple[int, ...], *, gathered: bool = False) -> NamedSharding:
-        """Where a parameter of this shape lies, or with `gathered`, as the forward pass sees it."""
+        """The sharding of a parameter, or with `gathered`, as the forward pass sees it."""
         of_batch = tuple(self.batch_axes or ())
         # The axes of the batch last: then what a gather over them leaves is contiguous. None of
         # size 1: the compiler leaves them out, and a step must return what it was given.

@@ -37,7 +37,7 @@ MODE_FLAGS: Mapping[str, bool] = {
 
 
 class Variables(NamedTuple):
-    """What a model carries from call to call, apart from random state."""
+    """The variables that a model carries from call to call, apart from random state."""
 
     params: Any  # Linen: the "params" collection; NNX: State of nnx.Param
     batch_stats: Any  # Linen: the "batch_stats" collection; NNX: State of nnx.BatchStat

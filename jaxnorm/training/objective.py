@@ -31,7 +31,7 @@ Result = tuple[jax.Array, tuple[Metrics, Variables]]  # loss, (metrics, variable
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """How a batch becomes a loss; the fields are arguments of `make_train_step`."""
+    """The loss of a batch; the fields are arguments of `make_train_step`."""
 
     operation: str
     model: Model

@@ -1,4 +1,4 @@
-"""What happens on the host before a compiled step runs."""
+"""Preparation on the host before a compiled step runs."""
 
 from __future__ import annotations
 

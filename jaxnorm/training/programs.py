@@ -1,4 +1,4 @@
-"""What is compiled: training and evaluation as pure functions `(state, batch) -> ...`.
+"""Training and evaluation as pure functions `(state, batch) -> ...`, to be compiled.
 
 `steps.py` compiles them for one run, `sweep.py` maps the same functions over members, so that a
 member of a sweep and a run alone are one computation.
@@ -28,7 +28,7 @@ EvalStep = Callable[[TrainState, Batch], Metrics]
 
 
 class Monitor(Protocol):
-    """What a step has to know of `jaxnorm.monitor.Monitor`."""
+    """The part of `jaxnorm.monitor.Monitor` that a step knows."""
 
     def adapt(
         self, operation: str, model: Any, mode_kwargs: Any = None, compute_dtype: Any = None
@@ -50,7 +50,7 @@ class Monitor(Protocol):
         ...
 
     def buffer(self, made: Made, state: TrainState, batch: Batch) -> Any:
-        """What `state.monitor` has to be before the first step."""
+        """The empty buffer that `state.monitor` is before the first step."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint knows of its leaves: their names, shapes, dtypes, checksums.
+"""The record of a checkpoint's leaves: their names, shapes, dtypes, checksums.
 
 Orbax stores plain arrays under names that do not depend on the classes of a state; a random key is
 stored as its data, and what kind of key it was stands in the record. The record is a JSON object:
@@ -82,7 +82,7 @@ def check_places(operation: str, leaves: Leaves) -> None:
 
 
 def has_values(leaf: Any) -> bool:
-    """Whether there are values to read: not a type alone, nor given away to a later step."""
+    """True if there are values to read: not a type alone, nor donated to a later step."""
     return isinstance(leaf, jax.Array) and not leaf.is_deleted()
 
 
@@ -93,7 +93,7 @@ def place(leaf: Any) -> Sharding | None:
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether a leaf holds random keys."""
+    """True if a leaf holds random keys."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 

@@ -70,7 +70,7 @@ class _Stretch(NamedTuple):
 
 
 def evaluate(eqn: JaxprEqn, given: list[Any]) -> list[Any]:
-    """What an equation makes of these operands."""
+    """The results of an equation for these operands."""
     primitive = eqn.primitive
     with eqn.ctx.manager:  # the mesh and the options that the equation was traced under
         made = primitive.bind(*given, **primitive.get_bind_params(eqn.params))
@@ -94,7 +94,7 @@ def _stretches(jaxpr: Jaxpr) -> list[_Stretch]:
 
 
 def _cuts(jaxpr: Jaxpr) -> list[int]:
-    """Where to cut: at equal shares of the bytes computed, moved to where least is alive."""
+    """The cuts: at equal shares of the bytes computed, moved to where least is alive."""
     last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
     last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
     made, alive = np.zeros(len(jaxpr.eqns)), np.zeros(len(jaxpr.eqns) + 1)
@@ -115,7 +115,7 @@ def _cuts(jaxpr: Jaxpr) -> list[int]:
 
 
 def _products(eqn: JaxprEqn) -> int:
-    """How many matrix products and convolutions an equation holds."""
+    """The number of matrix products and convolutions in an equation."""
     inner = sum(_products(e) for sub in jaxprs_in_params(eqn.params) for e in sub.eqns)
     return inner + (eqn.primitive.name in ("dot_general", "conv_general_dilated"))
 

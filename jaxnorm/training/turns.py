@@ -102,7 +102,7 @@ class Turns:
         return new, metrics
 
     def _number(self, state: TrainState) -> int:
-        """Of the step to be made; of a sweep's members that of the furthest."""
+        """The number of the step to be made; in a sweep that of the furthest member."""
         for step, number in self._numbers:
             if step is state.step:
                 return number

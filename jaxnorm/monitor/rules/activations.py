@@ -226,7 +226,7 @@ def _laws(evidence: Evidence, measure: str) -> Iterator[_Law]:
 
 
 def _first_nonfinite(evidence: Evidence, at: int) -> tuple[str, str, float]:
-    """Where it is, what it is, and which share of it."""
+    """The first place with values that are not finite, their kind, and their share."""
     for name, series in evidence.measures.get("nonfinite", {}).items():
         if series[at] > 0:
             return name, "value", float(series[at])
@@ -238,7 +238,7 @@ def _first_nonfinite(evidence: Evidence, at: int) -> tuple[str, str, float]:
 
 
 def _power(evidence: Evidence, place: Place) -> np.ndarray:
-    """What a norm divides by, squared, of the array as a whole: no less than that of a slice."""
+    """The squared divisor of a norm for the whole array: no less than that of a slice."""
     square = np.square(evidence.measures["deviation"][place.name])
     if place.kind == "RMSNorm":
         square = square + np.square(evidence.measures["mean"][place.name])

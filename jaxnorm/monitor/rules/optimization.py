@@ -101,7 +101,7 @@ def drift_after_drop(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _drift(evidence: Evidence, name: str) -> np.ndarray:
-    """Of the mean from sample to sample, in deviations; of a batch norm's channels, together."""
+    """The drift of the mean between samples, in deviations; of a batch norm's channels together."""
     norm = next((norm for norm in evidence.norms if norm.place.name == name), None)
     if norm is None:
         deviation = evidence.measures["deviation"][name]

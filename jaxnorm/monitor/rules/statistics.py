@@ -222,7 +222,7 @@ def idle_bias(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _is_stuck(norm: Norm) -> bool:
-    """Whether nothing was ever written to a norm's running statistics."""
+    """True if nothing was ever written to a norm's running statistics."""
     mean, var = np.asarray(norm.batch.running_mean), np.asarray(norm.batch.running_var)
     initial = not mean[-1].any() and (var[-1] == 1).all()
     if len(mean) == 1 or norm.frozen:
@@ -231,7 +231,7 @@ def _is_stuck(norm: Norm) -> bool:
 
 
 def _after_recalibration(evidence: Evidence, norm: Norm) -> float:
-    """How far batches are apart from one another, of one sample and the next."""
+    """The distance between the batches of one sample and the next."""
     late = jax.tree.map(evidence.late, norm.batch.moments)
     if len(late.mean) < 4:
         return float("nan")

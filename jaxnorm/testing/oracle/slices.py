@@ -1,4 +1,4 @@
-"""What every oracle shares: working precision, the layout of the slices, their statistics.
+"""The common part of all oracles: working precision, layout of slices, their statistics.
 
 A normalization is a layout (which elements form a slice, which axes carry parameters) and two
 formulas: `standardize` forward and `standardize_vjp` backward. The families
@@ -71,7 +71,7 @@ def canonical_axes(operation: str, name: str, axis: Axes, ndim: int) -> tuple[in
 
 
 class Layout(NamedTuple):
-    """Where the slices and the parameters of one normalization lie.
+    """The axes of the slices and the parameters of one normalization.
 
     `x` is reshaped to `view` and reduced there over `axes`; `scale` and `bias` lie on the axes
     `features` of the original `shape`, their sizes in ascending axis order.
@@ -98,7 +98,7 @@ class Layout(NamedTuple):
         return parameter.reshape([self.shape[a] if a in self.features else 1 for a in inside])
 
     def _broadcasts(self, shape: tuple[int, ...]) -> bool:
-        """Whether a parameter has the rank of `x`, with 1 or its size on each axis."""
+        """True if a parameter has the rank of `x`, with 1 or its size on each axis."""
         return len(shape) == len(self.shape) and all(
             m in (1, n) for m, n in zip(shape, self.shape, strict=True)
         )
