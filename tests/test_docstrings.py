@@ -151,8 +151,25 @@ def test_the_first_paragraph_is_a_sentence(name):
     first = text.split("\n\n")[0]
     assert "\n" not in first, "more than one line"
     assert re.match(r"[A-Z0-9`].*\.$", first), first
-    assert len(first.split()) >= 4, f"too short to stand alone in an index: {first}"
-    assert not first.startswith((*OPENERS, "The same ")), first
+    assert stands_alone(first), first
+
+
+def stands_alone(first: str) -> bool:
+    """In an index of names, far from its module."""
+    return len(first.split()) >= 4 and not first.startswith((*OPENERS, "The same "))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_every_first_line_stands_alone(module):
+    """Those of private names too, which readers of the source meet first."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    found = [
+        ast.get_docstring(node)
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text()))
+        if isinstance(node, documented)
+    ]
+    short = [text for text in found if text and not stands_alone(text.splitlines()[0])]
+    assert not short, short
 
 
 @only("function", "class")
