@@ -49,14 +49,14 @@ class Norm:
         return replace(self, reduction=replace(r, axes=axes, blocks=blocks))
 
     def plain(self, x: Array, *parameters: Array | None) -> Array:
-        """By `core`, for the compiler to fuse."""
+        """The norm computed by `core`, for the compiler to fuse."""
         y, _ = affine.normalize(
             x, *parameters, reduction=self.reduction, mask=None, finish=self.finish
         )
         return y
 
     def held(self, features: int, x: Array, *parameters: Array | None, mask=None) -> Array:
-        """By `core`, of a block with that many entries along the last axis of the whole array.
+        """The norm of a block by `core`, with that many entries along the whole array's last axis.
 
         A mask says what of the block counts.
         """
