@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from functools import cache
 
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.interpreters import batching, mlir
 from jaxtyping import Array
+
+from jaxnorm._jax import is_exported, lower, lower_identity, make_primitive, partitions
 
 
 def in_order(x: Array, axes: Sequence[int]) -> Array:
@@ -20,29 +21,26 @@ def in_order(x: Array, axes: Sequence[int]) -> Array:
 
 @cache
 def _primitive():
-    # Imported here, since it loads as much as all else that jaxnorm imports.
-    from jax.extend.core import Primitive
-
-    primitive = Primitive("jaxnorm_in_order")
-    primitive.def_impl(lambda x, axes: x)
-    primitive.def_abstract_eval(lambda x, axes: x)
-    batching.primitive_batchers[primitive] = _batched
-    mlir.register_lowering(primitive, lambda context, x, axes: [x])
-    mlir.register_lowering(primitive, _constrained, platform="tpu")
-    return primitive
+    # Made when it is first used: what primitives are made of takes long to load.
+    return make_primitive(
+        "jaxnorm_in_order",
+        value=lambda x, axes: x,
+        result=lambda x, axes: x,
+        batch=_batched,
+        lowerings={None: lower_identity, "tpu": _constrained},
+    )
 
 
 def _constrained(context, x, *, axes):
-    module = context.module_context
-    if module.lowering_parameters.for_export:
+    if is_exported(context):
         return [x]  # what is exported must be stable, which JAX does not promise of a constraint
-    if getattr(module.axis_context, "num_devices", None) != 1:
+    if partitions(context) != 1:
         return [x]
 
     def constrain(x, axes):
         return with_layout_constraint(x, Layout(axes))
 
-    return mlir.lower_fun(constrain, multiple_results=False)(context, x, axes=axes)
+    return lower(constrain, context, x, axes=axes, several=False)
 
 
 def _batched(operands, places, *, axes):

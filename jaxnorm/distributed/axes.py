@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from jaxnorm._jax import varying_axes
 from jaxnorm.core.replicas import ALONE, Alone
 
 AxisName = str | tuple[str, ...]
@@ -115,12 +116,7 @@ def _parts(array: Array) -> tuple[Array, ...]:
 
 def _varies(name: tuple[str, ...]) -> bool:
     """True if values that differ along the axis have a type that says so (check_vma=True)."""
-    return bool(varying(lax.axis_index(name)))
-
-
-def varying(array: Array) -> frozenset[str]:
-    """The mesh axes along which `array` varies, as far as its type tells."""
-    return jax.typeof(array).mat.varying
+    return bool(varying_axes(lax.axis_index(name)))
 
 
 def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=None) -> Alone:
@@ -161,7 +157,7 @@ def check_synchronized(operation: str, x: Array, mean: Array, axis_name: AxisNam
     axis is taken to carry features, or runs of their own.
     """
     names = _names(axis_name)
-    missing = sorted(varying(x) - varying(mean) - set(names))
+    missing = sorted(varying_axes(x) - varying_axes(mean) - set(names))
     if missing:
         raise ValueError(
             f"{operation}: a batch that is spread over devices is normalized over all of them, or "

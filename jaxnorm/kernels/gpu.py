@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array
 
+from jaxnorm._jax import inner_programs
 from jaxnorm.core.finish import Finish
 from jaxnorm.core.slices import Reduction
 from jaxnorm.kernels.held import Norm
@@ -388,7 +388,7 @@ def _samples(before: tuple[int, ...], given: tuple[int, ...]) -> int | None:
 def _operations(jaxpr) -> set[str]:
     """Names of what a program is made of."""
     found = {equation.primitive.name for equation in jaxpr.eqns}
-    inner = (_operations(j) for e in jaxpr.eqns for j in jaxprs_in_params(e.params))
+    inner = (_operations(j) for e in jaxpr.eqns for j in inner_programs(e))
     return found.union(*inner)
 
 

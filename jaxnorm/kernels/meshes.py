@@ -12,8 +12,8 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
+from jaxnorm._jax import varying_axes
 from jaxnorm.core.blocks import placed_like, spec_of
-from jaxnorm.distributed.axes import varying
 from jaxnorm.kernels.held import Norm
 
 
@@ -45,11 +45,11 @@ def _here(norm: Norm, x: Array, *others: Array | None) -> tuple[Array, ...]:
     """Operands that all vary over the devices that any of them varies over."""
     from jaxnorm.kernels.operator import normalize  # loaded when a kernel is called, not before
 
-    names = frozenset().union(*(varying(a) for a in (x, *others) if a is not None))
+    names = frozenset().union(*(varying_axes(a) for a in (x, *others) if a is not None))
     residual, scale, bias = (None if a is None else _varied(a, names) for a in others)
     return normalize(norm, _varied(x, names), residual, scale, bias)
 
 
 def _varied(array: Array, names: frozenset[str]) -> Array:
-    missing = tuple(sorted(names - varying(array)))
+    missing = tuple(sorted(names - varying_axes(array)))
     return lax.pcast(array, missing, to="varying") if missing else array

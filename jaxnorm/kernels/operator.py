@@ -14,12 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching
 from jaxtyping import Array, Inexact
 
+from jaxnorm._jax import Primitive, instantiated, is_linear, is_zero, make_primitive
 from jaxnorm.kernels.held import Norm
-from jaxnorm.kernels.platforms import lowered
+from jaxnorm.kernels.platforms import lowerings
 
 
 @dataclass(frozen=True)
@@ -114,15 +113,12 @@ def _kernel_pull(kernels, call: Call, *operands: Array):
     return kernels.backward(call.norm, x, call.parameters(given), dy, *(dtotal or [None]))
 
 
-def _primitive(name: str, plain, kernel, results) -> Primitive:
-    primitive = Primitive(f"jaxnorm_{name}")
-    primitive.multiple_results = True
-    primitive.def_impl(lambda *operands, call: _compiled(primitive, call, *operands))
-    primitive.def_abstract_eval(lambda *avals, call: results(call, *avals))
+def _primitive(name: str, plain, kernel, results, transpose=None) -> Primitive:
+    def value(*operands, call):
+        return _compiled(primitive, call, *operands)
 
     def tangents(primals, tangents, *, call):
-        tangents = map(ad.instantiate_zeros, tangents)
-        return jax.jvp(partial(plain, call), tuple(primals), tuple(tangents))
+        return jax.jvp(partial(plain, call), tuple(primals), tuple(instantiated(tangents)))
 
     def batched(operands, places, *, call):
         (size,) = {o.shape[p] for o, p in zip(operands, places) if p is not None}
@@ -135,9 +131,16 @@ def _primitive(name: str, plain, kernel, results) -> Primitive:
         out = primitive.bind(*operands, call=call.behind())
         return out, [0] * len(out)
 
-    ad.primitive_jvps[primitive] = tangents
-    batching.primitive_batchers[primitive] = batched
-    lowered(primitive, kernel, plain)
+    primitive = make_primitive(
+        f"jaxnorm_{name}",
+        several=True,
+        value=value,
+        result=lambda *avals, call: results(call, *avals),
+        jvp=tangents,
+        transpose=transpose,
+        batch=batched,
+        lowerings=lowerings(kernel, plain),
+    )
     return primitive
 
 
@@ -155,22 +158,19 @@ def _results(call: Call, x, *_) -> list[Any]:
     return [y, _like(x)] if call.adds else [y]
 
 
+def _transposed(cotangents, *operands, call: Call):
+    primals = operands[: call.count + 1]
+    if call.adds and is_zero(cotangents[1]):
+        call, cotangents = Call(call.norm, call.has_scale, call.has_bias, False), cotangents[:1]
+    out = pull_p.bind(*primals, *instantiated(cotangents), call=call)
+    return [None] * len(primals) + [
+        d if is_linear(o) else None for d, o in zip(out, operands[len(primals) :])
+    ]
+
+
 value_p = _primitive("value", plain_value, _kernel_value, _results)
-push_p = _primitive("push", plain_push, None, _results)
+push_p = _primitive("push", plain_push, None, _results, _transposed)
 pull_p = _primitive(
     "pull", plain_pull, _kernel_pull,
     lambda call, *avals: [_like(a) for a in avals[: call.count + 1]],
 )  # fmt: skip
-
-
-def _transposed(cotangents, *operands, call: Call):
-    primals = operands[: call.count + 1]
-    if call.adds and type(cotangents[1]) is ad.Zero:
-        call, cotangents = Call(call.norm, call.has_scale, call.has_bias, False), cotangents[:1]
-    out = pull_p.bind(*primals, *map(ad.instantiate_zeros, cotangents), call=call)
-    return [None] * len(primals) + [
-        d if ad.is_undefined_primal(o) else None for d, o in zip(out, operands[len(primals) :])
-    ]
-
-
-ad.primitive_transposes[push_p] = _transposed

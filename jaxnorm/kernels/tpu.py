@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from jaxnorm._jax import manual_type
 from jaxnorm.kernels.held import Norm
 from jaxnorm.kernels.pieces import Sums, Walk
 from jaxnorm.kernels.tiles import Tiles
@@ -140,7 +141,7 @@ def _call(norm: Norm, tiles: Tiles, compute: Callable, operands, out, places=Non
 
 def _result(x: Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     """A result that varies over the devices that `x` varies over."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).mat)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual_type(x))
 
 
 def _placed(parameters, blocks: Sequence[Array]) -> list[Array | None]:

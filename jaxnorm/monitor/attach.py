@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 from flax import linen, nnx
-from jax.extend.core import jaxpr_as_fun
 
+from jaxnorm._jax import run_program
 from jaxnorm.monitor.layers import NORM_TYPES, derived, intercepted, seen_layers
 from jaxnorm.monitor.observe import on_arrays
 from jaxnorm.monitor.places import Marker
@@ -205,5 +205,5 @@ def _marked(function: Callable, selection: Selection, top: str, params: Any, *ar
             f"monitor: there must be something to look at; got {wanted} for a model that has "
             f"{layers}. Choose among these with layers=, * standing for anything."
         )
-    results = jaxpr_as_fun(program)(*arrays)
+    results = run_program(program, arrays)
     return jax.tree.unflatten(jax.tree.structure(shape), results)

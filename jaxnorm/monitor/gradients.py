@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jax import lax
-from jax.extend.core import Var, jaxprs_in_params
 from jaxtyping import Array, Float
+
+from jaxnorm._jax import Var, inner_programs
 
 Loss = Callable[[Any], Any]
 """From parameters to a scalar, on one batch."""
@@ -257,7 +258,7 @@ def _first_uses(jaxpr: Any) -> list[Var]:
     used: dict[Var, None] = {}
     for eqn in jaxpr.eqns:
         given = [stands_for.get(v) if isinstance(v, Var) else None for v in eqn.invars]
-        inner = list(jaxprs_in_params(eqn.params))
+        inner = list(inner_programs(eqn))
         if len(eqn.invars) == 1 and given[0] is not None and not inner:
             # What reshapes or casts a parameter does not use it yet.
             stands_for |= dict.fromkeys(eqn.outvars, given[0])

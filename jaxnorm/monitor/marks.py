@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Inexact
+
+from jaxnorm._jax import is_zero, lower_identity, make_primitive
 
 VALUE, TANGENT, GRADIENT = "value", "tangent", "gradient"
 FENCE = "fence"  # of a norm layer that nobody looks at: what is in it is no place either
@@ -63,23 +63,17 @@ def mark(
     return mark_p.bind(x, *map(jax.lax.stop_gradient, beside), place=place, role=role)
 
 
-mark_p = Primitive("jaxnorm_mark")
-mark_p.def_impl(lambda x, *beside, place, role: x)
-mark_p.def_abstract_eval(lambda x, *beside, place, role: x)
-mlir.register_lowering(mark_p, lambda context, x, *beside, place, role: [x])
-
-
 def _jvp(primals, tangents, *, place, role):
     x = mark_p.bind(*primals, place=place, role=role)
     dx = tangents[0]
-    if role == VALUE and type(dx) is not ad.Zero:
+    if role == VALUE and not is_zero(dx):
         # Only of the first derivative is anything to be seen.
         dx = mark_p.bind(dx, place=place, role=TANGENT)
     return x, dx
 
 
 def _transpose(cotangent, *operands, place, role):
-    if type(cotangent) is not ad.Zero and role == TANGENT:
+    if not is_zero(cotangent) and role == TANGENT:
         cotangent = mark_p.bind(cotangent, place=place, role=GRADIENT)
     return [cotangent, *(None for _ in operands[1:])]
 
@@ -102,6 +96,12 @@ def _batched(operands, axes, *, place, role):
     return mark_p.bind(together, *beside, place=place, role=role).reshape(x.shape), 0
 
 
-ad.primitive_jvps[mark_p] = _jvp
-ad.primitive_transposes[mark_p] = _transpose
-batching.primitive_batchers[mark_p] = _batched
+mark_p = make_primitive(
+    "jaxnorm_mark",
+    value=lambda x, *beside, place, role: x,
+    result=lambda x, *beside, place, role: x,
+    jvp=_jvp,
+    transpose=_transpose,
+    batch=_batched,
+    lowerings={None: lower_identity},
+)

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import jaxpr_as_fun
 
+from jaxnorm._jax import run_program
 from jaxnorm.monitor.attach import Selection, adapted
 from jaxnorm.monitor.buffer import Buffer, row_of
 from jaxnorm.monitor.gradients import shift_of
@@ -177,7 +177,7 @@ class _Traced:
 
     def run(self, leaves: list[Any]) -> Any:
         """Run the traced step on these leaves."""
-        return jax.tree.unflatten(self.results, jaxpr_as_fun(self.program)(*leaves))
+        return jax.tree.unflatten(self.results, run_program(self.program, leaves))
 
 
 def _either(taken: Any, looking: Callable, plain: Callable, state: Any, row: Any) -> Any:

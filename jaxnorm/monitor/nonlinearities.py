@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+
+from jaxnorm._jax import Jaxpr, JaxprEqn, Literal, Var, functions_of_nn
 
 # Elementwise functions of `jax.nn`.
 NAMES = {
@@ -20,7 +21,6 @@ NAMES = {
     *("sparse_plus", "sparse_sigmoid", "squareplus"),
 }
 PRIMITIVES = {"tanh": "tanh", "logistic": "sigmoid", "erf": "erf"}
-_FILE = "jax/_src/nn/functions.py"
 
 
 class Nonlinearity(NamedTuple):
@@ -75,9 +75,7 @@ def _written_out(eqns: list[JaxprEqn], start: int) -> tuple[str | None, int]:
 
 def _caller(eqn: JaxprEqn) -> str | None:
     """The outermost function of `jax.nn` that an equation was traced in."""
-    traceback = eqn.source_info.traceback
-    frames = traceback.frames if traceback is not None else ()
-    names = [f.function_name for f in frames if f.file_name.replace("\\", "/").endswith(_FILE)]
+    names = functions_of_nn(eqn)
     return names[-1] if names and names[-1] in NAMES else None
 
 

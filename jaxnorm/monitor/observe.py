@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import JaxprEqn, Literal, jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxnorm._jax import JaxprEqn, Literal, evaluate, inner_programs, scan_operands, traced_under
 from jaxnorm.monitor.excerpts import Excerpt, excerpt
 from jaxnorm.monitor.marks import GRADIENT, VALUE, Place, mark_p
 from jaxnorm.monitor.parts import Detail, Part, by_name, from_names, nothing, whole_parts
@@ -31,7 +31,6 @@ from jaxnorm.monitor.summary import (
     summarize,
     summarize_batches,
 )
-from jaxnorm.training.rematerialize import evaluate
 
 
 def observe(
@@ -155,7 +154,7 @@ class _Watch:
                 if role == VALUE or (role == GRADIENT and self.gradients):
                     self.places[place.name] = place
                     marked.setdefault((place.name, role), given)
-            elif any(map(_is_marked, jaxprs_in_params(eqn.params))):
+            elif any(map(_is_marked, inner_programs(eqn))):
                 made, within = self._inside(eqn, given)
                 found += within
             else:
@@ -226,7 +225,7 @@ class _Watch:
     def _inside(self, eqn: JaxprEqn, given: list[Any]) -> tuple[list[Any], list[Part]]:
         """An equation whose inner programs have marks."""
         kind, params = eqn.primitive.name, eqn.params
-        with eqn.ctx.manager:
+        with traced_under(eqn):
             if kind in ("jit", "pjit"):
                 return self._jit(params, given)
             if kind in ("checkpoint", "remat", "remat2"):
@@ -351,24 +350,9 @@ class _Watch:
         return made, [part.of(a) for part, a in zip(parts, arrays)]
 
 
-def scan_operands(eqn: JaxprEqn) -> tuple[int, int]:
-    """The numbers of a scan's operands that are constants, and that are carried.
-
-    Told by their ranks, since the parameters that say so have other names in each version of JAX.
-    """
-    inner = eqn.params["jaxpr"].jaxpr
-
-    def kept(outer, inner):
-        return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner))
-
-    carries = kept(eqn.outvars, inner.outvars)
-    return kept(eqn.invars, inner.invars) - carries, carries
-
-
 def _is_marked(jaxpr: Any) -> bool:
     return any(
-        eqn.primitive is mark_p or any(map(_is_marked, jaxprs_in_params(eqn.params)))
-        for eqn in jaxpr.eqns
+        eqn.primitive is mark_p or any(map(_is_marked, inner_programs(eqn))) for eqn in jaxpr.eqns
     )
 
 
@@ -376,7 +360,7 @@ def _names(eqn: JaxprEqn) -> set[str]:
     """Names of the marked layers in an equation."""
     if eqn.primitive is mark_p:
         return {eqn.params["place"].layer}
-    inner = (e for jaxpr in jaxprs_in_params(eqn.params) for e in jaxpr.eqns)
+    inner = (e for jaxpr in inner_programs(eqn) for e in jaxpr.eqns)
     return {name for e in inner for name in _names(e)}
 
 

@@ -8,11 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
-
+from jaxnorm._jax import Jaxpr, JaxprEqn, Literal, Var, scan_operands
 from jaxnorm.monitor.marks import FENCE, VALUE, Place, mark_p
 from jaxnorm.monitor.nonlinearities import nonlinearities
-from jaxnorm.monitor.observe import scan_operands
 
 Chosen = Callable[[str, str], bool]
 """Whether a nonlinearity of that path and that name is wanted."""

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.core import Tracer
 
+from jaxnorm._jax import is_traced
 from jaxnorm.training.layout import Layout, check_placed, place_batch
 from jaxnorm.training.objective import Batch
 from jaxnorm.training.programs import check_single
@@ -64,7 +64,7 @@ class PreparedStep:
                 return function(state, batch)
             if missing or abstract:
                 state = layout.place(state)
-            if not any(isinstance(leaf, Tracer) for leaf in given):
+            if not any(is_traced(leaf) for leaf in given):
                 check_placed(self._operation, layout, state)
                 batch = place_batch(self._operation, layout, batch, self._scan)
             return function(state, batch)

@@ -16,9 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, Sharding
 
+from jaxnorm._jax import is_traced
 from jaxnorm.training.state import TrainState
 
 Leaves = Mapping[str, Any]  # name, such as params/Dense_0/kernel -> array or ShapeDtypeStruct
@@ -49,7 +49,7 @@ def named_leaves(operation: str, argument: str, state: Any) -> dict[str, Any]:
 def check_values(operation: str, leaves: Leaves) -> None:
     """Every leaf must have values, and in a run of many processes lie where all of them see it."""
     for name, leaf in leaves.items():
-        if isinstance(leaf, Tracer | jax.ShapeDtypeStruct):
+        if is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(
                 f"{operation}: state must be made of arrays with values; {name} is "
                 f"{type(leaf).__name__}. Call it outside of jax.jit, with the state that a step "

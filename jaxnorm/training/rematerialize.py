@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
+from jaxnorm._jax import Jaxpr, JaxprEqn, Var, evaluate, inner_programs
 from jaxnorm.core.standardize import MOMENTS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -69,14 +69,6 @@ class _Stretch(NamedTuple):
         return [values[v] for v in self.outputs]
 
 
-def evaluate(eqn: JaxprEqn, given: list[Any]) -> list[Any]:
-    """The results of an equation for these operands."""
-    primitive = eqn.primitive
-    with eqn.ctx.manager:  # the mesh and the options that the equation was traced under
-        made = primitive.bind(*given, **primitive.get_bind_params(eqn.params))
-    return list(made) if primitive.multiple_results else [made]
-
-
 def _stretches(jaxpr: Jaxpr) -> list[_Stretch]:
     """All equations of `jaxpr`, in stretches."""
     cuts = [0, *_cuts(jaxpr), len(jaxpr.eqns)]
@@ -116,7 +108,7 @@ def _cuts(jaxpr: Jaxpr) -> list[int]:
 
 def _products(eqn: JaxprEqn) -> int:
     """The number of matrix products and convolutions in an equation."""
-    inner = sum(_products(e) for sub in jaxprs_in_params(eqn.params) for e in sub.eqns)
+    inner = sum(_products(e) for sub in inner_programs(eqn) for e in sub.eqns)
     return inner + (eqn.primitive.name in ("dot_general", "conv_general_dilated"))
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
+from jaxnorm._jax import is_traced
 from jaxnorm.training.layout import Layout, keep_state
 from jaxnorm.training.objective import Batch, Metrics
 from jaxnorm.training.programs import Made, Monitor, Step, build_loop
@@ -86,7 +86,7 @@ class Turns:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """New state and metrics."""
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch))):
+        if any(is_traced(leaf) for leaf in jax.tree.leaves((state, batch))):
             return self._choosing(state, batch)
         bare, number = state.replace(monitor=None), self._number(state)
         if not self._numbers:
