@@ -128,6 +128,16 @@ def run_program(program: Any, operands: Sequence[Any]) -> list[Any]:
     return list(jaxpr_as_fun(program)(*operands))
 
 
+def is_literal(atom: Any, value: Any) -> bool:
+    """True for a number that stands in a program, if it is this one."""
+    return hasattr(atom, "val") and bool(atom.val == value)
+
+
+def read(values: Mapping[Any, Any], atoms: Sequence[Any]) -> list[Any]:
+    """The values of variables, and of literals, which hold their own."""
+    return [atom.val if hasattr(atom, "val") else values[atom] for atom in atoms]
+
+
 def evaluate(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     """The results of an equation for these operands."""
     primitive = equation.primitive

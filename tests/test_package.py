@@ -24,8 +24,8 @@ pytestmark = pytest.mark.sample
 ROOT = Path(jaxnorm.__file__).parent
 # Each room may use those before it.
 ROOMS = (
-    "_jax", "files", "core", "distributed", "kernels", "functional", "linen", "nnx", "training", "tools",
-    "monitor", "lab", "report", "testing", "examples", "cli",
+    "_jax", "files", "core", "distributed", "kernels", "functional", "linen", "nnx", "training",
+    "tools", "monitor", "lab", "report", "testing", "examples", "cli",
 )  # fmt: skip
 APART = {("linen", "nnx"), ("nnx", "linen")}
 # What a notebook asks to show itself asks the report, when it is asked: nothing is imported before.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxnorm._jax import Jaxpr, JaxprEqn, Literal, Var, functions_of_nn
+from jaxnorm._jax import Jaxpr, JaxprEqn, Var, functions_of_nn, is_literal
 
 # Elementwise functions of `jax.nn`.
 NAMES = {
@@ -55,7 +55,7 @@ def _name(eqn: JaxprEqn) -> str | None:
     if kind == "custom_jvp_call":
         inner = eqn.params["call_jaxpr"].jaxpr.eqns
         return _name(inner[0]) if len(inner) == 1 else None
-    if kind == "max" and any(isinstance(v, Literal) and v.val == 0 for v in eqn.invars):
+    if kind == "max" and any(is_literal(v, 0) for v in eqn.invars):
         return "relu"
     return PRIMITIVES.get(kind)
 

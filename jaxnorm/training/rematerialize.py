@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from jaxnorm._jax import Jaxpr, JaxprEqn, Var, evaluate, inner_programs
+from jaxnorm._jax import Jaxpr, JaxprEqn, Var, evaluate, inner_programs, read
 from jaxnorm.core.standardize import MOMENTS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -48,7 +48,7 @@ def in_stretches(function: Function) -> Function:
             compute = jax.checkpoint(stretch.compute, policy=_statistics)
             results = compute(*(values[v] for v in stretch.inputs))
             values |= dict(zip(stretch.outputs, results))
-        outputs = [values[v] if isinstance(v, Var) else v.val for v in jaxpr.outvars]
+        outputs = read(values, jaxpr.outvars)
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return run  # type: ignore[return-value]
@@ -64,7 +64,7 @@ class _Stretch(NamedTuple):
     def compute(self, *args: Any) -> list[Any]:
         values = dict(zip(self.inputs, args))
         for eqn in self.equations:
-            given = [values[v] if isinstance(v, Var) else v.val for v in eqn.invars]
+            given = read(values, eqn.invars)
             values |= dict(zip(eqn.outvars, evaluate(eqn, given)))
         return [values[v] for v in self.outputs]
 
