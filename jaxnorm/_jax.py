@@ -15,7 +15,11 @@ from jax.core import Tracer
 from jax.interpreters import ad, batching, mlir
 
 if TYPE_CHECKING:
-    from jax.extend.core import Jaxpr, JaxprEqn, Primitive
+    from jax.extend.core import Jaxpr as Jaxpr
+    from jax.extend.core import JaxprEqn as JaxprEqn
+    from jax.extend.core import Literal as Literal
+    from jax.extend.core import Primitive as Primitive
+    from jax.extend.core import Var as Var
 
 _OF_PROGRAMS = ("Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var")
 

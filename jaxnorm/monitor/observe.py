@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxnorm._jax import JaxprEqn, Literal, evaluate, inner_programs, scan_operands, traced_under
+from jaxnorm._jax import JaxprEqn, evaluate, inner_programs, read, scan_operands, traced_under
 from jaxnorm.monitor.excerpts import Excerpt, excerpt
 from jaxnorm.monitor.marks import GRADIENT, VALUE, Place, mark_p
 from jaxnorm.monitor.parts import Detail, Part, by_name, from_names, nothing, whole_parts
@@ -143,11 +143,8 @@ class _Watch:
         found: list[Part] = []
         marked: dict[tuple[str, str], list[Any]] = {}
 
-        def read(v):
-            return v.val if isinstance(v, Literal) else values[v]
-
         for eqn in jaxpr.eqns:
-            given = [read(v) for v in eqn.invars]
+            given = read(values, eqn.invars)
             if eqn.primitive is mark_p:
                 made = given[:1]
                 place, role = eqn.params["place"], eqn.params["role"]
@@ -167,7 +164,7 @@ class _Watch:
             part = part.without(known)
             known |= {(name, part.role) for name in part.names}
             parts += [part] if part.names else []
-        return [read(v) for v in jaxpr.outvars], parts
+        return read(values, jaxpr.outvars), parts
 
     def _summaries(self, marked: dict[tuple[str, str], list[Any]]) -> list[Part]:
         """All that was marked in one program, looked at together."""

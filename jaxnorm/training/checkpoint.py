@@ -359,9 +359,10 @@ def _read(
     wrong = [name for name in values if found[name] != record["leaves"][name]["checksum"]]
     if wrong:
         raise damaged(f"{listed(wrong)} came back with other bits than were saved")
-    zeros = {name: zeros_for(leaves[name]) for name in empty}
     state = [
-        zeros[name] if name in empty else from_plain(values[name], record["leaves"][name])
+        zeros_for(leaves[name])
+        if name in empty
+        else from_plain(values[name], record["leaves"][name])
         for name in leaves
     ]
     return state, record["data"]

@@ -141,7 +141,7 @@ def test_the_report_shows_every_result(committed):
         assert results["command"] in text and report.origin(results) in page
         for table in report.tables(results):
             assert table.rows and table.markdown() in text
-    assert len(page.splitlines()) < 250
+    assert len(page.splitlines()) < 200
 
 
 def test_pictures_are_written_beside_the_text(tmp_path):

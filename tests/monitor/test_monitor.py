@@ -139,7 +139,12 @@ def test_micro_batches_show_what_the_whole_batch_shows(everything):
     a, b = columns(everything[0][1])[0], columns(halves[-1])[0]
     for name in a:
         if name.startswith("sights|") or name == "metrics|loss":
-            np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
+            close = (
+                {"rtol": 1e-3, "atol": 1e-6}
+                if "gradients" in name
+                else {"rtol": 1e-4, "atol": 1e-5}
+            )
+            np.testing.assert_allclose(a[name], b[name], **close, err_msg=name)
     assert np.abs(a["sights|gradients|moments|m2"]).min() > 1e-4  # so that a factor would be seen
 
 
