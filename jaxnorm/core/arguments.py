@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxnorm.core.finish import Activation
+from jaxnorm.core.epilogue import Activation
 from jaxnorm.core.moments import promoted
 
 Axes = int | Sequence[int]

@@ -1,7 +1,7 @@
 """Blocks of consecutive entries of one axis: channels of a group, examples of a virtual batch.
 
-Moments of blocks are taken without reshaping the activation: what is folded are its sums over all
-other axes, which are small, so that an axis spread over devices stays where it is.
+Moments of blocks are taken without reshaping the activation: what is reduced in blocks are its sums
+over all other axes, which are small, so that an axis that is sharded over devices stays so.
 """
 
 import math
@@ -14,42 +14,33 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 
-def fold(reducer: Callable, array: Array, axis: int, blocks: int) -> Array:
+def reduce_blocks(reducer: Callable, array: Array, axis: int, blocks: int) -> Array:
     """Reduce each block of an axis to one entry; `reducer` is jnp.sum, jnp.min or their like."""
     size = array.shape[axis]
     if size == 1:  # the same entry for all, as in a mask that broadcasts
         return array
     split = (*array.shape[:axis], blocks, size // blocks, *array.shape[axis + 1 :])
 
-    def folded(array):
+    def reduced(array):
         return reducer(array.reshape(split), axis=axis + 1)
 
-    spec, names, shards = _layout(array, axis)
+    spec, names, shards = _sharding_of(array, axis)
     if shards > 1 and blocks % shards:
         spec[axis] = None
-    return _partitioned(folded, array, names, spec)
+    return _partitioned(reduced, array, names, spec)
 
 
-def spread(blocks: Array, like: Array) -> Array:
+def broadcast_blocks(blocks: Array, like: Array) -> Array:
     """Repeat each entry that stands for a block of an axis; what is 1 there broadcasts anyway."""
     for axis, (number, size) in enumerate(zip(blocks.shape, like.shape, strict=True)):
         if number not in (1, size):
-            spec, names, _ = _layout(like, axis)
+            spec, names, _ = _sharding_of(like, axis)
             spec = [None if n == 1 else s for s, n in zip(spec, blocks.shape, strict=True)]
             blocks = _partitioned(_repeat(axis, size), blocks, names, spec)
     return blocks
 
 
-def settled(array: Array, number: Array) -> Array:
-    """An equal array that compilers for CPUs keep in memory: divided by one, or NaN as `number` is.
-
-    What ends in a division they compute once; all else anew for each element that it meets, even
-    where that means to find out to which block of an axis the element belongs.
-    """
-    return array / jnp.where(number == number, 1, number).astype(array.dtype)
-
-
-def placed_like(array: Array, like: Array) -> Array:
+def reshard_like(array: Array, like: Array) -> Array:
     """An array that broadcasts to another, sharded over an Explicit mesh as that is by its type."""
     mesh = jax.typeof(like).sharding.mesh
     spec: Any = [None if n == 1 else s for n, s in zip(array.shape, spec_of(like))]
@@ -69,7 +60,7 @@ def _repeat(axis: int, size: int) -> Callable:
     return repeated
 
 
-def _layout(array: Array, axis: int) -> tuple[list, list[str], int]:
+def _sharding_of(array: Array, axis: int) -> tuple[list, list[str], int]:
     """The sharding of an array over an Explicit mesh, by its type; of one axis its mesh axes."""
     sharding, spec = jax.typeof(array).sharding, spec_of(array)
     over = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
@@ -90,6 +81,6 @@ def _partitioned(function: Callable, array: Array, names: list[str], spec: list)
 
 
 def spec_of(array: Array) -> list[Any]:
-    """For each axis the mesh axes that it is spread over, by its type; None: none."""
+    """The mesh axes over which each axis of an array is sharded, by its type; None: none."""
     spec = jax.typeof(array).sharding.spec
     return [*spec, *[None] * (array.ndim - len(spec))]

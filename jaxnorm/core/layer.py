@@ -2,11 +2,11 @@
 
 from jaxtyping import Array, Bool, Inexact
 
-from jaxnorm.core.affine import along, normalize
 from jaxnorm.core.arguments import Save
-from jaxnorm.core.finish import Finish
+from jaxnorm.core.epilogue import Epilogue, along
+from jaxnorm.core.measure import Measurement
+from jaxnorm.core.normalize import normalize
 from jaxnorm.core.output import normalize_keeping_output
-from jaxnorm.core.slices import Reduction
 
 
 def per_slice(
@@ -14,10 +14,10 @@ def per_slice(
     scale: Inexact[Array, "..."] | None,
     bias: Inexact[Array, "..."] | None,
     *,
-    reduction: Reduction,
+    measurement: Measurement,
     feature_axes: tuple[int, ...],
     mask: Bool[Array, "*#shape"] | None,
-    finish: Finish,
+    epilogue: Epilogue,
     save: Save = "input",
 ) -> Inexact[Array, "*shape"]:
     """Normalize each slice with its own moments.
@@ -25,7 +25,7 @@ def per_slice(
     Scale and bias have the shape of the feature axes, or the rank of `x` and broadcast to it.
     """
     scale, bias = along(scale, feature_axes, x.ndim), along(bias, feature_axes, x.ndim)
-    options = {"reduction": reduction, "mask": mask, "finish": finish}
+    options = {"measurement": measurement, "mask": mask, "epilogue": epilogue}
     if save == "output":
         return normalize_keeping_output(x, scale, bias, **options)
     return normalize(x, scale, bias, **options)[0]

@@ -1,48 +1,85 @@
-"""Measure the slices of an array, at any offset.
+"""Measure the slices of an array, exactly at any offset.
 
 `LocalMoments` is what normalization needs: moments seen from a value near the data, because a
 mean rounded to float32 is off by 1e-3 at an offset of 1e4, and so would be everything that is
 normalized with it.
 
-``z = x - guess`` and one read of ``x`` give ``mean(z)`` and ``mean(|z|^2) - |mean(z)|^2``. The
+``z = x - origin`` and one read of ``x`` give ``mean(z)`` and ``mean(|z|^2) - |mean(z)|^2``. The
 subtraction in that formula costs about ``log2(1 + |mean(z)|^2 / var)`` bits, so it is exact enough
-whenever the guess lies within a few deviations of the mean.
-
-* Batch normalization has such a guess at hand, its running mean. Where it turns out to be a poor
-  one (the first steps of training, a jump), a branch does what the others do.
-* The others have none, and read twice: slices are short there, or come in many, and a branch would
-  need one answer for all of them, hence from all devices that hold some. Short slices of 16-bit
-  numbers are read once, with exact sums (`narrow`). On one CPU zero is a guess: there a branch is
-  cheap, and an array of differences dear.
-
-Nothing depends on the guess but the time it takes.
+whenever the origin lies within a few deviations of the mean. The ways to measure differ in where
+they take the origin from. README.md beside this file says which input is measured in which way.
 """
 
+import enum
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Inexact
 
-from jaxnorm.core import narrow
-from jaxnorm.core.blocks import settled, spread
-from jaxnorm.core.excerpts import element_of, sample_of
-from jaxnorm.core.layout import in_order
-from jaxnorm.core.moments import abs_squared, saturate
-from jaxnorm.core.replicas import ALONE
-from jaxnorm.core.slices import LocalMoments, Measured, Reduction
+from jaxnorm.core import exact_sums
+from jaxnorm.core.moments import LocalMoments, Measured, abs_squared, saturate
+from jaxnorm.core.probe import element_of
+from jaxnorm.core.slices import Slices
+from jaxnorm.core.tpu import row_major
 
 # A guess within this many deviations of the mean costs at most log2(1 + 2**2) = 2.3 bits of the
 # variance; a running mean lies closer.
 _NEAR = 2.0
 
 
-class _Scaled(NamedTuple):
-    """Moments of ``x * scale - origin``; what a branch decides, and what follows it is common."""
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured of an array: the meaning of a normalization, without its affine part."""
 
+    slices: Slices
+    epsilon: float = 0.0
+    centered: bool = True
+    """False for raw second moments (RMS normalization): origin and mean are zero."""
+    two_pass: bool = False
+    """Whether to reproduce the textbook's two passes; see `Way.TWO_PASS`."""
+
+    def with_leading_axis(self) -> "Measurement":
+        """This measurement for arrays with one more axis in front."""
+        return replace(self, slices=self.slices.with_leading_axis())
+
+
+class Way(enum.Enum):
+    """A way to measure. `core.strategy` chooses one."""
+
+    TWO_PASS = "mean(x), rounded, then mean(|x - mean|^2)"
+    RAW = "mean(|x|^2) in one read, at two scales"
+    EXACT_SUMS = "sums without rounding in one read, of 16-bit numbers"
+    GUESS = "one read about a guess; if that was a poor one, TWO_READS"
+    TWO_READS = "a mean about one element, then the moments about that mean"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How an array is measured. No result depends on it but by rounding."""
+
+    way: Way
+    stored: jax.typing.DTypeLike | None = None
+    """The dtype that `x` was widened from, if it was."""
+    row_major: bool = False
+    """Whether compilers for TPUs are told that the slices lie in memory as rows."""
+    in_block: bool = False
+    """Whether `x` is a block in fast memory, as in a kernel: all of it can be read for nothing."""
+    cpu: bool = False
+    """Whether a CPU measures it in its own way; see `core.cpu`."""
+    large: bool = False
+    """Whether CPUs get what pays for its compile time on large arrays only; see `core.cpu`."""
+
+
+class Scaled(NamedTuple):
+    """Moments of ``x * scale - origin``, by any of the ways; what follows them is common."""
+
+    count: Float[Array, "*slices"]  # pyright: ignore[reportIncompatibleMethodOverride]
     origin: Inexact[Array, "*slices"]
     mean: Inexact[Array, "*slices"]
     var: Float[Array, "*slices"]
@@ -50,57 +87,70 @@ class _Scaled(NamedTuple):
     """1, or a power of two for squares that would overflow."""
 
 
-_Counted = tuple[Array, _Scaled]
-"""How many elements each slice has, and their moments."""
-
-
-def take(
-    reduction: Reduction,
+def measure(
+    measurement: Measurement,
+    strategy: Strategy,
     x: Inexact[Array, "*shape"],
     mask: Bool[Array, "*#shape"] | None,
     guess: Inexact[Array, "*#shape"] | None,
 ) -> Measured:
-    """The moments of the slices of `x`, from a guess of their means; None: from one of its own."""
-    x = _row_major(reduction, x)
-    if reduction.two_pass and reduction.centered:
-        return _two_pass(reduction, x, mask)
-    if guess is None:
-        count, scaled = _unguessed(reduction, x, mask)
-    elif reduction.replicas.mapped:
-        count, scaled = _twice(reduction, x, mask)
-    else:
+    """The moments of the slices of `x`, on any platform.
 
-        def again(x, scale):
-            about_sample = partial(_about_sample, reduction, scale=scale)
-            return _by_platform(reduction, x, mask, cpu=about_sample, default=_twice)
+    Args:
+        measurement: what to measure.
+        strategy: how.
+        x: the data in the dtype that it is to be computed in, float32 at least.
+        mask: which elements count; None for all.
+        guess: a value expected near the mean of each slice, the same on all replicas; only
+            `Way.GUESS` looks at it.
+    """
+    if strategy.row_major:
+        x = row_major(x)
+    slices = measurement.slices
+    match strategy.way:
+        case Way.TWO_PASS:
+            return _two_pass(measurement, x, mask)
+        case Way.RAW:
+            scaled = about_zero(slices, x, mask)
+        case Way.EXACT_SUMS:
+            scaled = _exact_sums(slices, strategy.stored, x, mask)
+        case Way.TWO_READS:
+            scaled = _two_reads(slices, strategy.in_block, x, mask)
+        case Way.GUESS:
+            scaled = near_guess(
+                measurement, strategy, x, mask, guess,
+                accurate=lambda x, scale: _two_reads(slices, False, x, mask),
+            )  # fmt: skip
+    return rescaled(measurement, scaled, masked=mask is not None)
 
-        count, scaled = _near(reduction, x, mask, guess.astype(x.dtype), again)
-    return _rescaled(reduction, count, scaled, masked=mask is not None)
 
-
-def _rescaled(reduction: Reduction, count, scaled: _Scaled, *, masked: bool) -> Measured:
+def rescaled(measurement: Measurement, scaled: Scaled, *, masked: bool) -> Measured:
     """The moments of `x` itself, from those of scaled data."""
-    origin, mean, var, scale = scaled
+    count, origin, mean, var, scale = scaled
     n = lax.max(count, lax.full_like(count, 1))
     # An element lies at most sqrt(n) deviations from the mean, any two 2 sqrt(n) from each other.
     # Where that could overflow, at the very end of the range, nothing is subtracted.
     limit = float(jnp.finfo(var.dtype).max) / 2
     within = lax.sqrt(var) < limit * scale / lax.sqrt(n)
     unit = lax.select(within, scale, lax.full_like(scale, jnp.inf)).astype(origin.dtype)
-    if reduction.centered:
+    if measurement.centered:
         origin, mean = origin / unit, mean / unit
-    local = _local(reduction, origin, mean, count, var, scale, masked=masked)
+    local = _local(measurement.epsilon, origin, mean, count, var, scale, masked=masked)
     # Not divided twice: that may become one division, by a square that is zero.
     back = lax.select(scale == 1, scale, lax.full_like(scale, 1 / _rescale(var.dtype)))
     return Measured(local, count, saturate(var * back * back))
 
 
-def _near(reduction: Reduction, x, mask, guess, otherwise: Callable) -> _Counted:
-    """The moments about the guess, or where that is a poor one what is said otherwise of `x`.
+def near_guess(
+    measurement: Measurement, strategy: Strategy, x, mask, guess, accurate: Callable
+) -> Scaled:
+    """The moments about a guess, or where that is a poor one those that `accurate` finds of `x`.
 
-    That is also told a scale in which the squares of ``x - guess`` do not overflow.
+    It is also told a scale in which the squares of ``x - guess`` do not overflow.
     """
-    count, mean, square = _means(reduction, x, mask, origin=guess)
+    slices = measurement.slices
+    guess = guess.astype(x.dtype)
+    count, mean, square = means(measurement, x, mask, origin=guess)
     # Where both overflow their difference is infinite, and no NaN for `checkify` to report.
     largest = lax.full_like(square, jnp.finfo(square.dtype).max)
     var = jnp.maximum(square - lax.min(abs_squared(mean), largest), 0)
@@ -108,172 +158,121 @@ def _near(reduction: Reduction, x, mask, guess, otherwise: Callable) -> _Counted
     finite = square < _big(square.dtype)
     # A branch's operands are arrays in memory. Narrowed, this one is the array that is there
     # already (narrowing undoes the widening exactly, and the compiler drops both).
-    stored = x if reduction.stored is None else x.astype(reduction.stored)
+    stored = x if strategy.stored is None else x.astype(strategy.stored)
 
-    # Both branches must have one type, also where the guess is spread over more devices than x.
+    # Both branches must have one type, also where the guess is on more devices than x.
     zero = (mean == 0) & (guess == 0) & False
 
-    def typed(*parts) -> _Scaled:
-        return _Scaled(*(part + zero.astype(part.dtype) for part in parts))
+    def typed(*parts):
+        return [part + zero.astype(part.dtype) for part in parts]
 
-    def kept() -> _Scaled:
+    def of_guess():
         return typed(guess, mean, var, lax.full_like(var, 1))
 
-    def again() -> _Scaled:
-        return typed(*otherwise(stored.astype(x.dtype), _fitting(square))[1])
+    def anew():
+        found = accurate(stored.astype(x.dtype), _fitting(square))
+        return typed(*found[1:])
 
-    return count, lax.cond(_all(reduction.replicas.agreed(near & finite)), kept, again)
+    good = _all(slices.replicas.agreed(near & finite))
+    return Scaled(count, *lax.cond(good, of_guess, anew))
 
 
-def _sums(reduction: Reduction, shape, mask, *terms):
+def sums(slices: Slices, shape, mask, *terms):
     """Count of each slice and sums of terms that are zero outside the mask, in one collective."""
-    total = partial(reduction.over, jnp.sum)
+    total = partial(slices.reduce, jnp.sum)
     if mask is None:
-        sums = reduction.replicas.sum(*map(total, terms))
-        return jnp.full_like(sums[-1], reduction.size(shape)), *sums
+        found = slices.replicas.sum(*map(total, terms))
+        return jnp.full_like(found[-1], slices.size(shape)), *found
     inside = jnp.broadcast_to(mask, shape).astype(terms[-1].dtype)
-    return reduction.replicas.sum(total(inside), *map(total, terms))
+    return slices.replicas.sum(total(inside), *map(total, terms))
 
 
-def _means(reduction: Reduction, x, mask, *, origin):
+def means(measurement: Measurement, x, mask, *, origin):
     """Count, mean(z) and mean(|z|^2) for z = x - origin, in one read of x."""
-    z = x - spread(origin, x)
+    z = x - measurement.slices.broadcast(origin, x)
     z = z if mask is None else jnp.where(mask, z, 0)
-    terms = (z, abs_squared(z)) if reduction.centered else (abs_squared(z),)
-    count, *first, square = _sums(reduction, x.shape, mask, *terms)
+    terms = (z, abs_squared(z)) if measurement.centered else (abs_squared(z),)
+    count, *first, square = sums(measurement.slices, x.shape, mask, *terms)
     n = jnp.maximum(count, 1)
     mean = first[0] / n.astype(x.dtype) if first else jnp.zeros_like(origin)
     return count, mean, square / n
 
 
-def _unguessed(reduction: Reduction, x, mask) -> _Counted:
-    measure, size = _twice, reduction.size(x.shape)
-    if not reduction.centered:
-        measure = _about_zero
-    elif (
-        not reduction.at_hand
-        and isinstance(size, int)  # not a symbol
-        and narrow.exact(reduction.stored, size)
-    ):
-        measure = partial(_narrow, size)
-    # CPUs have a guess at no cost: of numbers less zero there is an array already.
-    near_zero = partial(_near_zero, reduction)
-    return _by_platform(reduction, x, mask, cpu=near_zero, default=measure)
-
-
-def _by_platform(reduction: Reduction, x, mask, *, cpu: Callable, default: Callable) -> _Counted:
-    """Measure as a CPU does where that is worth its compile time, and as other platforms do."""
-    plain = mask is None and reduction.replicas == ALONE and not jnp.iscomplexobj(x)
-    if not (plain and reduction.worth_it(x)):
-        return default(reduction, x, mask)
-    return lax.platform_dependent(x, cpu=cpu, default=lambda x: default(reduction, x, None))
-
-
-def _near_zero(reduction: Reduction, x) -> _Counted:
-    """The moments about zero, where all slices lie within a few deviations of it."""
-
-    def otherwise(x, scale):
-        if reduction.centered:
-            return _about_sample(reduction, x, scale)
-        return _about_zero(reduction, x, None)
-
-    return _near(reduction, x, None, jnp.zeros((1,) * x.ndim, x.dtype), otherwise)
-
-
-def _about_sample(reduction: Reduction, x, scale) -> _Counted:
-    """The moments of ``x * scale`` about the mean of an eighth of each slice.
-
-    For CPUs, where sums of `x` and of its squares run at the speed of memory, and those of anything
-    else need an array of it first: of the differences, once.
-    """
-    sample, element = sample_of(reduction, x)
-    wide = spread(scale, x)
-    element = element * scale
-    offset = reduction.over(jnp.sum, sample * wide - spread(element, x))
-    offset = _clipped(offset / jnp.asarray(reduction.size(sample.shape), x.dtype))
-    return _about(reduction, x, None, element + offset, scale)
-
-
-def _twice(reduction: Reduction, x, mask) -> _Counted:
+def _two_reads(slices: Slices, in_block: bool, x, mask) -> Scaled:
     """The moments about a first mean, for which a first read is taken about an element."""
-    element = element_of(reduction, x, mask)
-    z = x - spread(element, x)
+    origin, scale = first_mean(slices, in_block, x, mask)
+    unit, near = slices.broadcast(scale.astype(x.dtype), x), slices.broadcast(origin, x)
+    return about(slices, x * unit - near, mask, origin, scale)
+
+
+def first_mean(slices: Slices, in_block: bool, x, mask):
+    """A mean that is right to a few digits of the deviation; with it, a scale as in `Scaled`."""
+    element = element_of(slices, x, mask, all_at_hand=in_block)
+    z = x - slices.broadcast(element, x)
     z = z if mask is None else jnp.where(mask, z, 0)
     # Scaled down, since here the sum alone may be too large.
     down = jnp.asarray(2.0**-24, x.dtype)
-    count, offset, square = _sums(reduction, x.shape, mask, z * down, abs_squared(z))
+    count, offset, square = sums(slices, x.shape, mask, z * down, abs_squared(z))
     n = lax.max(count, lax.full_like(count, 1))
     offset, scale = offset / (n.astype(x.dtype) * down), _fitting(square / n)
     unit = scale.astype(x.dtype)
     # The compiler computes the origin anew in each of its uses. They must round it alike: clipped,
     # the product that `offset` is cannot melt into a fused multiply-add in one and not in another.
     # For a slice of one repeated value it is that value, so that x - origin is exactly zero.
-    return _about(reduction, x, mask, element * unit + _clipped(offset) * unit, scale)
+    return element * unit + clipped(offset) * unit, scale
 
 
-def _fitting(square):
-    """A scale for data with that mean square, 1 unless it overflows: squares are summed in it.
-
-    Source: Blue, "A portable Fortran program to find the Euclidean norm of a vector", 1978.
-    """
-    one, small = (lax.full_like(square, a) for a in (1, _rescale(square.dtype)))
-    return lax.select(square < _big(square.dtype), one, small)
-
-
-def _about(reduction: Reduction, x, mask, origin, scale) -> _Counted:
-    """The moments of `x` from those of ``x * scale - origin``."""
-    wide, near = spread(scale.astype(x.dtype), x), spread(origin, x)
-    if reduction.blocks is not None and reduction.worth_it(x):
-        wide, near = settled(wide, near), settled(near, near)
-    z = x * wide - near
+def about(slices: Slices, z, mask, origin, scale) -> Scaled:
+    """The moments of `x` from ``z = x * scale - origin``."""
     z = z if mask is None else jnp.where(mask, z, 0)
-    count, mean, square = _sums(reduction, x.shape, mask, z, abs_squared(z))
+    count, mean, square = sums(slices, z.shape, mask, z, abs_squared(z))
     n = lax.max(count, lax.full_like(count, 1))
     mean = mean / n.astype(mean.dtype)
     var = lax.max(square / n - abs_squared(mean), lax.full_like(square, 0))
-    return count, _Scaled(origin, mean, var, scale)
+    return Scaled(count, origin, mean, var, scale)
 
 
-def _narrow(size: int, reduction: Reduction, x, mask) -> _Counted:
-    """Moments of 16-bit numbers in one read; see `jaxnorm.core.narrow`."""
-    real = x.dtype
-    z = x if mask is None else jnp.where(mask, x, 0)
-    terms = narrow.terms(z, reduction.stored, size, _rescale(real))
-    count, *sums = _sums(reduction, x.shape, mask, *terms)
-    solved = narrow.solve(count, sums, reduction.stored, size, _rescale(real), _big(real))
-    return count, _Scaled(*solved)
-
-
-def _about_zero(reduction: Reduction, x, mask) -> _Counted:
+def about_zero(slices: Slices, x, mask) -> Scaled:
     """Raw second moments of any finite data, in one read: squares summed at two scales."""
     z = x if mask is None else jnp.where(mask, x, 0)
     small = z * jnp.asarray(_rescale(jnp.finfo(x.dtype).dtype), x.dtype)
-    count, *sums = _sums(reduction, x.shape, mask, abs_squared(z), abs_squared(small))
-    square, small_square = (total / lax.max(count, lax.full_like(count, 1)) for total in sums)
+    count, *found = sums(slices, x.shape, mask, abs_squared(z), abs_squared(small))
+    square, small_square = (total / lax.max(count, lax.full_like(count, 1)) for total in found)
     scale = _fitting(square)
     zero = jnp.zeros((1,) * x.ndim, x.dtype)
-    return count, _Scaled(zero, zero, lax.select(scale == 1, square, small_square), scale)
+    return Scaled(count, zero, zero, lax.select(scale == 1, square, small_square), scale)
 
 
-def _two_pass(reduction: Reduction, x, mask) -> Measured:
+def _exact_sums(slices: Slices, stored, x, mask) -> Scaled:
+    """Moments of 16-bit numbers in one read; see `jaxnorm.core.exact_sums`."""
+    real, size = x.dtype, slices.size(x.shape)
+    z = x if mask is None else jnp.where(mask, x, 0)
+    terms = exact_sums.terms(z, stored, size, _rescale(real))
+    count, *found = sums(slices, x.shape, mask, *terms)
+    return Scaled(count, *exact_sums.solve(count, found, stored, size, _rescale(real), _big(real)))
+
+
+def _two_pass(measurement: Measurement, x, mask) -> Measured:
     """mean(x), rounded, then mean(|x - mean|^2): what Flax does with use_fast_variance=False.
 
     Kept for reproducing numbers, not for its digits: at an offset of 1e4 deviations the rounding
     of the mean alone moves every float32 result by 1e-3.
     """
-    if reduction.replicas == ALONE and reduction.blocks is None:
+    slices = measurement.slices
+    if slices.replicas.is_single and slices.blocks is None:
         # jnp.mean, and not a sum divided here: its last bit is what is to be reproduced.
-        mean = jnp.mean(x, axis=reduction.axes, keepdims=True, where=mask)
+        mean = jnp.mean(x, axis=slices.axes, keepdims=True, where=mask)
         mean = mean if mask is None else jnp.where(jnp.isnan(mean), 0, mean)
     else:
         zero = jnp.zeros((1,) * x.ndim, x.dtype)
-        _, mean, _ = _means(reduction, x, mask, origin=zero)
-    count, _, var = _means(reduction, x, mask, origin=mean)
-    return Measured(_local(reduction, mean, jnp.zeros_like(mean), count, var), count, saturate(var))
+        _, mean, _ = means(measurement, x, mask, origin=zero)
+    count, _, var = means(measurement, x, mask, origin=mean)
+    local = _local(measurement.epsilon, mean, jnp.zeros_like(mean), count, var)
+    return Measured(local, count, saturate(var))
 
 
 def _local(
-    reduction: Reduction,
+    epsilon: float,
     origin,
     mean,
     count,
@@ -284,26 +283,24 @@ def _local(
 ) -> LocalMoments:
     """Local moments from the variance of data that was scaled.
 
-    rstd is zero where there is no spread: such a slice standardizes to zero, not to NaN.
+    rstd is zero where there is no deviation: such a slice standardizes to zero, not to NaN.
     """
-    var = var + reduction.epsilon * scale * scale
+    var = var + epsilon * scale * scale
     zero = (var == 0) | (count == 0) if masked else var == 0
     scale = jnp.where(zero, jnp.zeros((), var.dtype), jnp.asarray(scale, var.dtype))
-    # The division comes last, see `settled`. That by a root would become a product.
+    # The division comes last: what ends in one CPUs compute once (`cpu.materialize`). A division
+    # by a root would become a product.
     root = lax.max(lax.sqrt(var), lax.full_like(var, jnp.finfo(var.dtype).tiny))
     return LocalMoments(origin, mean, scale / root)
 
 
-def _row_major(reduction: Reduction, x):
-    """An equal array of which the compiler is told that rows which are reduced lie in one piece.
+def _fitting(square):
+    """A scale for data with that mean square, 1 unless it overflows: squares are summed in it.
 
-    Left to choose, XLA for TPUs lays whole networks out by columns around the sums of rows, and
-    copies what enters and leaves them.
+    Source: Blue, "A portable Fortran program to find the Euclidean norm of a vector", 1978.
     """
-    trailing = tuple(range(x.ndim - len(reduction.axes), x.ndim))
-    if reduction.at_hand or reduction.blocks is not None or reduction.axes != trailing:
-        return x
-    return in_order(x, range(x.ndim))
+    one, small = (lax.full_like(square, a) for a in (1, _rescale(square.dtype)))
+    return lax.select(square < _big(square.dtype), one, small)
 
 
 @custom_vmap
@@ -320,7 +317,8 @@ def _all_vmap(axis_size, in_batched, condition):
     return _all(condition), False
 
 
-def _clipped(x):
+def clipped(x):
+    """An equal array, if it is finite: the real and imaginary parts saturate."""
     if jnp.iscomplexobj(x):
         return lax.complex(saturate(jnp.real(x)), saturate(jnp.imag(x)))
     return saturate(x)

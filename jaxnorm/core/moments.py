@@ -112,6 +112,52 @@ class Moments(NamedTuple):
 export.register_namedtuple_serialization(Moments, serialized_name="jaxnorm.Moments")
 
 
+class LocalMoments(NamedTuple):
+    """All that standardizes `x`: one entry for each slice, of the rank of `x`.
+
+    The mean comes in two parts, `origin` + `mean`, since one float32 near 1e4 cannot hold it.
+    """
+
+    origin: Inexact[Array, "*slices"]
+    """A value near the data; constant under differentiation, since no result depends on it."""
+    mean: Inexact[Array, "*slices"]
+    """Mean of x - origin."""
+    rstd: Float[Array, "*slices"]
+    """1 / sqrt(var + epsilon); 0 for a slice with no element, or with var + epsilon = 0."""
+
+    def standardize(self, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        """``xhat = (x - origin - mean) / sqrt(var + epsilon)`` in the dtype of the moments."""
+        dtype = self.mean.dtype
+        return ((x.astype(dtype) - self.origin) - self.mean) * self.rstd.astype(dtype)
+
+    @classmethod
+    def known(cls, mean: Inexact[Array, "*slices"], var: Float[Array, "*slices"], epsilon: float):
+        """Local moments from statistics that are given, as in evaluation."""
+        var = var + epsilon
+        zero = var == 0  # a slice without deviation standardizes to zero, not to NaN
+        rstd = jnp.where(zero, 0, lax.rsqrt(jnp.where(zero, 1, var)))
+        return cls(mean, jnp.zeros_like(mean), rstd)
+
+
+class Measured(NamedTuple):
+    """Result of a measurement: the local moments, and the absolute ones for whoever keeps them."""
+
+    local: LocalMoments
+    count: Float[Array, "*slices"]  # pyright: ignore[reportIncompatibleMethodOverride]
+    var: Float[Array, "*slices"]
+    """Biased variance of x; saturates at the largest finite number."""
+
+    @property
+    def mean(self) -> Inexact[Array, "*slices"]:
+        """Mean of x, rounded once."""
+        return self.local.origin + self.local.mean
+
+    def as_moments(self, axes: tuple[int, ...]) -> Moments:
+        """The public form, with the reduced axes dropped."""
+        m2 = saturate(self.var * self.count)
+        return Moments(*(jnp.squeeze(a, axes) for a in (self.count, self.mean, m2)))
+
+
 def abs_squared(x: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The squared modulus ``|x|^2`` as real numbers."""
     if jnp.iscomplexobj(x):

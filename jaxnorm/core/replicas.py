@@ -1,4 +1,4 @@
-"""Who else holds a part of the slices whose moments are taken.
+"""The replicas that hold parts of the slices whose moments are measured.
 
 `core` only needs these verbs. The base class is the case of one device; `jaxnorm.distributed`
 gives the same verbs a named axis.
@@ -10,8 +10,8 @@ from jaxtyping import Array
 
 
 @dataclass(frozen=True)
-class Alone:
-    """Every slice lies whole in the array at hand: nothing to combine."""
+class Replicas:
+    """A single replica: every slice lies whole in one array, and nothing is to be combined."""
 
     mapped = False
     """Whether they are examples of a `vmap`.
@@ -19,6 +19,11 @@ class Alone:
     JAX traces a rule of differentiation late, when such an axis may have lost its name. What has
     such a rule must then stand in no `jit`, `checkpoint` or `cond` of its own, nor hold one.
     """
+
+    @property
+    def is_single(self) -> bool:
+        """True if no other replica holds a part of a slice."""
+        return type(self) is Replicas
 
     def size(self) -> int | Array:
         """The number of replicas that share statistics."""
@@ -33,8 +38,8 @@ class Alone:
         return array
 
     def agreed(self, condition: Array) -> Array:
-        """The condition, made true only where it is for all who will meet in a collective."""
+        """The condition, true only where it is so for all that will meet in a collective."""
         return condition
 
 
-ALONE = Alone()
+SINGLE = Replicas()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import export, lax
 from jaxtyping import Array, Float, Inexact, Int
 
-from jaxnorm.core.blocks import placed_like
+from jaxnorm.core.blocks import reshard_like
 from jaxnorm.core.moments import promoted, saturate
 
 
@@ -80,14 +80,14 @@ def update(
     keep = _share_kept(stats.count, decay, debias)
 
     def blend(old, new):
-        new = placed_like(new, old)
+        new = reshard_like(new, old)
         wide = promoted(old.dtype, jnp.float32)
         share = jnp.asarray(keep, jnp.finfo(wide).dtype).astype(wide)
         old_wide, new = lax.stop_gradient((old.astype(wide), saturate(new, wide)))
         blended = saturate(share * old_wide + (1 - share) * new, old.dtype)
         if isinstance(count, int):  # which is known to be positive: a batch is not empty
             return blended
-        return jnp.where(placed_like(count > 0, old), blended, old)
+        return jnp.where(reshard_like(count > 0, old), blended, old)
 
     seen = 1 if isinstance(count, int) else jnp.any(count > 0).astype(stats.count.dtype)
     return BatchStats(blend(stats.mean, mean), blend(stats.var, var), stats.count + seen)

@@ -10,13 +10,13 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxnorm._jax import varying_axes
-from jaxnorm.core.replicas import ALONE, Alone
+from jaxnorm.core.replicas import SINGLE, Replicas
 
 AxisName = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class NamedAxis(Alone):
+class NamedAxis(Replicas):
     """All members of a named axis, or of one's group of its indices, hold parts of a slice."""
 
     name: tuple[str, ...]
@@ -119,7 +119,7 @@ def _varies(name: tuple[str, ...]) -> bool:
     return bool(varying_axes(lax.axis_index(name)))
 
 
-def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=None) -> Alone:
+def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=None) -> Replicas:
     """The replicas behind `axis_name`, which must be bound where this is traced.
 
     Raises:
@@ -128,7 +128,7 @@ def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=Non
     """
     if axis_name is None:
         if axis_index_groups is None:
-            return ALONE
+            return SINGLE
         raise ValueError(
             f"{operation}: axis_index_groups names groups of indices of axis_name; got "
             f"axis_index_groups={axis_index_groups} with axis_name=None. Name the axis too, or "

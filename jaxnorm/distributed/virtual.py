@@ -4,15 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from jaxnorm.core.replicas import ALONE
-from jaxnorm.core.slices import Reduction
+from jaxnorm.core.replicas import SINGLE
+from jaxnorm.core.slices import Slices
 from jaxnorm.distributed.axes import NamedAxis, grouped
 
 
-def virtual_batches(
-    operation: str, size: int, shape: tuple[int, ...], reduction: Reduction
-) -> Reduction:
-    """`reduction`, over all axes of a batch but the features', for each `size` examples.
+def virtual_batches(operation: str, size: int, shape: tuple[int, ...], slices: Slices) -> Slices:
+    """`slices`, over all axes of a batch but the features', for each `size` examples.
 
     Examples lie along the first of those axes, and go on over the replicas, in order of index.
 
@@ -26,14 +24,14 @@ def virtual_batches(
             f"{operation}: virtual_batch_size must be an int, a number of examples; got "
             f"{type(size).__name__} {size!r}. For example virtual_batch_size=32."
         )
-    replicas = reduction.replicas
+    replicas = slices.replicas
     members = replicas.members if isinstance(replicas, NamedAxis) else 1
     # Without an axis of its own an example is what each member of a named axis holds.
-    axis = reduction.axes[0] if reduction.axes else None
+    axis = slices.axes[0] if slices.axes else None
     share = 1 if axis is None else shape[axis]
     if size > 0 and axis is not None and share % size == 0:
-        others = tuple(a for a in reduction.axes if a != axis)
-        return replace(reduction, axes=others, blocks=(axis, share // size), replicas=ALONE)
+        others = tuple(a for a in slices.axes if a != axis)
+        return replace(slices, axes=others, blocks=(axis, share // size), replicas=SINGLE)
     if not isinstance(share, int):
         raise ValueError(
             f"{operation}: virtual_batch_size must be known to divide a batch of symbolic size; "
@@ -42,10 +40,10 @@ def virtual_batches(
         )
     if size > 0 and size % share == 0 and members % (size // share) == 0:
         if not isinstance(replicas, NamedAxis) or size == share * members:
-            return reduction
+            return slices
         indices = np.arange(members).reshape(-1, size // share)
         groups = tuple(tuple(map(int, group)) for group in indices)
-        return replace(reduction, replicas=grouped(replicas, groups))
+        return replace(slices, replicas=grouped(replicas, groups))
     total = share * members
     fits = [n for n in range(1, total + 1) if total % n == 0 and (share % n == 0 or n % share == 0)]
     shown = ", ".join(map(str, fits[:20])) + (", ..." if len(fits) > 20 else "")

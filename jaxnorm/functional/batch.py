@@ -10,9 +10,10 @@ from jaxtyping import Array, Float, Inexact
 from jaxnorm.core import arguments as check
 from jaxnorm.core import batch
 from jaxnorm.core.arguments import Axes
-from jaxnorm.core.finish import Finish
+from jaxnorm.core.epilogue import Epilogue
+from jaxnorm.core.measure import Measurement
 from jaxnorm.core.running import BatchStats
-from jaxnorm.core.slices import Reduction
+from jaxnorm.core.slices import Slices
 from jaxnorm.distributed.axes import AxisName, check_synchronized, named_axis
 from jaxnorm.distributed.virtual import virtual_batches
 
@@ -128,13 +129,13 @@ def batch_norm(
     epsilon = check.number(op, "epsilon", epsilon, 0.0, float("inf"), "1e-5")
     mask = check.mask_of(op, mask, x)
     two_pass = check.implementation_of(op, implementation)
-    finish = Finish(
+    epilogue = Epilogue(
         check.result_dtype(op, x, scale, bias, dtype=dtype),
         activation=check.activation_of(op, activation),
     )
     if not training:
         y = batch.evaluate(
-            x, scale, bias, stats, feature_axes=features, epsilon=epsilon, finish=finish
+            x, scale, bias, stats, feature_axes=features, epsilon=epsilon, epilogue=epilogue
         )
         return y, stats
     if not reduced and axis_name is None:
@@ -146,8 +147,8 @@ def batch_norm(
     check.not_empty(op, x, reduced)
     replicas = named_axis(op, axis_name, axis_index_groups)
     check_synchronized(op, x, stats.mean, axis_name)
-    reduction = Reduction(reduced, epsilon, replicas, two_pass=two_pass)
-    everyone = None
+    slices = Slices(reduced, replicas=replicas)
+    all_replicas = None
     if virtual_batch_size is not None:
         if axis_index_groups is not None:
             raise ValueError(
@@ -155,21 +156,21 @@ def batch_norm(
                 f"virtual_batch_size={virtual_batch_size} with axis_index_groups="
                 f"{axis_index_groups}. Leave out one of the two."
             )
-        whole, reduction = reduction, virtual_batches(op, virtual_batch_size, x.shape, reduction)
-        everyone = None if reduction == whole else replicas
+        whole, slices = slices, virtual_batches(op, virtual_batch_size, x.shape, slices)
+        all_replicas = None if slices == whole else replicas
     return batch.train(
         x,
         scale,
         bias,
         stats,
         feature_axes=features,
-        reduction=reduction,
+        measurement=Measurement(slices, epsilon, two_pass=two_pass),
         mask=mask,
         decay=decay,
         debias=debias,
         unbiased=unbiased,
-        everyone=everyone,
-        finish=finish,
+        all_replicas=all_replicas,
+        epilogue=epilogue,
     )
 
 

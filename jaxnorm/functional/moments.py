@@ -4,10 +4,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact
 
 from jaxnorm.core import arguments as check
-from jaxnorm.core.affine import measure
 from jaxnorm.core.arguments import Axes
+from jaxnorm.core.measure import Measurement
 from jaxnorm.core.moments import Moments
-from jaxnorm.core.slices import Reduction
+from jaxnorm.core.normalize import measured_moments
+from jaxnorm.core.slices import Slices
 from jaxnorm.distributed.axes import AxisName, named_axis
 
 
@@ -55,6 +56,6 @@ def moments(
     x = check.inexact(op, "x", x)
     axes = check.axes(op, "axis", axis, x)
     mask = check.mask_of(op, mask, x)
-    reduction = Reduction(axes, replicas=named_axis(op, axis_name, axis_index_groups))
+    slices = Slices(axes, replicas=named_axis(op, axis_name, axis_index_groups))
     check.not_empty(op, x, axes)
-    return measure(x, reduction, mask).as_moments(axes)
+    return measured_moments(x, Measurement(slices), mask).as_moments(axes)

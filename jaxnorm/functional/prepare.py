@@ -8,8 +8,9 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core import arguments as check
 from jaxnorm.core.arguments import Axes, Save
-from jaxnorm.core.finish import Finish
-from jaxnorm.core.slices import Reduction
+from jaxnorm.core.epilogue import Epilogue
+from jaxnorm.core.measure import Measurement
+from jaxnorm.core.slices import Slices
 from jaxnorm.distributed.axes import AxisName, named_axis
 from jaxnorm.kernels import choice
 
@@ -62,16 +63,16 @@ def per_slice(
     mask = check.mask_of(op, mask, x)
     replicas = named_axis(op, axis_name, axis_index_groups)
     save = check.save_of(op, save, activation=activation, axis_name=axis_name)
-    finish = Finish(
+    epilogue = Epilogue(
         check.result_dtype(op, x, scale, bias, dtype=dtype),
         check.offset_of(op, scale_offset, scale),
         check.activation_of(op, activation),
     )
     options = {
-        "reduction": Reduction(reduced, epsilon, replicas, centered, two_pass, blocks),
+        "measurement": Measurement(Slices(reduced, blocks, replicas), epsilon, centered, two_pass),
         "feature_axes": features,
         "mask": mask,
-        "finish": finish,
+        "epilogue": epilogue,
         "save": save,
     }
     return choice.per_slice(op, implementation, x, scale, bias, residual=residual, **options)

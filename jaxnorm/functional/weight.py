@@ -5,8 +5,9 @@ from jaxtyping import Array, Inexact
 from jaxnorm.core import arguments as check
 from jaxnorm.core import layer
 from jaxnorm.core.arguments import Axes
-from jaxnorm.core.finish import Finish
-from jaxnorm.core.slices import Reduction
+from jaxnorm.core.epilogue import Epilogue
+from jaxnorm.core.measure import Measurement
+from jaxnorm.core.slices import Slices
 
 
 def standardize_weight(
@@ -63,8 +64,8 @@ def standardize_weight(
         kernel,
         gain,
         None,
-        reduction=Reduction(reduced, epsilon),
+        measurement=Measurement(Slices(reduced), epsilon),
         feature_axes=outputs,
         mask=None,
-        finish=Finish(check.result_dtype(op, kernel, gain)),
+        epilogue=Epilogue(check.result_dtype(op, kernel, gain)),
     )

@@ -16,7 +16,7 @@ from typing import Any
 from jaxtyping import Array
 
 from jaxnorm.core import layer
-from jaxnorm.core.affine import along
+from jaxnorm.core.epilogue import along
 from jaxnorm.kernels.held import Norm
 from jaxnorm.kernels.meshes import everywhere
 from jaxnorm.kernels.platforms import KERNELS
@@ -88,7 +88,7 @@ def per_slice(
         ValueError: a kernel is asked for, and there is none for this call.
     """
     parameters = tuple(along(p, options["feature_axes"], x.ndim) for p in (scale, bias))
-    norm = Norm(operation, options["reduction"], options["finish"])
+    norm = Norm(operation, options["measurement"], options["epilogue"])
     refused = anywhere(norm, x, parameters, options["mask"], options["save"])
     refusal = cache(lambda platform: on(platform, norm, x, parameters))
     decision = Decision(norm, x.shape, x.dtype.name, implementation, refused, refusal)

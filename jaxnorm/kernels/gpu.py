@@ -24,8 +24,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
 from jaxnorm._jax import inner_programs
-from jaxnorm.core.finish import Finish
-from jaxnorm.core.slices import Reduction
+from jaxnorm.core.epilogue import Epilogue
+from jaxnorm.core.measure import Measurement
+from jaxnorm.core.slices import Slices
 from jaxnorm.kernels.held import Norm
 
 Program = tuple[Any, Any]
@@ -51,16 +52,16 @@ _UNKNOWN = {"bessel_i0e", "bessel_i1e", "digamma", "erf", "erfc", "igamma", "lga
 
 def refusal(norm: Norm, shape: tuple[int, ...], dtype, parameter_shapes=()) -> str | None:
     """Why a call of that shape, with parameters of those shapes, has no kernel; None: it has."""
-    for what, given in (("x", dtype), ("the result", norm.finish.dtype)):
+    for what, given in (("x", dtype), ("the result", norm.epilogue.dtype)):
         if jnp.dtype(given).name not in DTYPES:
             return f"GPU kernels compute in float32, and {what} is {jnp.dtype(given).name}"
     if not all(isinstance(size, int) and size > 0 for size in shape):
         return f"GPU kernels need positive sizes that are known when traced, and x has {shape}"
-    if norm.finish.activation is not None:
-        unknown = _UNKNOWN.intersection(_operations(jax.make_jaxpr(norm.finish.activation)(1.0)))
+    if norm.epilogue.activation is not None:
+        unknown = _UNKNOWN.intersection(_operations(jax.make_jaxpr(norm.epilogue.activation)(1.0)))
         if unknown:
             return f"GPU kernels have no {' or '.join(sorted(unknown))}, as in the activation"
-    axes, blocks = norm.reduction.axes, norm.reduction.blocks
+    axes, blocks = norm.measurement.slices.axes, norm.measurement.slices.blocks
     first, last = _span(norm)
     if tuple(sorted(axes)) != tuple(range(first, last)):
         return f"GPU kernels reduce neighbouring axes, and these are {axes}"
@@ -85,10 +86,10 @@ def forward(norm: Norm, x: Array, residual: Array | None, *parameters: Array | N
     given = [p for p in parameters if p is not None]
     plan = plan_of(norm, x.shape, x.dtype, [p.shape for p in given])
     large = [x] if residual is None else [x, residual]
-    out = [jax.ShapeDtypeStruct(plan.view, norm.finish.dtype)]
+    out = [jax.ShapeDtypeStruct(plan.view, norm.epilogue.dtype)]
     if residual is not None:
         out.append(jax.ShapeDtypeStruct(plan.view, x.dtype))
-    bare = replace(plan.norm, finish=Finish(jnp.float32))
+    bare = replace(plan.norm, epilogue=Epilogue(jnp.float32))
 
     def body(*refs):
         operands, results = refs[: -len(out)], refs[-len(out) :]
@@ -102,7 +103,7 @@ def forward(norm: Norm, x: Array, residual: Array | None, *parameters: Array | N
             xhat = bare.held(0, x, None, None)
             # Only now, so that while the moments are taken their registers hold more rows.
             chosen = plan.load(program, operands[len(large) :], parameters)
-            at.store(results[0], norm.finish(xhat, *chosen))
+            at.store(results[0], norm.epilogue(xhat, *chosen))
             return carry
 
         plan.walk(program, operands[: len(large)], step, [])
@@ -161,7 +162,7 @@ def _call(plan: "Plan", body, large, given, out):
 
 
 @dataclass(frozen=True)
-class Held(Reduction):
+class Held(Slices):
     """Slices in a block that is filled up to powers of two: what is added does not count."""
 
     sizes: tuple[int, ...] = ()
@@ -171,7 +172,7 @@ class Held(Reduction):
         """Elements in a slice."""
         return math.prod(self.sizes)
 
-    def over(self, reducer, array: Array) -> Array:
+    def reduce(self, reducer, array: Array) -> Array:
         """Apply jnp.sum or jnp.min to each slice."""
         nothing = jnp.asarray(jnp.inf if reducer is jnp.min else 0, array.dtype)
         for axis, size in zip(self.axes, self.sizes):
@@ -337,8 +338,8 @@ def plan_of(norm: Norm, shape: tuple[int, ...], dtype, given, *, sums: bool = Fa
     """
     first, last = _span(norm)
     before, reduced, after = shape[:first], math.prod(shape[first:last]), shape[last:]
-    if norm.reduction.blocks is not None:
-        groups = norm.reduction.blocks[1]
+    if norm.measurement.slices.blocks is not None:
+        groups = norm.measurement.slices.blocks[1]
         view = (math.prod(before), reduced, groups, math.prod(after) // groups)
     elif after:
         view = (math.prod(before), reduced, math.prod(after), 1)
@@ -347,14 +348,14 @@ def plan_of(norm: Norm, shape: tuple[int, ...], dtype, given, *, sums: bool = Fa
     trailing = (*[1] * (last - first), *after) if after else shape[first:]
     samples = max((_samples(before, s) or 1 for s in given), default=1)
     block = _block(view, samples, jnp.dtype(dtype).itemsize, ROOM if sums else SMALL)
-    r, axes = norm.reduction, (1, 3) if block[1] > 1 else (3,)
-    reduction = Held(axes, r.epsilon, centered=r.centered, sizes=tuple(view[a] for a in axes))
+    m, axes = norm.measurement, (1, 3) if block[1] > 1 else (3,)
+    slices = Held(axes, sizes=tuple(view[a] for a in axes))
     each, elements = pl.cdiv(view[0] // samples, block[0]), math.prod(block)
     if sums or elements > ROOMY:
         chunks = samples * pl.cdiv(view[2], block[2])
         resident = MULTIPROCESSORS * max(1, ROOMY // elements)
         each = pl.cdiv(each, pl.cdiv(each, max(1, resident // chunks)))
-    norm = replace(norm, reduction=reduction)
+    norm = replace(norm, measurement=Measurement(slices, m.epsilon, m.centered))
     return Plan(norm, first, trailing, view, block, samples, samples * each)
 
 
@@ -373,7 +374,7 @@ def _block(view: tuple[int, int, int, int], samples: int, itemsize: int, room: i
 
 def _span(norm: Norm) -> tuple[int, int]:
     """The first reduced axis, and the one behind the last."""
-    axes, blocks = norm.reduction.axes, norm.reduction.blocks
+    axes, blocks = norm.measurement.slices.axes, norm.measurement.slices.blocks
     if axes or blocks is None:
         return min(axes), max(axes) + 1
     return blocks[0], blocks[0]

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
 
-from jaxnorm.core import affine
-from jaxnorm.core.finish import Finish
-from jaxnorm.core.replicas import Alone
-from jaxnorm.core.slices import Reduction
+from jaxnorm.core import normalize
+from jaxnorm.core.epilogue import Epilogue
+from jaxnorm.core.measure import Measurement
+from jaxnorm.core.replicas import Replicas
+from jaxnorm.core.slices import Slices
 from jaxnorm.kernels.tiles import Tiles, tiles_of
 
 
@@ -24,8 +25,8 @@ class Norm:
     """The static half of a call: what is computed, for arrays of one rank."""
 
     operation: str
-    reduction: Reduction
-    finish: Finish
+    measurement: Measurement
+    epilogue: Epilogue
     kernels: tuple[str, ...] = ()
     """Platforms on which a kernel computes it."""
     insists: bool = False
@@ -35,23 +36,21 @@ class Norm:
 
     def tiles(self, shape: tuple[int, ...], dtype) -> Tiles:
         """The blocks that a TPU's kernel cuts an array of that shape into."""
-        return tiles_of(shape, self.reduction.axes, dtype, self.reduction.blocks)
+        return tiles_of(shape, self.measurement.slices.axes, dtype, self.measurement.slices.blocks)
 
-    def among(self, replicas: Alone) -> "Norm":
+    def among(self, replicas: Replicas) -> "Norm":
         """This norm for blocks that share their slices with others."""
-        return replace(self, reduction=replace(self.reduction, replicas=replicas))
+        slices = replace(self.measurement.slices, replicas=replicas)
+        return replace(self, measurement=replace(self.measurement, slices=slices))
 
     def behind(self) -> "Norm":
         """This norm for arrays with one more axis in front."""
-        r = self.reduction
-        axes = tuple(a + 1 for a in r.axes)
-        blocks = r.blocks and (r.blocks[0] + 1, r.blocks[1])
-        return replace(self, reduction=replace(r, axes=axes, blocks=blocks))
+        return replace(self, measurement=self.measurement.with_leading_axis())
 
     def plain(self, x: Array, *parameters: Array | None) -> Array:
         """The norm computed by `core`, for the compiler to fuse."""
-        y, _ = affine.normalize(
-            x, *parameters, reduction=self.reduction, mask=None, finish=self.finish
+        y, _ = normalize.normalize(
+            x, *parameters, measurement=self.measurement, mask=None, epilogue=self.epilogue
         )
         return y
 
@@ -61,27 +60,30 @@ class Norm:
         A mask says what of the block counts.
         """
         options = self._options(features, x)
-        return affine.normalize_held(x, *parameters, mask=mask, **options)
+        return normalize.normalize_block(x, *parameters, mask=mask, **options)
 
     def pulled_back(self, features: int, x: Array, dy: Array, *parameters: Array | None, mask=None):
         """Cotangents of `x` and of the parameters, in float32, from that of `y`."""
         options = self._options(features, x)
-        return affine.pull_back_held(x, dy, *parameters, mask=mask, **options)
+        return normalize.pull_back_block(x, dy, *parameters, mask=mask, **options)
 
     def _options(self, features: int, x: Array) -> dict:
-        reduction = replace(self.reduction, at_hand=True)
-        if reduction.blocks is not None:
-            axis, groups = reduction.blocks
+        slices = self.measurement.slices
+        if slices.blocks is not None:
+            axis, groups = slices.blocks
             blocks = axis, groups * x.shape[axis] // features
-            reduction = HeldGroups(**{**vars(reduction), "blocks": blocks})
-        return {"reduction": reduction, "finish": self.finish}
+            slices = HeldGroups(slices.axes, blocks, slices.replicas)
+        measurement = replace(self.measurement, slices=slices)
+        return {"measurement": measurement, "epilogue": self.epilogue}
 
 
 @dataclass(frozen=True)
-class HeldGroups(Reduction):
+class HeldGroups(Slices):
     """Groups of channels, without splitting the axis that lies along the lanes of a register."""
 
-    def over(self, reducer: Callable, array: Inexact[Array, "*shape"]) -> Inexact[Array, "*slices"]:
+    def reduce(
+        self, reducer: Callable, array: Inexact[Array, "*shape"]
+    ) -> Inexact[Array, "*slices"]:
         """Sums of groups, or the first entry of each for a minimum, repeated for its channels."""
         reduced = reducer(array, axis=self.axes, keepdims=True)
         axis, groups = self.blocks or (-1, 1)

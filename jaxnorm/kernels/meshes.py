@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
 from jaxnorm._jax import varying_axes
-from jaxnorm.core.blocks import placed_like, spec_of
+from jaxnorm.core.blocks import reshard_like, spec_of
 from jaxnorm.kernels.held import Norm
 
 
@@ -30,7 +30,7 @@ def everywhere(
     mesh = jax.typeof(x).sharding.mesh
     if AxisType.Explicit not in mesh.axis_types:
         return _here(norm, x, residual, scale, bias)
-    operands = [x, *(None if a is None else placed_like(a, x) for a in (residual, scale, bias))]
+    operands = [x, *(None if a is None else reshard_like(a, x) for a in (residual, scale, bias))]
     specs = [None if a is None else PartitionSpec(*spec_of(a)) for a in operands]
     run: Any = jax.shard_map(
         partial(_here, norm),

@@ -154,7 +154,7 @@ def _like(aval, dtype=None):
 
 
 def _results(call: Call, x, *_) -> list[Any]:
-    y = _like(x, call.norm.finish.dtype)
+    y = _like(x, call.norm.epilogue.dtype)
     return [y, _like(x)] if call.adds else [y]
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from jaxnorm.core.replicas import Alone
+from jaxnorm.core.replicas import Replicas
 from jaxnorm.kernels.tiles import Tiles
 
 
@@ -75,7 +75,7 @@ class Walk:
 
 
 @dataclass(frozen=True, eq=False)
-class Sums(Alone):
+class Sums(Replicas):
     """Takes note of what is put together of a piece, and of its shape."""
 
     least: list[jax.ShapeDtypeStruct] = field(default_factory=list)
@@ -105,7 +105,7 @@ class Sums(Alone):
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces(Alone):
+class Pieces(Replicas):
     """All pieces of a slice, seen from one of them."""
 
     number: int

@@ -40,7 +40,7 @@ def forward(norm: Norm, x: Array, residual: Array | None, *parameters: Array | N
         total = x + residual
         return [*forward(norm, total, None, *parameters), total]
     large = [x] if residual is None else [x, residual]
-    out = [_result(x, x.shape, norm.finish.dtype)]
+    out = [_result(x, x.shape, norm.epilogue.dtype)]
     if residual is not None:
         out.append(_result(x, x.shape, x.dtype))
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxnorm._jax import Jaxpr, JaxprEqn, Var, evaluate, inner_programs, read
-from jaxnorm.core.standardize import MOMENTS
+from jaxnorm.core.normalize import MOMENTS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -9,7 +9,7 @@ import pytest
 from cases import BATCH, GROUP, INSTANCE, LAYER, RMS, cotangent
 from compiling import jit_as_users, value_and_vjp
 
-from jaxnorm.core import slices
+from jaxnorm.core import cpu
 from jaxnorm.testing import assert_close, condition_number, oracle
 
 CASES = (BATCH, LAYER, RMS, GROUP, INSTANCE)
@@ -21,7 +21,7 @@ MAX = float(np.finfo(np.float32).max)
 def all_are_large():
     jax.clear_caches()  # of what was compiled for these shapes as small ones
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slices, "LARGE", 0)
+        patch.setattr(cpu, "LARGE", 0)
         yield
     jax.clear_caches()
 

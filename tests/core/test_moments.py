@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import jaxnorm
 from jaxnorm import BatchStats, Moments
-from jaxnorm.core.slices import Reduction
-from jaxnorm.core.standardize import standardize
+from jaxnorm.core.measure import Measurement, Strategy, Way, measure
+from jaxnorm.core.normalize import standardize
+from jaxnorm.core.slices import Slices
 from jaxnorm.testing import assert_close, oracle
 
 # Of few sizes: each, and the sum of any two, is a program.
@@ -90,7 +91,7 @@ def test_moments_can_be_differentiated():
 def test_the_guess_changes_nothing_but_the_time():
     x = (np.random.default_rng(2).normal(size=(64, 3)) + 7).astype("f")
     wanted = oracle.batch_norm(x, None, None, np.zeros(3), np.ones(3), training=True)[0]
-    run = jax.jit(lambda x, g: standardize(x, Reduction((0,), 1e-5), guess=g)[0])
+    run = jax.jit(lambda x, g: standardize(Measurement(Slices((0,)), 1e-5), x, None, g)[0])
     for offset in (0.0, 3.0, 1e4, -1e6, 1e30):
         assert_close(run(x, np.full((1, 3), offset, "f")), wanted, name=f"{offset}")
 
@@ -98,7 +99,8 @@ def test_the_guess_changes_nothing_but_the_time():
 def test_a_good_guess_costs_one_read():
     """The second measurement stands in a branch, also under vmap: `cond`, not `select`."""
     x = jnp.ones((3, 8, 4))
-    run = jax.vmap(lambda x: standardize(x, Reduction((0,)), None, jnp.zeros((1, 4))))
+    arguments = Measurement(Slices((0,))), Strategy(Way.GUESS)
+    run = jax.vmap(lambda x: measure(*arguments, x, None, jnp.zeros((1, 4))))
     (choice,) = (e for e in equations(jax.make_jaxpr(run)(x)) if e.primitive.name == "cond")
     reads = [
         sum(e.primitive.name.startswith("reduce_sum") for e in equations(branch))

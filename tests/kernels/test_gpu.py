@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnorm.core.finish import Activation, Finish
-from jaxnorm.core.slices import Reduction
+from jaxnorm.core.epilogue import Activation, Epilogue
+from jaxnorm.core.measure import Measurement
+from jaxnorm.core.slices import Slices
 from jaxnorm.kernels import gpu
 from jaxnorm.kernels.held import Norm
 from jaxnorm.testing import assert_close, condition_number, oracle
@@ -32,10 +33,10 @@ class Case:
     activation: Activation | None = None
 
     def norm(self, dtype, *, interpreted: bool = True) -> Norm:
-        reduction = Reduction(self.axes, 1e-6, centered=self.name != "rms", blocks=self.blocks)
-        finish = Finish(jnp.dtype(dtype), activation=self.activation)
+        measurement = Measurement(Slices(self.axes, self.blocks), 1e-6, self.name != "rms")
+        epilogue = Epilogue(jnp.dtype(dtype), activation=self.activation)
         return Norm(
-            f"{self.name}_norm", reduction, finish, interpreted="cuda" if interpreted else None
+            f"{self.name}_norm", measurement, epilogue, interpreted="cuda" if interpreted else None
         )
 
     def expected(self, x, scale, bias, dy):

@@ -1,48 +1,32 @@
-"""Parts of a slice that tell roughly where it lies, read before all of it is."""
+"""An element of each slice, which tells roughly where the slice lies."""
 
 import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm.core.blocks import spec_of
+from jaxnorm.core.slices import Slices
 
 
-def element_of(reduction, x, mask):
+def element_of(slices: Slices, x, mask, *, all_at_hand: bool):
     """A value inside the range of each slice, for one repeated value that value; 0 for none.
 
-    The smallest: of a few elements where all count and they can be fetched for nothing.
+    It is the smallest element: of all, or of a few where all elements count and not all are at
+    hand.
     """
-    # Of axis 0 all are read: a batch is spread over devices, and a few would have to travel.
-    axes = tuple(a for a in reduction.axes if a > 0)
-    if mask is None and not reduction.at_hand and _sliceable(x, axes):
+    # Of axis 0 all are read: a batch is sharded over devices, and a few would have to travel.
+    axes = tuple(a for a in slices.axes if a > 0)
+    if mask is None and not all_at_hand and sliceable(x, axes):
         x = lax.slice(x, *_places(x.shape, axes))
 
     def smallest(part):
         infinity = jnp.asarray(jnp.inf, part.dtype)
         kept = part if mask is None else jnp.where(mask, part, infinity)
-        found = reduction.replicas.min(reduction.over(jnp.min, kept))
+        found = slices.replicas.min(slices.reduce(jnp.min, kept))
         return found if mask is None else jnp.where(found == infinity, 0, found)
 
     if jnp.iscomplexobj(x):
         return lax.complex(smallest(jnp.real(x)), smallest(jnp.imag(x)))
     return smallest(x)
-
-
-def sample_of(reduction, x):
-    """An eighth of each slice or more, from its middle, and one of its elements.
-
-    The mean of a part f of a slice lies within ``sqrt((1 - f) / f)`` deviations of the slice's: at
-    an eighth the subtraction in ``mean(z^2) - mean(z)^2`` costs three bits at worst.
-    """
-    axes = [a for a in reduction.axes if a > 0 and _sliceable(x, (a,))]
-    start, end = [0] * x.ndim, list(x.shape)
-    for a in axes[:1]:
-        length = -(-x.shape[a] // 8)
-        start[a] = (x.shape[a] - length) // 2
-        end[a] = start[a] + length
-    sample = lax.slice(x, start, end)
-    for a in axes:
-        end[a] = start[a] + 1
-    return sample, reduction.over(jnp.min, lax.slice(x, start, end))
 
 
 def _places(shape: tuple[int, ...], axes: tuple[int, ...]):
@@ -62,7 +46,7 @@ def _places(shape: tuple[int, ...], axes: tuple[int, ...]):
     return start, end, stride
 
 
-def _sliceable(x, axes: tuple[int, ...]) -> bool:
+def sliceable(x, axes: tuple[int, ...]) -> bool:
     """True if the type of `x` shards none of these axes over an Explicit mesh."""
     spec = spec_of(x)
     return all(spec[a] is None for a in axes)

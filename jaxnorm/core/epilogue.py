@@ -1,7 +1,8 @@
-"""The steps after standardization: scale, shift, an activation, and the one rounding."""
+"""The epilogue of a normalization: scale, shift, an activation, and the one rounding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def affine(xhat, factor, shift):
 
 
 @dataclass(frozen=True)
-class Finish:
+class Epilogue:
     """``activation(xhat * (scale_offset + scale) + bias)`` in `dtype`: the static half of it."""
 
     dtype: jax.typing.DTypeLike
@@ -92,3 +93,18 @@ class Finish:
     def is_constant(self) -> bool:
         """True if a trace made with it may be used again."""
         return self.activation is None or self.activation.is_constant
+
+
+@overload
+def along(parameter: None, feature_axes: tuple[int, ...], ndim: int) -> None: ...
+@overload
+def along(parameter: Array, feature_axes: tuple[int, ...], ndim: int) -> Array: ...
+def along(parameter, feature_axes, ndim):
+    """A parameter of the feature axes' shape, with size 1 on all other axes of a rank `ndim`.
+
+    One of rank `ndim` is given for each sample (or whatever its other sizes say), and fits already.
+    """
+    if parameter is None or parameter.ndim == ndim:
+        return parameter
+    sizes = dict(zip(feature_axes, parameter.shape, strict=True))
+    return parameter.reshape([sizes.get(a, 1) for a in range(ndim)])

@@ -1,6 +1,5 @@
-"""Tell the TPU compiler how an array that is reduced lies in memory."""
+"""The layout that compilers for TPUs are told of an array whose rows are reduced."""
 
-from collections.abc import Sequence
 from functools import cache
 
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -9,21 +8,23 @@ from jaxtyping import Array
 from jaxnorm._jax import is_exported, lower, lower_identity, make_primitive, partitions
 
 
-def in_order(x: Array, axes: Sequence[int]) -> Array:
-    """An equal array; on TPUs its axes lie in memory in that order, the last one contiguous.
+def row_major(x: Array) -> Array:
+    """An equal array; on TPUs its last axis is contiguous in memory, and so on to the first.
 
-    Other compilers are told nothing: theirs lie so anyway. Nor is it said where there is more than
-    one device: XLA for CPUs, and that for pods of TPU v5p, gathers what such a constraint is put
-    on. It has no derivative, and is for what computes moments only.
+    Left to choose, XLA for TPUs lays whole networks out by columns around the sums of rows, and
+    copies what enters and leaves them. Other compilers are told nothing: theirs lie so anyway. Nor
+    is it said where there is more than one device: XLA for CPUs, and that for pods of TPU v5p,
+    gathers what such a constraint is put on. It has no derivative, and is for what computes moments
+    only.
     """
-    return _primitive().bind(x, axes=tuple(axes))
+    return _primitive().bind(x, axes=tuple(range(x.ndim)))
 
 
 @cache
 def _primitive():
     # Made when it is first used: what primitives are made of takes long to load.
     return make_primitive(
-        "jaxnorm_in_order",
+        "jaxnorm_row_major",
         value=lambda x, axes: x,
         result=lambda x, axes: x,
         batch=_batched,
@@ -45,5 +46,5 @@ def _constrained(context, x, *, axes):
 
 def _batched(operands, places, *, axes):
     (x,), (place,) = operands, places
-    behind = (place, *(a + (a >= place) for a in axes))
-    return in_order(x, behind), place
+    axes = (place, *(a + (a >= place) for a in axes))
+    return _primitive().bind(x, axes=axes), place

@@ -7,10 +7,10 @@ import pytest
 from compiling import jit_as_users
 
 import jaxnorm
-from jaxnorm.core import narrow
-from jaxnorm.core.layout import in_order
-from jaxnorm.core.measure import take
-from jaxnorm.core.slices import Reduction
+from jaxnorm.core import exact_sums
+from jaxnorm.core.measure import Measurement, Strategy, Way, measure
+from jaxnorm.core.slices import Slices
+from jaxnorm.core.tpu import row_major
 
 OFFSETS = {"bfloat16": (0, 3, 1e2, 1e5, 1e30, 1e36), "float16": (0, 3, 1e2, 1e3, 6e4)}
 
@@ -27,9 +27,9 @@ def rows(dtype, size, offset, spread):
     + [("float16", size) for size in (1, 100, 8192)],
 )
 def test_as_exact_as_a_second_read(dtype, size):
-    reduction = Reduction((1,), stored=jnp.dtype(dtype))
-    assert narrow.exact(dtype, size)
-    run = jit_as_users(lambda x: take(reduction, x.astype(jnp.float32), None, None))
+    measurement, how = Measurement(Slices((1,))), Strategy(Way.EXACT_SUMS, jnp.dtype(dtype))
+    assert exact_sums.exact(dtype, size)
+    run = jit_as_users(lambda x: measure(measurement, how, x.astype(jnp.float32), None, None))
     for offset in OFFSETS[dtype]:
         for share in (1.0, 2.0**-7):  # of the offset: the least that the dtype tells from nothing
             x = rows(dtype, size, offset, max(offset * share, 1.0 if offset == 0 else 0.0))
@@ -55,16 +55,16 @@ def test_one_repeated_value_has_no_spread():
 
 
 def test_where_it_is_not_exact_it_is_not_used():
-    assert not narrow.exact(jnp.float32, 8)
-    assert not narrow.exact(jnp.bfloat16, 2**16 + 1) and narrow.exact(jnp.bfloat16, 2**16)
-    assert not narrow.exact(jnp.float16, 2**13 + 1) and narrow.exact(jnp.float16, 2**13)
+    assert not exact_sums.exact(jnp.float32, 8)
+    assert not exact_sums.exact(jnp.bfloat16, 2**16 + 1) and exact_sums.exact(jnp.bfloat16, 2**16)
+    assert not exact_sums.exact(jnp.float16, 2**13 + 1) and exact_sums.exact(jnp.float16, 2**13)
 
 
 def test_the_order_in_memory_changes_no_number_and_follows_vmap():
     x = jnp.arange(24.0).reshape(2, 3, 4)
     for axis in range(3):
-        mapped = jax.vmap(lambda a: in_order(a, (0, 1)), axis, axis)(x)
+        mapped = jax.vmap(row_major, axis, axis)(x)
         np.testing.assert_array_equal(mapped, x)
-    jaxpr = jax.make_jaxpr(jax.vmap(lambda a: in_order(a, (0, 1)), 1))(x)
-    (equation,) = (e for e in jaxpr.eqns if e.primitive.name == "jaxnorm_in_order")
+    jaxpr = jax.make_jaxpr(jax.vmap(row_major, 1))(x)
+    (equation,) = (e for e in jaxpr.eqns if e.primitive.name == "jaxnorm_row_major")
     assert equation.params["axes"] == (1, 0, 2)

@@ -1,0 +1,356 @@
+"""All that exists for XLA's CPU backend only: other platforms neither trace nor compile it.
+
+A CPU pays for memory and for each loop that is compiled, and its compiler computes a broadcast
+value anew for each element that it meets. So on a CPU
+
+* small arrays are measured in float64, by the textbook's two passes: half the loops to compile;
+* large ones by sums about zero, which run at the speed of memory, and where all slices do not lie
+  near zero about the mean of a sample;
+* the derivatives of large ones are told which values to compute once, and which products to sum as
+  products of matrices.
+
+Each is a primitive with a lowering of its own for CPUs. On other platforms they are what `measure`
+says, their operand, and a plain product.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Inexact
+
+from jaxnorm._jax import (
+    instantiated,
+    is_linear,
+    lower,
+    lower_identity,
+    make_primitive,
+    partitions,
+)
+from jaxnorm.core import measure
+from jaxnorm.core.measure import Measurement, Scaled, Strategy
+from jaxnorm.core.moments import LocalMoments, Measured, saturate
+from jaxnorm.core.slices import Slices
+
+# Elements of an array from which on more is compiled to make it faster.
+LARGE = 2**18
+
+
+def holds(x: Inexact[Array, "*shape"]) -> bool:
+    """True if one device holds `x`, or one that does not know of others, and its size is known."""
+    # A symbolic size (jax.export) may be anything.
+    return jax.typeof(x).sharding.mesh.empty and all(isinstance(n, int) for n in x.shape)
+
+
+def is_large(x: Inexact[Array, "*shape"]) -> bool:
+    """True if normalizing `x` takes long enough to compile what makes it faster."""
+    return holds(x) and x.size >= LARGE
+
+
+# The moments.
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The static half of a measurement's operands."""
+
+    measurement: Measurement
+    strategy: Strategy
+    has_mask: bool
+    has_guess: bool
+
+    def measure(self, by: Callable, x: Array, *rest: Array) -> list[Array]:
+        """The results of the primitive, as `by` measures them."""
+        some = iter(rest)
+        mask = next(some) if self.has_mask else None
+        guess = next(some) if self.has_guess else None
+        found = by(self.measurement, self.strategy, x, mask, guess)
+        local = found.local if self.measurement.centered else (found.local.rstd,)
+        return [*local, found.var, *([found.count] if self.has_mask else [])]
+
+
+def measured(
+    measurement: Measurement,
+    strategy: Strategy,
+    x: Float[Array, "*shape"],
+    mask: Bool[Array, "*#shape"] | None,
+    guess: Float[Array, "*#shape"] | None,
+) -> Measured:
+    """As `measure.measure`, and on CPUs in the way that suits these."""
+    call = _Call(measurement, strategy, mask is not None, guess is not None)
+    found = _measure_p().bind(x, *(a for a in (mask, guess) if a is not None), call=call)
+    count = (
+        found.pop() if call.has_mask else jnp.full_like(found[-1], measurement.slices.size(x.shape))
+    )
+    *local, var = found
+    if not measurement.centered:
+        zero = jnp.zeros((1,) * x.ndim, x.dtype)
+        local = zero, zero, *local
+    return Measured(LocalMoments(*local), count, var)
+
+
+@cache
+def _measure_p():
+    # Made when it is first used: what primitives are made of takes long to load.
+    return make_primitive(
+        "jaxnorm_measure",
+        several=True,
+        value=_measure_now,
+        result=_measured_types,
+        batch=_measure_batched,
+        lowerings={None: _lower_measure, "cpu": _lower_measure_on_cpu},
+    )
+
+
+def _measure_now(*operands, call: _Call):
+    # One program, also where a user has turned `jit` off: a primitive is one step.
+    with jax.disable_jit(False):
+        return _compiled_measure(call, *operands)
+
+
+@partial(jax.jit, static_argnums=0)
+def _compiled_measure(call: _Call, *operands):
+    return _measure_p().bind(*operands, call=call)
+
+
+def _measured_types(x, *_, call: _Call):
+    shape = call.measurement.slices.reduced_shape(x.shape)
+    number = (4 if call.measurement.centered else 2) + call.has_mask
+    return [x.update(shape=shape, weak_type=False)] * number
+
+
+def _measure_batched(operands, places, *, call: _Call):
+    size, (x, *rest) = _leading(operands, places)
+    x = jnp.broadcast_to(x, (size, *x.shape[1:]))
+    found = _measure_p().bind(
+        x, *rest, call=replace(call, measurement=call.measurement.with_leading_axis())
+    )
+    return found, [0] * len(found)
+
+
+def _lower_measure(context, *operands, call: _Call):
+    return lower(partial(call.measure, measure.measure), context, *operands, several=True)
+
+
+def _lower_measure_on_cpu(context, *operands, call: _Call):
+    (x, *_), whole = context.avals_in, partitions(context) == 1
+    if whole and x.dtype == np.float32 and x.size < LARGE:
+        with jax.enable_x64(True):
+            return lower(partial(call.measure, _in_float64), context, *operands, several=True)
+    if whole and not call.has_mask and x.size >= LARGE:
+        return lower(partial(call.measure, _near_zero), context, *operands, several=True)
+    return _lower_measure(context, *operands, call=call)
+
+
+def _in_float64(measurement: Measurement, strategy: Strategy, x, mask, guess) -> Measured:
+    """The textbook's two passes over numbers of 24 bits, in sums of 53."""
+    del strategy, guess
+    slices, narrow = measurement.slices, x.dtype
+    wide = x.astype(np.float64)
+
+    def total(terms):
+        return slices.reduce(jnp.sum, terms if mask is None else jnp.where(mask, terms, 0))
+
+    present = slices.size(x.shape) if mask is None else total(jnp.ones_like(wide))
+    count = present if mask is None else jnp.maximum(present, 1)
+    centers = total(wide) / count
+    deviations = wide - slices.broadcast(centers, wide) if measurement.centered else wide
+    var = total(deviations * deviations) / count
+    # At the very end of the range nothing is subtracted, as in `measure.rescaled`.
+    within = jnp.sqrt(var * count) < float(np.finfo(narrow).max) / 2
+    centers = jnp.where(within, centers, 0)
+    origin = centers.astype(narrow)
+    mean = (centers - origin).astype(narrow)
+    with_epsilon = var + measurement.epsilon
+    flat = with_epsilon < float(np.finfo(narrow).tiny)
+    flat = flat if mask is None else flat | (present == 0)
+    rstd = jnp.where(flat, 0, lax.rsqrt(jnp.where(flat, 1, with_epsilon))).astype(narrow)
+    present = jnp.broadcast_to(jnp.asarray(present, narrow), var.shape)
+    return Measured(LocalMoments(origin, mean, rstd), present, saturate(var, narrow))
+
+
+def _near_zero(measurement: Measurement, strategy: Strategy, x, mask, guess) -> Measured:
+    """The moments about the guess or zero, where all slices lie within a few deviations of it."""
+    guess = jnp.zeros((1,) * x.ndim, x.dtype) if guess is None else guess
+
+    def accurate(x, scale):
+        if measurement.centered:
+            return _about_sample(measurement.slices, x, scale)
+        return measure.about_zero(measurement.slices, x, None)
+
+    scaled = measure.near_guess(measurement, strategy, x, mask, guess, accurate)
+    return measure.rescaled(measurement, scaled, masked=False)
+
+
+def _about_sample(slices: Slices, x, scale) -> Scaled:
+    """The moments of ``x * scale`` about the mean of an eighth of each slice.
+
+    Sums of `x` and of its squares run at the speed of memory. Those of anything else need an array
+    of it first: of the differences, once.
+    """
+    sample, element = _sample_of(slices, x)
+    unit = slices.broadcast(scale, x)
+    element = element * scale
+    offset = slices.reduce(jnp.sum, sample * unit - slices.broadcast(element, x))
+    offset = measure.clipped(offset / jnp.asarray(slices.size(sample.shape), x.dtype))
+    origin = element + offset
+    near = slices.broadcast(origin, x)
+    if slices.blocks is not None:
+        unit, near = _divided_by_one(unit, near), _divided_by_one(near, near)
+    return measure.about(slices, x * unit - near, None, origin, scale)
+
+
+def _sample_of(slices: Slices, x):
+    """An eighth of each slice or more, from its middle, and one of its elements.
+
+    The mean of a part f of a slice lies within ``sqrt((1 - f) / f)`` deviations of the slice's: at
+    an eighth the subtraction in ``mean(z^2) - mean(z)^2`` costs three bits at worst.
+    """
+    axes = [a for a in slices.axes if a > 0]
+    start, end = [0] * x.ndim, list(x.shape)
+    for a in axes[:1]:
+        length = -(-x.shape[a] // 8)
+        start[a] = (x.shape[a] - length) // 2
+        end[a] = start[a] + length
+    sample = lax.slice(x, start, end)
+    for a in axes:
+        end[a] = start[a] + 1
+    return sample, slices.reduce(jnp.min, lax.slice(x, start, end))
+
+
+# What is computed once.
+
+
+def materialize(array: Array, number: Array, *, full: bool = False) -> Array:
+    """An equal array that CPUs keep in memory, linear in `array`.
+
+    Args:
+        array: what is to be kept.
+        number: known values that broadcast to it, of which none is a linear function of `array`.
+        full: whether `array` is what a sum weighs another with, and may be zero where `number` is.
+    """
+    return _materialize_p().bind(array, number, full=full)
+
+
+@cache
+def _materialize_p():
+    primitive = make_primitive(
+        "jaxnorm_materialize",
+        value=lambda array, number, full: array,
+        result=lambda array, number, full: array,
+        jvp=lambda primals, tangents, full: (
+            materialize(*primals, full=full),
+            materialize(instantiated(tangents[:1])[0], primals[1], full=full),
+        ),
+        transpose=lambda cotangent, array, number, full: [
+            materialize(instantiated([cotangent])[0], number, full=full), None
+        ],
+        batch=_materialize_batched,
+        lowerings={None: lower_identity, "cpu": _lower_materialize},
+    )  # fmt: skip
+    return primitive
+
+
+def _materialize_batched(operands, places, *, full: bool):
+    size = next(o.shape[p] for o, p in zip(operands, places) if p is not None)
+    array, number = (
+        o[None] if p is None else jnp.moveaxis(o, p, 0) for o, p in zip(operands, places)
+    )
+    array = jnp.broadcast_to(array, (size, *array.shape[1:]))
+    return materialize(array, number, full=full), 0
+
+
+def _lower_materialize(context, array, number, *, full: bool):
+    return lower(_kept_where if full else _divided_by_one, context, array, number, several=False)
+
+
+def _divided_by_one(array, number):
+    """What ends in a division is computed once; all else anew for each element that it meets.
+
+    Even where that means to find out to which block of an axis the element belongs.
+    """
+    return array / jnp.where(number == number, 1, number).astype(array.dtype)
+
+
+def _kept_where(array, number):
+    """A choice makes an array of what is summed, which CPUs need to be fast.
+
+    It also keeps what it is chosen for from being computed for each sum anew.
+    """
+    return jnp.where(number != 0, array, jnp.zeros_like(array))
+
+
+# Products that are summed.
+
+
+def product(a: Array, b: Array, shape: tuple[int, ...]) -> Array:
+    """``a * b``, summed over the axes on which `shape` has size 1; on CPUs a product of matrices.
+
+    All three have one rank, and each axis has one size or 1. So its two transposes are its like.
+    """
+    return _product_p().bind(a, b, shape=shape)
+
+
+@cache
+def _product_p():
+    return make_primitive(
+        "jaxnorm_product",
+        value=lambda a, b, shape: _multiplied(a, b, shape),
+        result=lambda a, b, shape: a.update(shape=shape, weak_type=False),
+        jvp=_product_jvp,
+        transpose=_product_transposed,
+        batch=_product_batched,
+        lowerings={None: _lower_product(_multiplied), "cpu": _lower_product(_contracted)},
+    )
+
+
+def _product_jvp(primals, tangents, *, shape):
+    (a, b), (da, db) = primals, instantiated(tangents)
+    return product(a, b, shape), product(da, b, shape) + product(a, db, shape)
+
+
+def _product_transposed(cotangent, a, b, *, shape):
+    (cotangent,) = instantiated([cotangent])
+    if is_linear(a):
+        return [product(cotangent, b, a.aval.shape), None]
+    return [None, product(a, cotangent, b.aval.shape)]
+
+
+def _product_batched(operands, places, *, shape):
+    size, (a, b) = _leading(operands, places)
+    return product(a, b, (size, *shape)), 0
+
+
+def _lower_product(function: Callable) -> Callable:
+    def lowered(context, a, b, *, shape) -> Any:
+        return lower(function, context, a, b, shape=shape, several=False)
+
+    return lowered
+
+
+def _multiplied(a, b, shape):
+    product = a * b
+    axes = [i for i, (n, m) in enumerate(zip(product.shape, shape)) if n != m]
+    return jnp.sum(product, axes, keepdims=True) if axes else product
+
+
+def _contracted(a, b, shape):
+    def labels(sizes):
+        return [i for i, n in enumerate(sizes) if n > 1]
+
+    def squeezed(array):
+        return array.reshape([n for n in array.shape if n > 1]), labels(array.shape)
+
+    summed = jnp.einsum(*squeezed(a), *squeezed(b), labels(shape), precision=lax.Precision.HIGHEST)
+    return summed.reshape(shape)
+
+
+def _leading(operands, places):
+    """The size of a batch, and the operands with its axis, or one of size 1, in front."""
+    size = next(o.shape[p] for o, p in zip(operands, places) if p is not None)
+    return size, [o[None] if p is None else jnp.moveaxis(o, p, 0) for o, p in zip(operands, places)]
