@@ -3,9 +3,9 @@
 A CPU pays for memory and for each loop that is compiled, and its compiler computes a broadcast
 value anew for each element that it meets. So on a CPU
 
-* small arrays are measured in float64, by the textbook's two passes: half the loops to compile;
-* large ones by sums about zero, which run at the speed of memory, and where all slices do not lie
-  near zero about the mean of a sample;
+* small arrays are measured by the textbook's two passes in float64: half the loops to compile;
+* large ones by sums about a guess or zero, which run at the speed of memory, and where that is too
+  far from a slice by sums about the mean of a sample;
 * the derivatives of large ones are told which values to compute once, and which products to sum as
   products of matrices.
 
@@ -13,6 +13,7 @@ Each is a primitive with a lowering of its own for CPUs. On other platforms they
 says, their operand, and a plain product.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -33,7 +34,7 @@ from jaxnorm._jax import (
     partitions,
 )
 from jaxnorm.core import measure
-from jaxnorm.core.measure import Measurement, Scaled, Strategy
+from jaxnorm.core.measure import Measurement, Strategy
 from jaxnorm.core.moments import LocalMoments, Measured, saturate
 from jaxnorm.core.slices import Slices
 
@@ -138,89 +139,110 @@ def _lower_measure(context, *operands, call: _Call):
 
 
 def _lower_measure_on_cpu(context, *operands, call: _Call):
-    (x, *_), whole = context.avals_in, partitions(context) == 1
-    if whole and x.dtype == np.float32 and x.size < LARGE:
-        with jax.enable_x64(True):
-            return lower(partial(call.measure, _in_float64), context, *operands, several=True)
-    if whole and not call.has_mask and x.size >= LARGE:
-        return lower(partial(call.measure, _near_zero), context, *operands, several=True)
+    x, *_ = context.avals_in
+    if partitions(context) == 1 and x.dtype == np.float32:
+        small = x.size < LARGE
+        if small or not call.has_mask:
+            way = partial(call.measure, _two_pass if small else _about_guess)
+            with jax.enable_x64(True):
+                return lower(way, context, *operands, several=True)
     return _lower_measure(context, *operands, call=call)
 
 
-def _in_float64(measurement: Measurement, strategy: Strategy, x, mask, guess) -> Measured:
-    """The textbook's two passes over numbers of 24 bits, in sums of 53."""
+def _two_pass(measurement: Measurement, strategy: Strategy, x, mask, guess) -> Measured:
+    """The textbook's two passes over numbers of 24 bits, in sums of 53: exact at any offset."""
     del strategy, guess
-    slices, narrow = measurement.slices, x.dtype
-    wide = x.astype(np.float64)
+    slices, wide = measurement.slices, x.astype(np.float64)
 
     def total(terms):
         return slices.reduce(jnp.sum, terms if mask is None else jnp.where(mask, terms, 0))
 
-    present = slices.size(x.shape) if mask is None else total(jnp.ones_like(wide))
-    count = present if mask is None else jnp.maximum(present, 1)
-    centers = total(wide) / count
-    deviations = wide - slices.broadcast(centers, wide) if measurement.centered else wide
-    var = total(deviations * deviations) / count
-    # At the very end of the range nothing is subtracted, as in `measure.rescaled`.
-    within = jnp.sqrt(var * count) < float(np.finfo(narrow).max) / 2
-    centers = jnp.where(within, centers, 0)
-    origin = centers.astype(narrow)
-    mean = (centers - origin).astype(narrow)
-    with_epsilon = var + measurement.epsilon
-    flat = with_epsilon < float(np.finfo(narrow).tiny)
-    flat = flat if mask is None else flat | (present == 0)
-    rstd = jnp.where(flat, 0, lax.rsqrt(jnp.where(flat, 1, with_epsilon))).astype(narrow)
-    present = jnp.broadcast_to(jnp.asarray(present, narrow), var.shape)
-    return Measured(LocalMoments(origin, mean, rstd), present, saturate(var, narrow))
+    count = slices.size(x.shape) if mask is None else total(jnp.ones_like(wide))
+    n = count if mask is None else jnp.maximum(count, 1)
+    mean = total(wide) / n
+    deviations = wide - slices.broadcast(mean, wide) if measurement.centered else wide
+    origin = mean.astype(x.dtype)
+    var = total(deviations * deviations) / n
+    return _measured_of(measurement, count, origin, mean - origin, var)
 
 
-def _near_zero(measurement: Measurement, strategy: Strategy, x, mask, guess) -> Measured:
-    """The moments about the guess or zero, where all slices lie within a few deviations of it."""
-    guess = jnp.zeros((1,) * x.ndim, x.dtype) if guess is None else guess
-
-    def accurate(x, scale):
-        if measurement.centered:
-            return _about_sample(measurement.slices, x, scale)
-        return measure.about_zero(measurement.slices, x, None)
-
-    scaled = measure.near_guess(measurement, strategy, x, mask, guess, accurate)
-    return measure.rescaled(measurement, scaled, masked=False)
-
-
-def _about_sample(slices: Slices, x, scale) -> Scaled:
-    """The moments of ``x * scale`` about the mean of an eighth of each slice.
+def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess) -> Measured:
+    """One read about the guess, or about zero; if that was a poor guess, another about a sample.
 
     Sums of `x` and of its squares run at the speed of memory. Those of anything else need an array
-    of it first: of the differences, once.
+    of it first, such as of the differences from a guess.
     """
-    sample, element = _sample_of(slices, x)
-    unit = slices.broadcast(scale, x)
-    element = element * scale
-    offset = slices.reduce(jnp.sum, sample * unit - slices.broadcast(element, x))
-    offset = measure.clipped(offset / jnp.asarray(slices.size(sample.shape), x.dtype))
-    origin = element + offset
-    near = slices.broadcast(origin, x)
-    if slices.blocks is not None:
-        unit, near = _divided_by_one(unit, near), _divided_by_one(near, near)
-    return measure.about(slices, x * unit - near, None, origin, scale)
+    del mask
+    slices, narrow, centered = measurement.slices, x.dtype, measurement.centered
+    size = slices.size(x.shape)
+    # A power of two near 1 / size, so that no sum leaves the range.
+    share = 2.0 ** -math.ceil(math.log2(size))
+    total = partial(slices.reduce, jnp.sum)
+    guess = jnp.zeros((1,) * x.ndim, narrow) if guess is None else guess.astype(narrow)
+    z = x - slices.broadcast(guess, x)
+    square = total(z * z)
+    good = square < np.float32(2.0**100)
+    if centered:
+        first = total(z * np.float32(share))
+        mean = first * np.float32(1 / (share * size))
+        var = square * np.float32(1 / size) - mean * mean
+        good = good & (jnp.abs(mean) <= measure.NEAR * jnp.sqrt(jnp.maximum(var, 0)))
+    # A branch's operands are arrays in memory. Narrowed, this one is the array that is there
+    # already (narrowing undoes the widening exactly, and the compiler drops both).
+    stored = x if strategy.stored is None else x.astype(strategy.stored)
+
+    # The branches return sums of z / 2 and of its square; halved, no difference leaves the range.
+    def about_guess():
+        found = square.astype(np.float64) * 0.25
+        return (found, jnp.broadcast_to(guess, first.shape), first * 0.5) if centered else (found,)
+
+    def about_sample():
+        half = stored.astype(narrow) * np.float32(0.5)
+        if centered:
+            origin = _mean_of_sample(slices, stored.astype(narrow))
+            near = slices.broadcast(origin, x)
+            near = near if slices.blocks is None else _divided_by_one(near, near)
+            half = half - near * np.float32(0.5)
+        wide = half.astype(np.float64)
+        found = total(wide * wide)
+        return (found, origin, total(half * np.float32(share))) if centered else (found,)
+
+    found, *rest = lax.cond(measure.all_true(good), about_guess, about_sample)
+    origin, first = rest if centered else (jnp.zeros_like(found, narrow), 0.0)
+    mean = first * np.float64(2 / (share * size))
+    return _measured_of(measurement, size, origin, mean, found * (4 / size) - mean * mean)
 
 
-def _sample_of(slices: Slices, x):
-    """An eighth of each slice or more, from its middle, and one of its elements.
+def _mean_of_sample(slices: Slices, x):
+    """The mean of an eighth of each slice or more, from its middle, rounded once.
 
     The mean of a part f of a slice lies within ``sqrt((1 - f) / f)`` deviations of the slice's: at
-    an eighth the subtraction in ``mean(z^2) - mean(z)^2`` costs three bits at worst.
+    an eighth the subtraction in ``mean(z^2) - mean(z)^2`` costs three bits at worst. For a slice of
+    one repeated value it is that value.
     """
-    axes = [a for a in slices.axes if a > 0]
     start, end = [0] * x.ndim, list(x.shape)
-    for a in axes[:1]:
+    for a in [a for a in slices.axes if a > 0][:1]:
         length = -(-x.shape[a] // 8)
         start[a] = (x.shape[a] - length) // 2
         end[a] = start[a] + length
     sample = lax.slice(x, start, end)
-    for a in axes:
-        end[a] = start[a] + 1
-    return sample, slices.reduce(jnp.min, lax.slice(x, start, end))
+    total = slices.reduce(jnp.sum, sample.astype(np.float64))
+    return (total / slices.size(sample.shape)).astype(x.dtype)
+
+
+def _measured_of(measurement: Measurement, count, origin, mean, var) -> Measured:
+    """The result in float32, from a mean of ``x - origin`` and a variance in float64."""
+    narrow, var = origin.dtype, jnp.maximum(var, 0)
+    # At the very end of the range nothing is subtracted, as in `measure.rescaled`.
+    within = jnp.sqrt(var * jnp.maximum(count, 1)) < float(np.finfo(narrow).max) / 2
+    origin, mean = (jnp.where(within, part, 0) for part in (origin, mean))
+    with_epsilon = var + measurement.epsilon
+    # Below, powers of rstd would leave the range; float32 has no such variance either.
+    flat = (with_epsilon < float(np.finfo(narrow).tiny)) | (count == 0)
+    rstd = jnp.where(flat, 0, lax.rsqrt(jnp.where(flat, 1, with_epsilon)))
+    count = jnp.broadcast_to(jnp.asarray(count, narrow), var.shape)
+    local = LocalMoments(origin, mean.astype(narrow), rstd.astype(narrow))
+    return Measured(local, count, saturate(var, narrow))
 
 
 # What is computed once.

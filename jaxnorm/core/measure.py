@@ -11,7 +11,6 @@ they take the origin from. README.md beside this file says which input is measur
 """
 
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -30,7 +29,7 @@ from jaxnorm.core.tpu import row_major
 
 # A guess within this many deviations of the mean costs at most log2(1 + 2**2) = 2.3 bits of the
 # variance; a running mean lies closer.
-_NEAR = 2.0
+NEAR = 2.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Strategy:
     """Whether CPUs get what pays for its compile time on large arrays only; see `core.cpu`."""
 
 
-class Scaled(NamedTuple):
+class _Scaled(NamedTuple):
     """Moments of ``x * scale - origin``, by any of the ways; what follows them is common."""
 
     count: Float[Array, "*slices"]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -111,20 +110,17 @@ def measure(
         case Way.TWO_PASS:
             return _two_pass(measurement, x, mask)
         case Way.RAW:
-            scaled = about_zero(slices, x, mask)
+            scaled = _raw(slices, x, mask)
         case Way.EXACT_SUMS:
             scaled = _exact_sums(slices, strategy.stored, x, mask)
         case Way.TWO_READS:
             scaled = _two_reads(slices, strategy.in_block, x, mask)
         case Way.GUESS:
-            scaled = near_guess(
-                measurement, strategy, x, mask, guess,
-                accurate=lambda x, scale: _two_reads(slices, False, x, mask),
-            )  # fmt: skip
-    return rescaled(measurement, scaled, masked=mask is not None)
+            scaled = _near_guess(measurement, strategy, x, mask, guess)
+    return _rescaled(measurement, scaled, masked=mask is not None)
 
 
-def rescaled(measurement: Measurement, scaled: Scaled, *, masked: bool) -> Measured:
+def _rescaled(measurement: Measurement, scaled: _Scaled, *, masked: bool) -> Measured:
     """The moments of `x` itself, from those of scaled data."""
     count, origin, mean, var, scale = scaled
     n = lax.max(count, lax.full_like(count, 1))
@@ -141,20 +137,15 @@ def rescaled(measurement: Measurement, scaled: Scaled, *, masked: bool) -> Measu
     return Measured(local, count, saturate(var * back * back))
 
 
-def near_guess(
-    measurement: Measurement, strategy: Strategy, x, mask, guess, accurate: Callable
-) -> Scaled:
-    """The moments about a guess, or where that is a poor one those that `accurate` finds of `x`.
-
-    It is also told a scale in which the squares of ``x - guess`` do not overflow.
-    """
+def _near_guess(measurement: Measurement, strategy: Strategy, x, mask, guess) -> _Scaled:
+    """The moments about a guess, or where that is a poor one those of two reads."""
     slices = measurement.slices
     guess = guess.astype(x.dtype)
-    count, mean, square = means(measurement, x, mask, origin=guess)
+    count, mean, square = _means(measurement, x, mask, origin=guess)
     # Where both overflow their difference is infinite, and no NaN for `checkify` to report.
     largest = lax.full_like(square, jnp.finfo(square.dtype).max)
     var = jnp.maximum(square - lax.min(abs_squared(mean), largest), 0)
-    near = jnp.abs(mean) <= _NEAR * jnp.sqrt(var)
+    near = jnp.abs(mean) <= NEAR * jnp.sqrt(var)
     finite = square < _big(square.dtype)
     # A branch's operands are arrays in memory. Narrowed, this one is the array that is there
     # already (narrowing undoes the widening exactly, and the compiler drops both).
@@ -169,15 +160,14 @@ def near_guess(
     def of_guess():
         return typed(guess, mean, var, lax.full_like(var, 1))
 
-    def anew():
-        found = accurate(stored.astype(x.dtype), _fitting(square))
-        return typed(*found[1:])
+    def of_two_reads():
+        return typed(*_two_reads(slices, False, stored.astype(x.dtype), mask)[1:])
 
-    good = _all(slices.replicas.agreed(near & finite))
-    return Scaled(count, *lax.cond(good, of_guess, anew))
+    good = all_true(slices.replicas.agreed(near & finite))
+    return _Scaled(count, *lax.cond(good, of_guess, of_two_reads))
 
 
-def sums(slices: Slices, shape, mask, *terms):
+def _sums(slices: Slices, shape, mask, *terms):
     """Count of each slice and sums of terms that are zero outside the mask, in one collective."""
     total = partial(slices.reduce, jnp.sum)
     if mask is None:
@@ -187,69 +177,58 @@ def sums(slices: Slices, shape, mask, *terms):
     return slices.replicas.sum(total(inside), *map(total, terms))
 
 
-def means(measurement: Measurement, x, mask, *, origin):
+def _means(measurement: Measurement, x, mask, *, origin):
     """Count, mean(z) and mean(|z|^2) for z = x - origin, in one read of x."""
     z = x - measurement.slices.broadcast(origin, x)
     z = z if mask is None else jnp.where(mask, z, 0)
     terms = (z, abs_squared(z)) if measurement.centered else (abs_squared(z),)
-    count, *first, square = sums(measurement.slices, x.shape, mask, *terms)
+    count, *first, square = _sums(measurement.slices, x.shape, mask, *terms)
     n = jnp.maximum(count, 1)
     mean = first[0] / n.astype(x.dtype) if first else jnp.zeros_like(origin)
     return count, mean, square / n
 
 
-def _two_reads(slices: Slices, in_block: bool, x, mask) -> Scaled:
+def _two_reads(slices: Slices, in_block: bool, x, mask) -> _Scaled:
     """The moments about a first mean, for which a first read is taken about an element."""
-    origin, scale = first_mean(slices, in_block, x, mask)
-    unit, near = slices.broadcast(scale.astype(x.dtype), x), slices.broadcast(origin, x)
-    return about(slices, x * unit - near, mask, origin, scale)
-
-
-def first_mean(slices: Slices, in_block: bool, x, mask):
-    """A mean that is right to a few digits of the deviation; with it, a scale as in `Scaled`."""
     element = element_of(slices, x, mask, all_at_hand=in_block)
     z = x - slices.broadcast(element, x)
     z = z if mask is None else jnp.where(mask, z, 0)
     # Scaled down, since here the sum alone may be too large.
     down = jnp.asarray(2.0**-24, x.dtype)
-    count, offset, square = sums(slices, x.shape, mask, z * down, abs_squared(z))
+    count, offset, square = _sums(slices, x.shape, mask, z * down, abs_squared(z))
     n = lax.max(count, lax.full_like(count, 1))
     offset, scale = offset / (n.astype(x.dtype) * down), _fitting(square / n)
     unit = scale.astype(x.dtype)
     # The compiler computes the origin anew in each of its uses. They must round it alike: clipped,
     # the product that `offset` is cannot melt into a fused multiply-add in one and not in another.
     # For a slice of one repeated value it is that value, so that x - origin is exactly zero.
-    return element * unit + clipped(offset) * unit, scale
-
-
-def about(slices: Slices, z, mask, origin, scale) -> Scaled:
-    """The moments of `x` from ``z = x * scale - origin``."""
+    origin = element * unit + _clipped(offset) * unit
+    z = x * slices.broadcast(unit, x) - slices.broadcast(origin, x)
     z = z if mask is None else jnp.where(mask, z, 0)
-    count, mean, square = sums(slices, z.shape, mask, z, abs_squared(z))
-    n = lax.max(count, lax.full_like(count, 1))
+    count, mean, square = _sums(slices, z.shape, mask, z, abs_squared(z))
     mean = mean / n.astype(mean.dtype)
     var = lax.max(square / n - abs_squared(mean), lax.full_like(square, 0))
-    return Scaled(count, origin, mean, var, scale)
+    return _Scaled(count, origin, mean, var, scale)
 
 
-def about_zero(slices: Slices, x, mask) -> Scaled:
+def _raw(slices: Slices, x, mask) -> _Scaled:
     """Raw second moments of any finite data, in one read: squares summed at two scales."""
     z = x if mask is None else jnp.where(mask, x, 0)
     small = z * jnp.asarray(_rescale(jnp.finfo(x.dtype).dtype), x.dtype)
-    count, *found = sums(slices, x.shape, mask, abs_squared(z), abs_squared(small))
+    count, *found = _sums(slices, x.shape, mask, abs_squared(z), abs_squared(small))
     square, small_square = (total / lax.max(count, lax.full_like(count, 1)) for total in found)
     scale = _fitting(square)
     zero = jnp.zeros((1,) * x.ndim, x.dtype)
-    return Scaled(count, zero, zero, lax.select(scale == 1, square, small_square), scale)
+    return _Scaled(count, zero, zero, lax.select(scale == 1, square, small_square), scale)
 
 
-def _exact_sums(slices: Slices, stored, x, mask) -> Scaled:
+def _exact_sums(slices: Slices, stored, x, mask) -> _Scaled:
     """Moments of 16-bit numbers in one read; see `jaxnorm.core.exact_sums`."""
     real, size = x.dtype, slices.size(x.shape)
     z = x if mask is None else jnp.where(mask, x, 0)
     terms = exact_sums.terms(z, stored, size, _rescale(real))
-    count, *found = sums(slices, x.shape, mask, *terms)
-    return Scaled(count, *exact_sums.solve(count, found, stored, size, _rescale(real), _big(real)))
+    count, *found = _sums(slices, x.shape, mask, *terms)
+    return _Scaled(count, *exact_sums.solve(count, found, stored, size, _rescale(real), _big(real)))
 
 
 def _two_pass(measurement: Measurement, x, mask) -> Measured:
@@ -265,8 +244,8 @@ def _two_pass(measurement: Measurement, x, mask) -> Measured:
         mean = mean if mask is None else jnp.where(jnp.isnan(mean), 0, mean)
     else:
         zero = jnp.zeros((1,) * x.ndim, x.dtype)
-        _, mean, _ = means(measurement, x, mask, origin=zero)
-    count, _, var = means(measurement, x, mask, origin=mean)
+        _, mean, _ = _means(measurement, x, mask, origin=zero)
+    count, _, var = _means(measurement, x, mask, origin=mean)
     local = _local(measurement.epsilon, mean, jnp.zeros_like(mean), count, var)
     return Measured(local, count, saturate(var))
 
@@ -304,20 +283,21 @@ def _fitting(square):
 
 
 @custom_vmap
-def _all(condition) -> Bool[Array, ""]:
+def all_true(condition) -> Bool[Array, ""]:
+    """One answer for all slices."""
     # A sum, for which CPUs need one compiled function; for jnp.all it is three.
     return jnp.sum(jnp.where(condition, 0.0, 1.0), dtype=jnp.float32) == 0
 
 
-@_all.def_vmap
-def _all_vmap(axis_size, in_batched, condition):
+@all_true.def_vmap
+def _all_true_vmap(axis_size, in_batched, condition):
     # One answer for the whole batch: both branches are right for every member, and an unbatched
     # predicate keeps `cond` a branch where `vmap` would otherwise compute both.
     del axis_size, in_batched
-    return _all(condition), False
+    return all_true(condition), False
 
 
-def clipped(x):
+def _clipped(x):
     """An equal array, if it is finite: the real and imaginary parts saturate."""
     if jnp.iscomplexobj(x):
         return lax.complex(saturate(jnp.real(x)), saturate(jnp.imag(x)))
