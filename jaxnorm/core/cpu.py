@@ -201,7 +201,7 @@ def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess) -
         if centered:
             origin = _mean_of_sample(slices, stored.astype(narrow))
             near = slices.broadcast(origin, x)
-            near = near if slices.blocks is None else _divided_by_one(near, near)
+            near = _divided_by_one(near, near)
             half = half - near * np.float32(0.5)
         wide = half.astype(np.float64)
         found = total(wide * wide)
@@ -241,8 +241,9 @@ def _measured_of(measurement: Measurement, count, origin, mean, var) -> Measured
     flat = (with_epsilon < float(np.finfo(narrow).tiny)) | (count == 0)
     rstd = jnp.where(flat, 0, lax.rsqrt(jnp.where(flat, 1, with_epsilon)))
     count = jnp.broadcast_to(jnp.asarray(count, narrow), var.shape)
-    local = LocalMoments(origin, mean.astype(narrow), rstd.astype(narrow))
-    return Measured(local, count, saturate(var, narrow))
+    rstd = rstd.astype(narrow)
+    parts = (_divided_by_one(part, rstd) for part in (origin, mean.astype(narrow), rstd))
+    return Measured(LocalMoments(*parts), count, saturate(var, narrow))
 
 
 # What is computed once.
