@@ -15,6 +15,7 @@ from jaxnorm.core.running import BatchStats
 from jaxnorm.core.slices import Reduction
 from jaxnorm.distributed.axes import AxisName, check_synchronized, named_axis
 from jaxnorm.distributed.virtual import virtual_batches
+from jaxnorm.kernels.dispatch import kernel_for
 
 DType = jax.typing.DTypeLike
 
@@ -86,8 +87,9 @@ def batch_norm(
         debias: bias-corrected running statistics: the exponential average of the batches alone,
             free of the initial 0 and 1 (weight ``(1 - decay) / (1 - decay ** updates)``).
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
-        implementation: None (choose) or "xla"; "two_pass" for the textbook's two passes with a
-            rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
+        implementation: None (choose, see `jaxnorm.explain`) or "xla"; "pallas" is refused, since
+            no kernel is written for batch normalization; "two_pass" for the textbook's two passes
+            with a rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
 
     Returns:
         `y` of the shape of `x`, and the new `BatchStats`, in the dtypes of the old and without
@@ -100,8 +102,9 @@ def batch_norm(
         ValueError: parameters or statistics not of the feature axes' shape, an empty batch in
             training, an axis out of range, a mask that does not broadcast, `epsilon` or `decay`
             out of range, an `axis_name` that is not bound, groups that do not split the axis, a
-            `virtual_batch_size` that does not divide the batch, a batch that is spread over an
-            axis of a mesh (by its type, with check_vma=True) which `axis_name` leaves out.
+            `virtual_batch_size` that does not divide the batch, ``implementation="pallas"``, a
+            batch that is sharded over an axis of a mesh (by its type, with check_vma=True) which
+            `axis_name` leaves out.
 
     Source: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
     Internal Covariate Shift", 2015, algorithms 1 and 2. Hoffer, Hubara & Soudry, "Train longer,
@@ -127,11 +130,13 @@ def batch_norm(
     decay = check.decay_of(op, decay)
     epsilon = check.number(op, "epsilon", epsilon, 0.0, float("inf"), "1e-5")
     mask = check.mask_of(op, mask, x)
-    two_pass = check.implementation_of(op, implementation)
+    two_pass = check.implementation_of(op, implementation, kernels=True)
     finish = Finish(
         check.result_dtype(op, x, scale, bias, dtype=dtype),
         activation=check.activation_of(op, activation),
     )
+    # No kernel is written for it. The call refuses "pallas", and is recorded where `explain` asks.
+    kernel_for(op, implementation, x)
     if not training:
         y = batch.evaluate(
             x, scale, bias, stats, feature_axes=features, epsilon=epsilon, finish=finish

@@ -8,7 +8,7 @@ from jaxtyping import Array, Inexact
 from jaxnorm.core import arguments as check
 from jaxnorm.core.arguments import Axes, Save
 from jaxnorm.distributed.axes import AxisName
-from jaxnorm.functional.prepare import DType, per_slice, per_trailing
+from jaxnorm.functional.prepare import DType, stateless_norm, trailing_norm
 
 
 def layer_norm(
@@ -52,9 +52,9 @@ def layer_norm(
         axis_name: a named axis over which each slice goes on, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
-        implementation: None (choose, see `jaxnorm.explain`), "xla" or "pallas" to insist on one;
-            "two_pass" for the textbook's two passes with a rounded mean, to reproduce numbers of
-            Flax's use_fast_variance=False.
+        implementation: None (choose, see `jaxnorm.explain`); "xla" or "pallas" to require one, on
+            GPUs a kernel that awaits a measurement; "two_pass" for the textbook's two passes with
+            a rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
 
     With ``save="output"`` the backward pass recomputes ``xhat = (y - bias) / scale``, whose error
     grows as the rounding of `y`: by ``eps / 2 * |y / scale|``, with eps = 2^-7 for bfloat16. Use it
@@ -85,7 +85,7 @@ def layer_norm(
         >>> print(jaxnorm.layer_norm(jnp.array([1.0, 2.0, 3.0]), epsilon=0.0).round(3))
         [-1.225  0.     1.225]
     """
-    return per_trailing(
+    return trailing_norm(
         "layer_norm", x, scale, bias, axis=axis, feature_axis=feature_axis, epsilon=epsilon,
         scale_offset=scale_offset, activation=activation, save=save, mask=mask,
         axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
@@ -131,9 +131,9 @@ def rms_norm(
         axis_name: a named axis over which each slice goes on, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x` and scale promote to.
-        implementation: None (choose, see `jaxnorm.explain`), "xla" or "pallas" to insist on one;
-            "two_pass" for the textbook's two passes with a rounded mean, to reproduce numbers of
-            Flax's use_fast_variance=False.
+        implementation: None (choose, see `jaxnorm.explain`); "xla" or "pallas" to require one, on
+            GPUs a kernel that awaits a measurement; "two_pass" for the textbook's two passes with
+            a rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
 
     Returns:
         `y` of the shape of `x`. The product with scale is taken before the one rounding to
@@ -150,7 +150,7 @@ def rms_norm(
         >>> [round(v, 3) for v in jaxnorm.rms_norm(jnp.array([3.0, 4.0]), epsilon=0.0).tolist()]
         [0.849, 1.131]
     """
-    return per_trailing(
+    return trailing_norm(
         "rms_norm", x, scale, None, axis=axis, feature_axis=feature_axis, epsilon=epsilon,
         scale_offset=scale_offset, activation=activation, save=save, mask=mask,
         axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
@@ -191,9 +191,9 @@ def instance_norm(
         axis_name: a named axis over which the spatial axes go on, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
-        implementation: None (choose, see `jaxnorm.explain`), "xla" or "pallas" to insist on one;
-            "two_pass" for the textbook's two passes with a rounded mean, to reproduce numbers of
-            Flax's use_fast_variance=False.
+        implementation: None (choose, see `jaxnorm.explain`); "xla" or "pallas" to require one, on
+            GPUs a kernel that awaits a measurement; "two_pass" for the textbook's two passes with
+            a rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
 
     Returns:
         `y` of the shape of `x`. Without a spatial axis each slice is one element, and `y` is bias.
@@ -221,7 +221,7 @@ def instance_norm(
             f"the batch axis; got x.shape={x.shape} with "
             f"feature_axis={feature_axis}. Name another axis, or add one: x[None]."
         )
-    return per_slice(
+    return stateless_norm(
         op, x, scale, bias, reduced, features, epsilon=epsilon, scale_offset=scale_offset,
         activation=activation, mask=mask, axis_name=axis_name,
         axis_index_groups=axis_index_groups, dtype=dtype, implementation=implementation,

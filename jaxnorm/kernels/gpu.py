@@ -1,18 +1,22 @@
 """Kernels for NVIDIA GPUs: every element crosses the memory bus once in each direction.
 
+They await a measurement. They compile for Hopper and are right in Pallas's interpreter, but they
+have never run on a GPU, and they are written for Pallas's Triton backend, which JAX deprecates. So
+nothing chooses them: this module is imported where `implementation="pallas"` asks for a kernel.
+
 Forward: one read of `x`, one write of `y`. Backward: one read of `x` and `dy`, one write of `dx`;
-the moments are computed again from the block at hand, so that nothing but `x` is kept.
+the moments are computed again from the block in registers, so that nothing but `x` is kept.
 
 A block holds whole slices in the registers of one program. Its sides are powers of two, as Triton
 asks for; what they add to an array's own sizes is neither read nor written, nor counted. There are
-no atomics, so that a derivative is the same at every run: each program sums over the blocks that it
-walks through, and the sums of the programs, a few hundred, are added afterwards.
+no atomics, so that a derivative is the same at every run: each program sums over its blocks, and
+the sums of the programs, a few hundred, are added afterwards.
 """
 
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -24,12 +28,10 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
 from jaxnorm._jax import inner_programs
-from jaxnorm.core.finish import Finish
-from jaxnorm.core.slices import Reduction
-from jaxnorm.kernels.held import Norm
+from jaxnorm.kernels.block import KernelNorm
 
 Program = tuple[Any, Any]
-"""Where a program stands: along the rows, and along the groups."""
+"""A program's index: along the rows, and along the groups."""
 
 DTYPES = ("float16", "bfloat16", "float32")
 # Elements of a block for each thread: in the backward pass they fill the 255 registers it can have,
@@ -49,7 +51,7 @@ _SECTOR = 32  # bytes that memory moves at once
 _UNKNOWN = {"bessel_i0e", "bessel_i1e", "digamma", "erf", "erfc", "igamma", "lgamma", "round"}
 
 
-def refusal(norm: Norm, shape: tuple[int, ...], dtype, parameter_shapes=()) -> str | None:
+def refusal(norm: KernelNorm, shape: tuple[int, ...], dtype, parameter_shapes=()) -> str | None:
     """Why a call of that shape, with parameters of those shapes, has no kernel; None: it has."""
     for what, given in (("x", dtype), ("the result", norm.finish.dtype)):
         if jnp.dtype(given).name not in DTYPES:
@@ -60,12 +62,11 @@ def refusal(norm: Norm, shape: tuple[int, ...], dtype, parameter_shapes=()) -> s
         unknown = _UNKNOWN.intersection(_operations(jax.make_jaxpr(norm.finish.activation)(1.0)))
         if unknown:
             return f"GPU kernels have no {' or '.join(sorted(unknown))}, as in the activation"
-    axes, blocks = norm.reduction.axes, norm.reduction.blocks
     first, last = _span(norm)
-    if tuple(sorted(axes)) != tuple(range(first, last)):
-        return f"GPU kernels reduce neighbouring axes, and these are {axes}"
-    if blocks is not None and not last == blocks[0] == len(shape) - 1:
-        return f"GPU kernels split the last axis into groups, and this one is {blocks[0]}"
+    if tuple(sorted(norm.axes)) != tuple(range(first, last)):
+        return f"GPU kernels reduce neighbouring axes, and these are {norm.axes}"
+    if norm.split_axes and not (last,) == norm.split_axes == (len(shape) - 1,):
+        return f"GPU kernels split the last axis into groups, and this one is {norm.split_axes[0]}"
     plan = plan_of(norm, shape, dtype, ())
     for given in parameter_shapes:
         pairs = zip(given[first:], plan.trailing)
@@ -80,7 +81,7 @@ def refusal(norm: Norm, shape: tuple[int, ...], dtype, parameter_shapes=()) -> s
     return None
 
 
-def forward(norm: Norm, x: Array, residual: Array | None, *parameters: Array | None):
+def forward(norm: KernelNorm, x: Array, residual: Array | None, *parameters: Array | None):
     """`y`, and the sum of `x` and `residual` where there is one."""
     given = [p for p in parameters if p is not None]
     plan = plan_of(norm, x.shape, x.dtype, [p.shape for p in given])
@@ -88,7 +89,7 @@ def forward(norm: Norm, x: Array, residual: Array | None, *parameters: Array | N
     out = [jax.ShapeDtypeStruct(plan.view, norm.finish.dtype)]
     if residual is not None:
         out.append(jax.ShapeDtypeStruct(plan.view, x.dtype))
-    bare = replace(plan.norm, finish=Finish(jnp.float32))
+    bare = plan.norm.without_epilogue()
 
     def body(*refs):
         operands, results = refs[: -len(out)], refs[-len(out) :]
@@ -99,18 +100,18 @@ def forward(norm: Norm, x: Array, residual: Array | None, *parameters: Array | N
             for other in residuals:
                 x = (x.astype(jnp.float32) + other.astype(jnp.float32)).astype(x.dtype)
                 at.store(results[1], x)
-            xhat = bare.held(0, x, None, None)
+            xhat = bare.block_value(0, x, None, None)
             # Only now, so that while the moments are taken their registers hold more rows.
             chosen = plan.load(program, operands[len(large) :], parameters)
             at.store(results[0], norm.finish(xhat, *chosen))
             return carry
 
-        plan.walk(program, operands[: len(large)], step, [])
+        plan.for_each_block(program, operands[: len(large)], step, [])
 
     return [a.reshape(x.shape) for a in _call(plan, body, large, given, out)]
 
 
-def backward(norm: Norm, x: Array, parameters, dy: Array, dtotal: Array | None):
+def backward(norm: KernelNorm, x: Array, parameters, dy: Array, dtotal: Array | None):
     """`dx` and the derivatives of those parameters that are given.
 
     `dtotal` is the cotangent of `x` itself where `x` is a result too: it is added to `dx`.
@@ -131,14 +132,14 @@ def backward(norm: Norm, x: Array, parameters, dy: Array, dtotal: Array | None):
 
         def step(at, blocks, sums):
             x, dy, *cotangents = blocks
-            dx, *derived = plan.norm.pulled_back(0, x, at.counted(dy), *chosen)
+            dx, *derived = plan.norm.block_cotangents(0, x, at.counted(dy), *chosen)
             if dtotal is not None:
                 dx = dx + cotangents[0].astype(dx.dtype)
             at.store(results[0], dx)
             return [s + d for s, d in zip(sums, (d for d in derived if d is not None))]
 
         sums = [jnp.zeros(shape, jnp.float32) for _ in given]
-        sums = plan.walk(program, operands[: len(large)], step, sums)
+        sums = plan.for_each_block(program, operands[: len(large)], step, sums)
         for ref, total in zip(results[1:], sums):
             total = total if shape[0] == 1 else jnp.sum(total, 0, keepdims=True)
             plan.features_at(program, program[0]).store(ref, total)
@@ -147,7 +148,7 @@ def backward(norm: Norm, x: Array, parameters, dy: Array, dtotal: Array | None):
     return dx.reshape(x.shape), *(plan.collected(s, p) for s, p in zip(sums, given))
 
 
-def _call(plan: "Plan", body, large, given, out):
+def _call(plan: "GpuPlan", body, large, given, out):
     """Run the body in every program; it finds its blocks in the whole arrays."""
     operands = [*(a.reshape(plan.view) for a in large), *map(plan.by_sample, given)]
     return pl.pallas_call(
@@ -161,29 +162,8 @@ def _call(plan: "Plan", body, large, given, out):
 
 
 @dataclass(frozen=True)
-class Held(Reduction):
-    """Slices in a block that is filled up to powers of two: what is added does not count."""
-
-    sizes: tuple[int, ...] = ()
-    """Of the reduced axes, without what is added."""
-
-    def size(self, shape: tuple[int, ...]) -> int:
-        """Elements in a slice."""
-        return math.prod(self.sizes)
-
-    def over(self, reducer, array: Array) -> Array:
-        """Apply jnp.sum or jnp.min to each slice."""
-        nothing = jnp.asarray(jnp.inf if reducer is jnp.min else 0, array.dtype)
-        for axis, size in zip(self.axes, self.sizes):
-            if size < array.shape[axis]:
-                here = lax.broadcasted_iota(jnp.int32, array.shape, axis)
-                array = jnp.where(here < size, array, nothing)
-        return reducer(array, axis=self.axes, keepdims=True)
-
-
-@dataclass(frozen=True)
-class Place:
-    """The place of a block in an array: an index for each axis, and which of them lie inside."""
+class BlockAddress:
+    """The elements of a block in an array: an index for each axis, and which lie inside."""
 
     index: tuple[Any, ...]
     inside: Array | None
@@ -220,7 +200,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GpuPlan:
     """The distribution of an array's slices over programs.
 
     The array is seen as (rows, positions, groups, members). A slice is all positions and members of
@@ -228,7 +208,7 @@ class Plan:
     of an image are groups, and its pixels positions.
     """
 
-    norm: Norm
+    norm: KernelNorm
     """For one block."""
     lead: int
     """How many axes of the array are rows."""
@@ -253,7 +233,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """The number of blocks that a program walks through."""
+        """The number of blocks of a program."""
         return pl.cdiv(self.rows, self.block[0] * self.each)
 
     @property
@@ -261,45 +241,45 @@ class Plan:
         """The number of warps of a program."""
         return min(max(math.prod(self.block) // (32 * _EACH), 1), 32)
 
-    def walk(self, program: Program, refs, step: Callable, carry):
-        """Do ``step(place, blocks, carry)`` for one block after the other.
+    def for_each_block(self, program: Program, refs, step: Callable, carry):
+        """Do ``step(address, blocks, carry)`` for one block after the other.
 
         A block is loaded while the one before it is computed.
         """
 
         def load(i):
-            at = self.place(program, i)
+            at = self.address(program, i)
             return [at.load(ref) for ref in refs]
 
         def body(i, state):
             blocks, carry = state
             following = load(i + 1)
-            return following, step(self.place(program, i), blocks, carry)
+            return following, step(self.address(program, i), blocks, carry)
 
         if self.steps == 1:
-            return step(self.place(program, 0), load(0), carry)
+            return step(self.address(program, 0), load(0), carry)
         return lax.fori_loop(0, self.steps, body, (load(0), carry))[1]
 
-    def place(self, program: Program, step) -> Place:
+    def address(self, program: Program, step) -> BlockAddress:
         """A program's block; neighbouring programs have neighbouring blocks."""
         first = (step * self.each + lax.rem(program[0], self.each)) * self.block[0]
         row = first + self._along(0)
-        # What a walk would load after its last block lies outside.
+        # What a program would load after its last block lies outside.
         whole = self.steps == 1 and self.rows % (self.block[0] * self.each) == 0
         inside = [] if whole else [row < self.rows]
         row = row + lax.div(program[0], self.each) * self.rows
         positions = self.view[1] if self.view[1] < self.block[1] else None
         group, member, others = self._features(program)
         index = (row, self._along(1), group, member)
-        return Place(index, _all(inside + others), "evict_first", positions)
+        return BlockAddress(index, _all(inside + others), "evict_first", positions)
 
-    def features_at(self, program: Program, row) -> Place:
+    def features_at(self, program: Program, row) -> BlockAddress:
         """The block of that row of a parameter."""
         group, member, inside = self._features(program)
-        return Place((row, group, member), _all(inside), "evict_last")
+        return BlockAddress((row, group, member), _all(inside), "evict_last")
 
     def load(self, program: Program, refs, parameters) -> list[Array | None]:
-        """The blocks of those parameters that are given, in their places."""
+        """The blocks of those parameters that are given, and None for the others."""
         rows = (lax.div(program[0], self.programs // ref.shape[0]) for ref in refs)
         blocks = iter([self.features_at(program, row).load(ref) for row, ref in zip(rows, refs)])
         return [None if p is None else next(blocks) for p in parameters]
@@ -330,16 +310,17 @@ class Plan:
         return group, member, inside
 
 
-def plan_of(norm: Norm, shape: tuple[int, ...], dtype, given, *, sums: bool = False) -> Plan:
+def plan_of(
+    norm: KernelNorm, shape: tuple[int, ...], dtype, given, *, sums: bool = False
+) -> GpuPlan:
     """The blocks of a call of that shape, with parameters of the shapes `given`.
 
     Where programs add something up (`sums`), fewer of them do more.
     """
     first, last = _span(norm)
     before, reduced, after = shape[:first], math.prod(shape[first:last]), shape[last:]
-    if norm.reduction.blocks is not None:
-        groups = norm.reduction.blocks[1]
-        view = (math.prod(before), reduced, groups, math.prod(after) // groups)
+    if norm.split_axes:
+        view = (math.prod(before), reduced, norm.groups, math.prod(after) // norm.groups)
     elif after:
         view = (math.prod(before), reduced, math.prod(after), 1)
     else:
@@ -347,15 +328,14 @@ def plan_of(norm: Norm, shape: tuple[int, ...], dtype, given, *, sums: bool = Fa
     trailing = (*[1] * (last - first), *after) if after else shape[first:]
     samples = max((_samples(before, s) or 1 for s in given), default=1)
     block = _block(view, samples, jnp.dtype(dtype).itemsize, ROOM if sums else SMALL)
-    r, axes = norm.reduction, (1, 3) if block[1] > 1 else (3,)
-    reduction = Held(axes, r.epsilon, centered=r.centered, sizes=tuple(view[a] for a in axes))
+    axes = (1, 3) if block[1] > 1 else (3,)
+    norm = norm.with_padded_slices(axes, tuple(view[a] for a in axes))
     each, elements = pl.cdiv(view[0] // samples, block[0]), math.prod(block)
     if sums or elements > ROOMY:
-        chunks = samples * pl.cdiv(view[2], block[2])
+        columns = samples * pl.cdiv(view[2], block[2])
         resident = MULTIPROCESSORS * max(1, ROOMY // elements)
-        each = pl.cdiv(each, pl.cdiv(each, max(1, resident // chunks)))
-    norm = replace(norm, reduction=reduction)
-    return Plan(norm, first, trailing, view, block, samples, samples * each)
+        each = pl.cdiv(each, pl.cdiv(each, max(1, resident // columns)))
+    return GpuPlan(norm, first, trailing, view, block, samples, samples * each)
 
 
 def _block(view: tuple[int, int, int, int], samples: int, itemsize: int, room: int):
@@ -363,20 +343,20 @@ def _block(view: tuple[int, int, int, int], samples: int, itemsize: int, room: i
     rows, positions, groups, members = view
     sides = [1, pl.next_power_of_2(positions), 1, pl.next_power_of_2(members)]
     while sides[2] < groups:
-        apart = sides[2] * members * itemsize < 2 * _SECTOR
-        if 2 * math.prod(sides) > (MOST if apart else room):
+        scattered = sides[2] * members * itemsize < 2 * _SECTOR
+        if 2 * math.prod(sides) > (MOST if scattered else room):
             break
         sides[2] *= 2
     fits = max(1, room // math.prod(sides))
     return min(fits, pl.next_power_of_2(rows // samples)), sides[1], sides[2], sides[3]
 
 
-def _span(norm: Norm) -> tuple[int, int]:
+def _span(norm: KernelNorm) -> tuple[int, int]:
     """The first reduced axis, and the one behind the last."""
-    axes, blocks = norm.reduction.axes, norm.reduction.blocks
-    if axes or blocks is None:
-        return min(axes), max(axes) + 1
-    return blocks[0], blocks[0]
+    if norm.axes or not norm.split_axes:
+        return min(norm.axes), max(norm.axes) + 1
+    (axis,) = norm.split_axes
+    return axis, axis
 
 
 def _samples(before: tuple[int, ...], given: tuple[int, ...]) -> int | None:
@@ -393,5 +373,5 @@ def _operations(jaxpr) -> set[str]:
 
 
 def _all(conditions: Sequence[Array]) -> Array | None:
-    """The conjunction of masks at each place of a block; None where there is no mask."""
+    """The conjunction of masks of a block; None where there is no mask."""
     return reduce(operator.and_, conditions) if conditions else None

@@ -1,7 +1,8 @@
 """The division of an array into blocks that fit into a TPU's on-chip memory.
 
 A block holds whole slices. What is left of its room is filled from the last axis to the first, so
-that a block is one piece of memory, or few. Slices that are too large for that are cut into pieces.
+that a block is contiguous in memory, or nearly so. Slices that are too large for that are cut into
+chunks.
 """
 
 import math
@@ -20,12 +21,12 @@ MOST = 2**20
 
 @dataclass(frozen=True)
 class Tiles:
-    """Blocks of an array, one for each place of a grid that has one axis for each of the array."""
+    """Blocks of an array, in a grid that has one axis for each axis of the array."""
 
     shape: tuple[int, ...]
     block: tuple[int, ...]
     cut: tuple[int, ...] = ()
-    """Reduced axes of which a block holds but a piece."""
+    """Reduced axes of which a block holds only a chunk."""
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -48,13 +49,13 @@ class Tiles:
         """True if on-chip memory has room for a block; not for groups of very many channels."""
         return self.elements <= MOST
 
-    def of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def block_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The block of an array that broadcasts to this one."""
         return tuple(1 if size == 1 else step for size, step in zip(shape, self.block))
 
     @staticmethod
-    def place(shape: tuple[int, ...], index: Sequence) -> tuple:
-        """The place of the block at `index` in the grid of an array that broadcasts to this one."""
+    def index_of(shape: tuple[int, ...], index: Sequence) -> tuple:
+        """The block index in an array that broadcasts to this one, for a block of this grid."""
         return tuple(0 if size == 1 else i for size, i in zip(shape, index))
 
 

@@ -1,10 +1,11 @@
-"""The mathematics of `core`, as it runs on a block that is held in on-chip memory.
+"""The mathematics of `core` as it runs on a block in on-chip memory.
 
-A block holds whole slices, or pieces of slices whose sums are put together (`pieces`), so what
+A block holds whole slices, or chunks of slices whose sums are put together (`chunks`), so what
 `core` does with an array it can do with a block: nothing is computed here that is not written
-there.
+there. Of `core`, kernels use what this module names.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,48 +15,78 @@ from jaxtyping import Array, Inexact
 
 from jaxnorm.core import affine
 from jaxnorm.core.finish import Finish
-from jaxnorm.core.replicas import Alone
+from jaxnorm.core.replicas import ALONE, Alone
 from jaxnorm.core.slices import Reduction
 from jaxnorm.kernels.tiles import Tiles, tiles_of
 
 
 @dataclass(frozen=True)
-class Norm:
+class KernelNorm:
     """The static half of a call: what is computed, for arrays of one rank."""
 
     operation: str
     reduction: Reduction
     finish: Finish
-    kernels: tuple[str, ...] = ()
+    platforms: tuple[str, ...] = ()
     """Platforms on which a kernel computes it."""
-    insists: bool = False
-    """Whether all else is an error."""
+    required: bool = False
+    """Whether a program without a kernel is an error."""
     interpreted: str | None = None
     """The platform whose kernels Pallas's interpreter runs, on any other; None: it does not."""
 
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Axes that are reduced as a whole."""
+        return self.reduction.axes
+
+    @property
+    def split_axes(self) -> tuple[int, ...]:
+        """The axis that is reduced within groups of its entries, if there is one."""
+        return () if self.reduction.blocks is None else (self.reduction.blocks[0],)
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of the axis that is split; 1 where none is."""
+        return 1 if self.reduction.blocks is None else self.reduction.blocks[1]
+
+    @property
+    def crosses_devices(self) -> bool:
+        """True if a named axis joins slices of several devices."""
+        return self.reduction.replicas != ALONE
+
     def tiles(self, shape: tuple[int, ...], dtype) -> Tiles:
         """The blocks that a TPU's kernel cuts an array of that shape into."""
-        return tiles_of(shape, self.reduction.axes, dtype, self.reduction.blocks)
+        return tiles_of(shape, self.axes, dtype, self.reduction.blocks)
 
-    def among(self, replicas: Alone) -> "Norm":
+    def with_replicas(self, replicas: Alone) -> "KernelNorm":
         """This norm for blocks that share their slices with others."""
         return replace(self, reduction=replace(self.reduction, replicas=replicas))
 
-    def behind(self) -> "Norm":
+    def with_leading_axis(self) -> "KernelNorm":
         """This norm for arrays with one more axis in front."""
         r = self.reduction
         axes = tuple(a + 1 for a in r.axes)
         blocks = r.blocks and (r.blocks[0] + 1, r.blocks[1])
         return replace(self, reduction=replace(r, axes=axes, blocks=blocks))
 
-    def plain(self, x: Array, *parameters: Array | None) -> Array:
-        """The norm computed by `core`, for the compiler to fuse."""
+    def with_padded_slices(self, axes: tuple[int, ...], sizes: tuple[int, ...]) -> "KernelNorm":
+        """This norm for blocks of padded slices, with those sizes before along those axes."""
+        r = self.reduction
+        padded = PaddedSlices(axes, r.epsilon, centered=r.centered, sizes=sizes)
+        return replace(self, reduction=padded)
+
+    def without_epilogue(self) -> "KernelNorm":
+        """This norm without scale, bias and activation, with its result in float32."""
+        return replace(self, finish=Finish(jnp.float32))
+
+    def xla_value(self, x: Array, *parameters: Array | None) -> Array:
+        """The norm of an array by `core`, for XLA to fuse."""
         y, _ = affine.normalize(
             x, *parameters, reduction=self.reduction, mask=None, finish=self.finish
         )
         return y
 
-    def held(self, features: int, x: Array, *parameters: Array | None, mask=None) -> Array:
+    def block_value(self, features: int, x: Array, *parameters: Array | None, mask=None) -> Array:
         """The norm of a block by `core`, with that many entries along the whole array's last axis.
 
         A mask says what of the block counts.
@@ -63,7 +94,9 @@ class Norm:
         options = self._options(features, x)
         return affine.normalize_held(x, *parameters, mask=mask, **options)
 
-    def pulled_back(self, features: int, x: Array, dy: Array, *parameters: Array | None, mask=None):
+    def block_cotangents(
+        self, features: int, x: Array, dy: Array, *parameters: Array | None, mask=None
+    ) -> tuple[Array | None, ...]:
         """Cotangents of `x` and of the parameters, in float32, from that of `y`."""
         options = self._options(features, x)
         return affine.pull_back_held(x, dy, *parameters, mask=mask, **options)
@@ -73,12 +106,33 @@ class Norm:
         if reduction.blocks is not None:
             axis, groups = reduction.blocks
             blocks = axis, groups * x.shape[axis] // features
-            reduction = HeldGroups(**{**vars(reduction), "blocks": blocks})
+            reduction = LaneGroups(**{**vars(reduction), "blocks": blocks})
         return {"reduction": reduction, "finish": self.finish}
 
 
 @dataclass(frozen=True)
-class HeldGroups(Reduction):
+class PaddedSlices(Reduction):
+    """Slices in a block that is padded to powers of two; what is added does not count."""
+
+    sizes: tuple[int, ...] = ()
+    """Sizes of the reduced axes without what is added."""
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        """Elements in a slice."""
+        return math.prod(self.sizes)
+
+    def over(self, reducer, array: Array) -> Array:
+        """Apply jnp.sum or jnp.min to each slice."""
+        nothing = jnp.asarray(jnp.inf if reducer is jnp.min else 0, array.dtype)
+        for axis, size in zip(self.axes, self.sizes):
+            if size < array.shape[axis]:
+                here = lax.broadcasted_iota(jnp.int32, array.shape, axis)
+                array = jnp.where(here < size, array, nothing)
+        return reducer(array, axis=self.axes, keepdims=True)
+
+
+@dataclass(frozen=True)
+class LaneGroups(Reduction):
     """Groups of channels, without splitting the axis that lies along the lanes of a register."""
 
     def over(self, reducer: Callable, array: Inexact[Array, "*shape"]) -> Inexact[Array, "*slices"]:
