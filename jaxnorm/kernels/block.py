@@ -8,6 +8,7 @@ there. Of `core`, kernels use what this module names.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -17,7 +18,6 @@ from jaxnorm.core import affine
 from jaxnorm.core.finish import Finish
 from jaxnorm.core.replicas import ALONE, Alone
 from jaxnorm.core.slices import Reduction
-from jaxnorm.kernels.tiles import Tiles, tiles_of
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,6 @@ class KernelNorm:
     def crosses_devices(self) -> bool:
         """True if a named axis joins slices of several devices."""
         return self.reduction.replicas != ALONE
-
-    def tiles(self, shape: tuple[int, ...], dtype) -> Tiles:
-        """The blocks that a TPU's kernel cuts an array of that shape into."""
-        return tiles_of(shape, self.axes, dtype, self.reduction.blocks)
 
     def with_replicas(self, replicas: Alone) -> "KernelNorm":
         """This norm for blocks that share their slices with others."""
@@ -96,7 +92,7 @@ class KernelNorm:
 
     def block_cotangents(
         self, features: int, x: Array, dy: Array, *parameters: Array | None, mask=None
-    ) -> tuple[Array | None, ...]:
+    ) -> Any:
         """Cotangents of `x` and of the parameters, in float32, from that of `y`."""
         options = self._options(features, x)
         return affine.pull_back_held(x, dy, *parameters, mask=mask, **options)

@@ -5,8 +5,10 @@ from importlib import import_module
 
 from jaxnorm._jax import lower, partitions
 
-# Imported when a kernel is asked for or chosen: Pallas takes longer to load than all of jaxnorm.
+# Imported when a kernel is lowered: Pallas takes longer to load than all of jaxnorm.
 KERNELS = {"tpu": "jaxnorm.kernels.tpu", "cuda": "jaxnorm.kernels.gpu"}
+# The modules that know which calls these refuse.
+PLANS = {"tpu": "jaxnorm.kernels.tiles", "cuda": "jaxnorm.kernels.gpu_plan"}
 
 
 def lowerings(kernel, xla) -> dict[str | None, Callable]:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jaxnorm.kernels.block import KernelNorm
 from jaxnorm.kernels.meshes import sharded_along
-from jaxnorm.kernels.platforms import KERNELS
+from jaxnorm.kernels.platforms import PLANS
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Request:
 
     def unsupported_on(self, platform: str) -> str | None:
         """The reason why that platform has none for a call that some may have; None if it has."""
-        kernels = import_module(KERNELS[platform])
+        plan = import_module(PLANS[platform])
         shapes = [p.shape for p in self.parameters]
-        return kernels.refusal(self.norm, self.x.shape, self.x.dtype, shapes)
+        return plan.refusal(self.norm, self.x.shape, self.x.dtype, shapes)
 
 
 def _is_wide(array: Any) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from jaxnorm.kernels.block import KernelNorm
+
 LANES = 128
 # Elements of a block: large enough for the bandwidth of a copy, small enough for two blocks of each
 # operand and what is computed of them in float32.
@@ -57,6 +59,18 @@ class Tiles:
     def index_of(shape: tuple[int, ...], index: Sequence) -> tuple:
         """The block index in an array that broadcasts to this one, for a block of this grid."""
         return tuple(0 if size == 1 else i for size, i in zip(shape, index))
+
+
+def refusal(norm: KernelNorm, shape: tuple[int, ...], dtype, parameter_shapes=()) -> str | None:
+    """Reason why a call of that shape has no kernel on TPUs; None if it has one."""
+    del parameter_shapes  # all that broadcast are taken
+    tiles = tiles_for(norm, shape, dtype)
+    return None if tiles.fits else f"a block of {tiles.block} does not fit into on-chip memory"
+
+
+def tiles_for(norm: KernelNorm, shape: tuple[int, ...], dtype) -> Tiles:
+    """The blocks that a norm's kernel cuts an array of that shape into."""
+    return tiles_of(shape, norm.axes, dtype, norm.reduction.blocks)
 
 
 def tiles_of(

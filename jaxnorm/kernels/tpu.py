@@ -19,23 +19,16 @@ from jaxtyping import Array
 from jaxnorm._jax import manual_type
 from jaxnorm.kernels.block import KernelNorm
 from jaxnorm.kernels.chunks import GridOrder, ListedSums
-from jaxnorm.kernels.tiles import Tiles
+from jaxnorm.kernels.tiles import Tiles, tiles_for
 
 # Float32 arrays of a block's size that the compiler holds beside the operands' double buffers.
 _TEMPORARIES = 8
 _DEFAULT_LIMIT = 16 * 2**20
 
 
-def refusal(norm: KernelNorm, shape: tuple[int, ...], dtype, parameter_shapes=()) -> str | None:
-    """Why a call of that shape has no kernel; None: it has."""
-    del parameter_shapes  # all that broadcast are taken
-    tiles = norm.tiles(shape, dtype)
-    return None if tiles.fits else f"a block of {tiles.block} does not fit into on-chip memory"
-
-
 def forward(norm: KernelNorm, x: Array, residual: Array | None, *parameters: Array | None):
     """`y`, and the sum of `x` and `residual` where there is one."""
-    tiles = norm.tiles(x.shape, x.dtype)
+    tiles = tiles_for(norm, x.shape, x.dtype)
     if tiles.cut and residual is not None:  # added once, and not in every pass
         total = x + residual
         return [*forward(norm, total, None, *parameters), total]
@@ -61,7 +54,7 @@ def backward(norm: KernelNorm, x: Array, parameters, dy: Array, dtotal: Array | 
 
     `dtotal` is the cotangent of `x` itself where `x` is a result too: it is added to `dx`.
     """
-    tiles = norm.tiles(x.shape, x.dtype)
+    tiles = tiles_for(norm, x.shape, x.dtype)
     given = [p for p in parameters if p is not None]
     large = [x, dy] if dtotal is None else [x, dy, dtotal]
     parts = [_partial_sums(tiles, p.shape) for p in given]

@@ -15,7 +15,7 @@ import pytest
 
 from jaxnorm.core.finish import Activation, Finish
 from jaxnorm.core.slices import Reduction
-from jaxnorm.kernels import gpu
+from jaxnorm.kernels import gpu, gpu_plan
 from jaxnorm.kernels.block import KernelNorm
 from jaxnorm.testing import assert_close, condition_number, oracle
 
@@ -80,10 +80,10 @@ def arrays(case: Case, dtype, offset: float):
 @pytest.fixture
 def small_gpu(monkeypatch):
     """So few registers that programs have several blocks also where arrays are small."""
-    monkeypatch.setattr(gpu, "MULTIPROCESSORS", 1)
-    monkeypatch.setattr(gpu, "SMALL", 64)
-    monkeypatch.setattr(gpu, "ROOM", 64)
-    monkeypatch.setattr(gpu, "ROOMY", 128)
+    monkeypatch.setattr(gpu_plan, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(gpu_plan, "SMALL", 64)
+    monkeypatch.setattr(gpu_plan, "ROOM", 64)
+    monkeypatch.setattr(gpu_plan, "ROOMY", 128)
 
 
 @pytest.mark.sample
@@ -91,7 +91,7 @@ def small_gpu(monkeypatch):
 def test_value_and_derivatives(name, dtype, small_gpu):
     case = CASES[name]
     norm = case.norm(dtype)
-    assert gpu.refusal(norm, case.shape, dtype, [case.parameters]) is None
+    assert gpu_plan.refusal(norm, case.shape, dtype, [case.parameters]) is None
     value = jax.jit(partial(gpu.forward, norm))
     pull = jax.jit(lambda x, p, *cotangents: gpu.backward(norm, x, p, *cotangents))
     for offset in (0.0, 1e4):
@@ -124,7 +124,7 @@ def test_programs_write_every_element_once_and_read_none_outside(
     """The interpreter would forgive a wrong index; a GPU would not."""
     case = CASES[name]
     norm = case.norm("bfloat16")
-    plan = gpu.plan_of(norm, case.shape, jnp.bfloat16, [case.parameters], sums=sums)
+    plan = gpu_plan.plan_of(norm, case.shape, jnp.bfloat16, [case.parameters], sums=sums)
 
     class Ref:
         dtype = jnp.bfloat16
@@ -151,12 +151,13 @@ def test_programs_write_every_element_once_and_read_none_outside(
     monkeypatch.setattr(gpu.plgpu, "load", load)
     monkeypatch.setattr(gpu.plgpu, "store", store)
     for row in range(plan.programs):
-        for group in range(-(-plan.view[2] // plan.block[2])):
+        for group in range(plan.columns):
+            program = gpu.GpuProgram(plan, row, group)
             for step in range(plan.steps):
-                address = plan.address((row, group), step)
+                address = program.address(step)
                 address.store(Ref(), address.load(Ref()))
             if plan.steps > 1:  # what is loaded while the last block is computed
-                assert not np.any(plan.address((row, group), plan.steps).inside)
+                assert not np.any(program.address(plan.steps).inside)
     assert np.all(written == 1)
 
 
@@ -204,7 +205,7 @@ LOWERED = {
 def test_lowers_for_cuda(name):
     case = LOWERED[name]
     norm = case.norm("bfloat16", interpreted=False)
-    assert gpu.refusal(norm, case.shape, jnp.bfloat16, [case.parameters]) is None
+    assert gpu_plan.refusal(norm, case.shape, jnp.bfloat16, [case.parameters]) is None
     x, parameters = case.abstract(jnp.bfloat16)
     other = x if case.adds else None
     runs = {
@@ -223,7 +224,7 @@ def test_lowers_for_cuda(name):
 def test_refusals_tell_why():
     def reason(shape, axes, parameters=(), dtype="bfloat16", blocks=None, **options):
         norm = Case("layer", shape, axes, (), blocks, **options).norm("bfloat16")
-        return gpu.refusal(norm, shape, dtype, parameters)
+        return gpu_plan.refusal(norm, shape, dtype, parameters)
 
     assert "x is float64" in reason((4, 8), (1,), dtype="float64")
     assert "x is complex64" in reason((4, 8), (1,), dtype="complex64")
