@@ -46,7 +46,7 @@ def group_norm(
         activation: an elementwise function, applied before the one rounding to `dtype`; what it is
             applied to is recomputed in the backward pass, not kept.
         mask: broadcasts to `x`; nonzero elements enter the statistics. All are normalized.
-        axis_name: a named axis over which the spatial axes go on, see `batch_norm`.
+        axis_name: a named axis along which the spatial axes continue, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
         implementation: None (choose, see `jaxnorm.explain`); "xla" or "pallas" to require one, on

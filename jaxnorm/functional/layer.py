@@ -47,9 +47,9 @@ def layer_norm(
         activation: an elementwise function, applied before the one rounding to `dtype`; what it is
             applied to is recomputed in the backward pass, not kept.
         save: which array the backward pass keeps beside a number for each slice: "input" (`x`), or
-            "output", `y`, for when the next operation keeps that anyway; see below.
+            "output", `y`, for a next operation that keeps it anyway; see below.
         mask: broadcasts to `x`; nonzero elements enter the statistics. All are normalized.
-        axis_name: a named axis over which each slice goes on, see `batch_norm`.
+        axis_name: a named axis along which each slice continues, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
         implementation: None (choose, see `jaxnorm.explain`); "xla" or "pallas" to require one, on
@@ -65,8 +65,8 @@ def layer_norm(
     sees both may recompute the output from the input by itself.
 
     Returns:
-        `y` of the shape of `x`. A slice of equal elements, or with none, gives exactly `bias` (of
-        which `activation`).
+        `y` of the shape of `x`. A slice of equal elements, or without elements, gives exactly
+        `bias`, or `activation(bias)`.
 
     Raises:
         TypeError: arrays of integers, numbers that are no Python numbers.
@@ -125,10 +125,9 @@ def rms_norm(
         activation: an elementwise function, applied before the one rounding to `dtype`; what it is
             applied to is recomputed in the backward pass, not kept.
         save: which array the backward pass keeps beside a number for each slice: "input" (`x`), or
-            "output", `y`, for when the next operation keeps that anyway; see
-            `layer_norm`.
+            "output", `y`, for a next operation that keeps it anyway; see `layer_norm`.
         mask: broadcasts to `x`; nonzero elements enter the mean square. All are normalized.
-        axis_name: a named axis over which each slice goes on, see `batch_norm`.
+        axis_name: a named axis along which each slice continues, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x` and scale promote to.
         implementation: None (choose, see `jaxnorm.explain`); "xla" or "pallas" to require one, on
@@ -188,7 +187,7 @@ def instance_norm(
         activation: an elementwise function, applied before the one rounding to `dtype`; what it is
             applied to is recomputed in the backward pass, not kept.
         mask: broadcasts to `x`; nonzero elements enter the statistics. All are normalized.
-        axis_name: a named axis over which the spatial axes go on, see `batch_norm`.
+        axis_name: a named axis along which the spatial axes continue, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
         implementation: None (choose, see `jaxnorm.explain`); "xla" or "pallas" to require one, on

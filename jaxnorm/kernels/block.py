@@ -1,8 +1,7 @@
 """The mathematics of `core` as it runs on a block in on-chip memory.
 
-A block holds whole slices, or chunks of slices whose sums are put together (`chunks`), so what
-`core` does with an array it can do with a block: nothing is computed here that is not written
-there. Of `core`, kernels use what this module names.
+A block holds whole slices, or chunks of slices whose sums are put together (`chunks`). So `core`
+can do with a block what it does with an array, and no formula is written a second time here.
 """
 
 import math
@@ -83,9 +82,9 @@ class KernelNorm:
         return y
 
     def block_value(self, features: int, x: Array, *parameters: Array | None, mask=None) -> Array:
-        """The norm of a block by `core`, with that many entries along the whole array's last axis.
+        """The norm of a block by `core`; `features` is the size of the whole array's last axis.
 
-        A mask says what of the block counts.
+        A mask says which elements of the block count.
         """
         options = self._options(features, x)
         return affine.normalize_held(x, *parameters, mask=mask, **options)
@@ -148,20 +147,20 @@ _SUBLANES = 8  # rows of a register, which is what can be rolled
 
 def _totals(lanes: Array, size: int) -> Array:
     """Sums of groups of consecutive lanes, in each of their lanes, in 2 log2(size) steps."""
-    place = lax.broadcasted_iota(jnp.int32, lanes.shape, 1) % size
+    lane = lax.broadcasted_iota(jnp.int32, lanes.shape, 1) % size
     for step in _doubling(size):  # sums over up to 2 step lanes that end here
-        lanes = lanes + jnp.where(place >= step, _rolled(lanes, step), 0)
+        lanes = lanes + jnp.where(lane >= step, _rolled(lanes, step), 0)
     for step in _doubling(size):  # the last lane's sum, to twice as many
-        here = (place < size - step) & (place >= size - 2 * step)
+        here = (lane < size - step) & (lane >= size - 2 * step)
         lanes = jnp.where(here, _rolled(lanes, -step), lanes)
     return lanes
 
 
 def _first(lanes: Array, size: int) -> Array:
     """The first entry of groups of consecutive lanes, in each of their lanes."""
-    place = lax.broadcasted_iota(jnp.int32, lanes.shape, 1) % size
+    lane = lax.broadcasted_iota(jnp.int32, lanes.shape, 1) % size
     for step in _doubling(size):
-        here = (place >= step) & (place < 2 * step)
+        here = (lane >= step) & (lane < 2 * step)
         lanes = jnp.where(here, _rolled(lanes, step), lanes)
     return lanes
 

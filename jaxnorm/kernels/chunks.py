@@ -1,8 +1,8 @@
 """Slices that are too large for a block: their chunks are read one after the other, in passes.
 
-To `core` the chunks of a slice are what shards of it on several devices are, with a sum over all of
-them where devices have a collective. In pass k the k-th of these sums is put together, and those
-before are known; in the last pass all are.
+To `core`, the chunks of a slice are like shards of it on several devices: where devices need a
+collective, chunks need a sum over all of them. Pass k puts the k-th of these sums together and
+knows those before; the last pass knows all.
 """
 
 import math
@@ -42,7 +42,7 @@ class GridOrder:
 
     @property
     def semantics(self) -> list[Literal["parallel", "arbitrary"]]:
-        """The axes of the grid that may be taken in any order."""
+        """For each axis of the grid, whether it may be taken in any order."""
         return ["parallel" if i < len(self.outer) else "arbitrary" for i in range(len(self.grid))]
 
     @property
@@ -56,11 +56,11 @@ class GridOrder:
             return program
         outer, (number, *chunks) = program[: len(self.outer)], program[len(self.outer) :]
         chunks = [i if since == 0 else jnp.where(number >= since, i, 0) for i in chunks]
-        places = dict(zip((*self.outer, *self.tiles.cut), (*outer, *chunks)))
-        return tuple(places[a] for a in range(len(places)))
+        of_axis = dict(zip((*self.outer, *self.tiles.cut), (*outer, *chunks)))
+        return tuple(of_axis[a] for a in range(len(of_axis)))
 
     def spec(self, block: tuple[int, ...], index_of: Callable, since: int) -> pl.BlockSpec:
-        """The block of an array that is first read in that pass: until then it stays."""
+        """The block of an array that is first read in pass `since`, and is the first until then."""
         return pl.BlockSpec(block, lambda *program: index_of(*self.index(*program, since=since)))
 
     def is_first(self, *program) -> Any:
@@ -68,7 +68,7 @@ class GridOrder:
         return sum(program[len(self.outer) + 1 :]) == 0
 
     def during(self, number: int, *program) -> Callable[[Callable], Any]:
-        """Do something in the pass of that number."""
+        """A decorator that runs a function in the pass of that number."""
         if self.passes == 1:
             return lambda function: function()
         return pl.when(program[len(self.outer)] == number)
@@ -76,7 +76,7 @@ class GridOrder:
 
 @dataclass(frozen=True, eq=False)
 class ListedSums(Alone):
-    """Stand-in for chunks that lists what is put together of one, with shapes and dtypes."""
+    """Stand-in for `Chunks` that lists the shapes and dtypes of all sums and minima."""
 
     minima: list[jax.ShapeDtypeStruct] = field(default_factory=list)
     sums: list[list[jax.ShapeDtypeStruct]] = field(default_factory=list)
@@ -125,18 +125,18 @@ class Chunks(Alone):
         return self.chunks
 
     def sum(self, *arrays: Array) -> tuple[Array, ...]:
-        """Sums over all chunks, once they are known; before, what is of no use."""
-        place = next(self.next_sum)
-        kept = self.sums[place]
-        if place < self.number:
+        """Sums over all chunks once they are known; in passes before, values that nobody uses."""
+        position = next(self.next_sum)
+        kept = self.sums[position]
+        if position < self.number:
             return tuple(ref[...] for ref in kept)
-        if place == self.number:
+        if position == self.number:
             for ref, array in zip(kept, arrays):
                 ref[...] = array + jnp.where(self.first, jnp.zeros_like(array), ref[...])
         return arrays
 
     def min(self, array: Array) -> Array:
-        """The first chunk's: all that is asked for is a value in the range of the slice."""
+        """Minimum of the first chunk: any value in the range of the slice is good enough."""
         ref = self.minima[next(self.next_minimum)]
         if self.number == 0:
             ref[...] = jnp.where(self.first, array, ref[...])

@@ -55,7 +55,7 @@ def explain(function: Callable, *arguments, platform: str | None = None, **keywo
     Returns:
         An `Explanation`: it prints as a table, and iterates over operation, shape, dtype,
         implementation ("xla", "pallas", "two_pass", or "error" where a kernel is asked for that
-        this platform does not have) and reason. What is vmapped is told for one
+        this platform does not have) and reason. Under `vmap`, shape and reason are those of one
         example. On a mesh whose axes are Auto a kernel runs only inside `jax.shard_map`.
 
     Raises:
@@ -74,8 +74,10 @@ def explain(function: Callable, *arguments, platform: str | None = None, **keywo
             f"explain: platform must be one of 'cpu', 'cuda', 'rocm' and 'tpu'; got {platform!r}. "
             "Leave it at None for the default device's."
         )
-    # A function that is compiled already for these shapes is not traced again.
-    plain = getattr(function, "__wrapped__", function) if hasattr(function, "lower") else function
+    # A function that was compiled for these shapes before would not be traced a second time.
+    unjitted = (
+        getattr(function, "__wrapped__", function) if hasattr(function, "lower") else function
+    )
     leaves, tree = jax.tree.flatten((arguments, keywords))
     arrays_at = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
 
@@ -84,13 +86,13 @@ def explain(function: Callable, *arguments, platform: str | None = None, **keywo
         for i, array in zip(arrays_at, arrays):
             filled[i] = array
         given, named = tree.unflatten(filled)
-        return plain(*given, **named)
+        return unjitted(*given, **named)
 
     with recorded() as decisions:
         jax.eval_shape(run, [leaves[i] for i in arrays_at])
     if not decisions:
         raise ValueError(
-            f"explain: no normalization was traced; got {plain!r}. Give a function that calls "
+            f"explain: no normalization was traced; got {unjitted!r}. Give a function that calls "
             "batch_norm, layer_norm, rms_norm, group_norm or instance_norm; where it calls "
             "functions that were compiled for these shapes before, call jax.clear_caches() first."
         )

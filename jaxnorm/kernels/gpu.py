@@ -118,9 +118,9 @@ class BlockAddress:
     index: tuple[Any, ...]
     inside: Array | None
     eviction: str
-    """Which of its lines a cache gives up first: those that nobody reads again."""
+    """The cache's policy: lines that nobody reads a second time are evicted first."""
     positions: int | None = None
-    """How many there are, where a block was filled up with more: they are not in `inside`."""
+    """Their number, where a block is padded with more; what is added is not in `inside`."""
 
     def load(self, ref) -> Array:
         """The block, zero where it reaches over the edge; of positions the last is repeated.
@@ -135,12 +135,12 @@ class BlockAddress:
         )
 
     def counted(self, block: Array) -> Array:
-        """Zero where positions are repeated, for what is summed over them."""
+        """The block with zero where positions are repeated, so that sums over it are right."""
         here = self._positions()
         return jnp.where(here[0], block, jnp.zeros_like(block)) if here else block
 
     def store(self, ref, block: Array) -> None:
-        """Write what lies inside."""
+        """Write the elements inside the array."""
         inside = [] if self.inside is None else [self.inside]
         mask = _all(inside + self._positions())
         plgpu.store(ref.at[self.index], block.astype(ref.dtype), mask=mask)

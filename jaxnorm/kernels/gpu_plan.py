@@ -23,7 +23,7 @@ MOST = 1024 * _EACH
 # Elements of a block of short slices: one warp's, which then needs no other for a sum; and where
 # programs add something up, more, since each of them writes what it has.
 SMALL, ROOM = 2**10, 2**12
-# Elements on one multiprocessor that there are registers for; a larger block lies there alone, and
+# Elements on one multiprocessor that there are registers for; a larger block is alone there, and
 # its program must load one while it computes another.
 ROOMY = 2**13
 MULTIPROCESSORS = 132  # of an H100
@@ -179,7 +179,7 @@ def _samples(before: tuple[int, ...], given: tuple[int, ...]) -> int | None:
 
 
 def _operations(jaxpr) -> set[str]:
-    """Names of what a program is made of."""
+    """Names of a program's primitives, inner programs included."""
     found = {equation.primitive.name for equation in jaxpr.eqns}
     inner = (_operations(j) for e in jaxpr.eqns for j in inner_programs(e))
     return found.union(*inner)

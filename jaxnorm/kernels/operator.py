@@ -1,11 +1,11 @@
 """Kernels as operators that every JAX transformation can work on.
 
 Three primitives: a norm's value, the map of its tangents, and that map's transpose. Values and
-transposes are kernels; the tangents' map, and the derivatives of all three, are what `core` says,
-so that forward mode and derivatives of derivatives are as right as they are there. What is kept
-between the passes is `x`.
+transposes are kernels. The tangents' map and the derivatives of all three are computed by `core`,
+so that forward mode and higher derivatives are as right as they are there. Between the passes `x`
+is kept.
 
-A plain `custom_vjp` around a kernel would forbid forward mode.
+A bare `custom_vjp` around a kernel would forbid forward mode.
 """
 
 from dataclasses import dataclass, replace

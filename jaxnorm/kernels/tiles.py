@@ -111,7 +111,7 @@ def tiles_of(
         fits = max(1, room) * min(unit[a], shape[a])
         block[a] = shape[a] if fits >= shape[a] else fits // unit[a] * unit[a]
         if block[a] < shape[a]:
-            # What lies before is cut into single entries, but for the axis that is packed.
+            # Axes before it are cut into single entries, except the one that is packed.
             if a == rank - 1 and rank > 1 and a - 1 not in whole:
                 block[a - 1] = min(unit[a - 1], shape[a - 1])
             break

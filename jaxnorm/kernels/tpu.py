@@ -82,7 +82,7 @@ def _call(
     Args:
         norm: what is computed.
         tiles: the blocks.
-        compute: a function of a norm, of which elements lie inside the array, and of blocks.
+        compute: a function of a norm, of a mask of the elements inside the array, and of blocks.
         operands: arrays that broadcast to the tiles' shape.
         out: shapes of results.
         blocks: for each result its block, and the block's index as a function of an index of the
@@ -166,7 +166,7 @@ def _partial_sums(tiles: Tiles, shape: tuple[int, ...]):
 
 
 def _valid(tiles: Tiles, index) -> Array | None:
-    """A mask of the block's elements inside the array; None if all of all blocks are."""
+    """A mask of the block's elements inside the array; None if no block reaches over an edge."""
     valid = None
     for a in tiles.ragged:
         here = lax.broadcasted_iota(jnp.int32, tiles.block, a) + index[a] * tiles.block[a]
