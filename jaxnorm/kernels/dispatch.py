@@ -21,6 +21,7 @@ from jaxnorm.kernels.meshes import run_sharded
 from jaxnorm.kernels.platforms import KERNELS
 from jaxnorm.kernels.refusals import Request
 
+# Of `x` and of a residual or None.
 Kernel = Callable[[Array, Array | None], tuple[Array, ...]]
 
 _decisions: ContextVar[list["Decision"] | None] = ContextVar("jaxnorm_decisions", default=None)
@@ -146,8 +147,9 @@ def _measured(operation: str, platform: str) -> tuple[str, str]:
     rows = [r for r in evidence() if (r["operation"], r["platform"]) == (operation, platform)]
     if not rows:
         return "xla", f"kernels await a measurement of blocks with {operation} on {platform}"
+    (row,) = rows
     name = "pallas" if platform in faster_on(operation) else "xla"
-    return name, "{measure}, {block}: xla {xla:g}, pallas {pallas:g}".format(**rows[0])
+    return name, "{measure}, {block}: xla {xla:g}, pallas {pallas:g}".format(**row)
 
 
 @contextmanager
