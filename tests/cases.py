@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 import jaxnorm
-from jaxnorm.kernels.choice import interpreted
+from jaxnorm.kernels.dispatch import interpreted
 
 
 def _plain(x, axes, epsilon, scale=None, bias=None, mask=None, centered=True):

@@ -88,6 +88,6 @@ def readme(folder: Path | None = None) -> str:
 
 
 def evidence(folder: Path | None = None) -> str:
-    """The table of `jaxnorm.kernels.choice`, made from the results on TPUs; one row a line."""
+    """The table of `jaxnorm.kernels.dispatch`, made from the results on TPUs; one row a line."""
     rows = programs.evidence(records.read("tpu", folder or records.RESULTS))
     return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]\n"

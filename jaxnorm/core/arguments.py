@@ -249,15 +249,14 @@ def kernel_options(operation: str, standardized: bool, use_gain: bool, mask) -> 
         )
 
 
-def implementation_of(operation: str, value, *, kernels: bool = False) -> bool:
+def implementation_of(operation: str, value) -> bool:
     """True if the two-pass form is asked for; an unknown implementation is refused."""
-    known = (None, "xla", "two_pass", *(["pallas"] if kernels else []))
+    known = (None, "xla", "two_pass", "pallas")
     if value not in known:
         names = ", ".join(map(repr, known[1:]))
-        missing = " It has no kernel: leave it at None." if value == "pallas" else ""
         raise ValueError(
             f"{operation}: implementation must be None (choose) or one of {names}; got "
-            f"implementation={value!r}.{missing or ' Leave it at None.'}"
+            f"implementation={value!r}. Leave it at None."
         )
     return value == "two_pass"
 

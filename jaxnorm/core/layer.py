@@ -9,7 +9,7 @@ from jaxnorm.core.normalize import normalize
 from jaxnorm.core.output import normalize_keeping_output
 
 
-def per_slice(
+def normalize_slices(
     x: Inexact[Array, "*shape"],
     scale: Inexact[Array, "..."] | None,
     bias: Inexact[Array, "..."] | None,
@@ -31,13 +31,13 @@ def per_slice(
     return normalize(x, scale, bias, **options)[0]
 
 
-def add_per_slice(
+def add_and_normalize_slices(
     x: Inexact[Array, "*shape"],
     residual: Inexact[Array, "*shape"],
     scale: Inexact[Array, "..."] | None,
     bias: Inexact[Array, "..."] | None,
     **options,
 ) -> tuple[Inexact[Array, "*shape"], Inexact[Array, "*shape"]]:
-    """`per_slice` of the sum of two arrays of one dtype, and that sum, rounded once."""
+    """Normalize the sum of two arrays of one dtype; with it comes that sum, rounded once."""
     total = x + residual
-    return per_slice(total, scale, bias, **options), total
+    return normalize_slices(total, scale, bias, **options), total

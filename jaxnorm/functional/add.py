@@ -6,7 +6,7 @@ from jaxtyping import Array, Inexact
 
 from jaxnorm.core import arguments as check
 from jaxnorm.core.moments import promoted
-from jaxnorm.functional.prepare import LayerOptions, per_trailing
+from jaxnorm.functional.prepare import LayerOptions, trailing_norm
 
 
 def add_layer_norm(
@@ -52,7 +52,7 @@ def add_layer_norm(
     """
     op = "add_layer_norm"
     x, residual = _summands(op, x, residual, options)
-    return per_trailing(op, x, scale, bias, residual=residual, **options)
+    return trailing_norm(op, x, scale, bias, residual=residual, **options)
 
 
 def add_rms_norm(
@@ -93,7 +93,7 @@ def add_rms_norm(
     """
     op = "add_rms_norm"
     x, residual = _summands(op, x, residual, options)
-    return per_trailing(op, x, scale, None, residual=residual, centered=False, **options)
+    return trailing_norm(op, x, scale, None, residual=residual, centered=False, **options)
 
 
 def _summands(op: str, x, residual, options):

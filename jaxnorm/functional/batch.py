@@ -16,6 +16,7 @@ from jaxnorm.core.running import BatchStats
 from jaxnorm.core.slices import Slices
 from jaxnorm.distributed.axes import AxisName, check_synchronized, named_axis
 from jaxnorm.distributed.virtual import virtual_batches
+from jaxnorm.kernels.dispatch import kernel_for
 
 DType = jax.typing.DTypeLike
 
@@ -48,7 +49,8 @@ def batch_norm(
     In training :math:`\mu` and :math:`\sigma^2` (biased) are the moments of the batch over all
     axes but the feature axes, and the new running statistics are ``decay * old +
     (1 - decay) * batch``. In evaluation they are the running statistics, which come back as they
-    went in. Calling twice counts nothing twice: only who stores the result changes the state.
+    went in. A second call counts nothing twice: the state changes only where the caller stores the
+    result.
 
     Args:
         x: float16, bfloat16, float32, float64 or complex, any shape with a feature axis.
@@ -57,7 +59,7 @@ def batch_norm(
         stats: running statistics, see `init_batch_stats`. In training the running mean is also
             where the search for the batch mean starts, so with `axis_name` it must be the same on
             all members that share a batch, as synchronized statistics are.
-        training: which of the two; a Python bool.
+        training: True in training, False in evaluation; a Python bool.
         feature_axis: the axes that carry parameters, an int or a tuple (then parameters and
             statistics have one dimension for each, in ascending order of axis).
         decay: share of the old statistics that is kept (Flax: momentum; PyTorch's momentum is 1 -
@@ -68,13 +70,13 @@ def batch_norm(
             applied to is recomputed in the backward pass, not kept.
         mask: broadcasts to `x`; nonzero elements enter the statistics. All elements are
             normalized.
-        axis_name: a named axis (or several), bound by `vmap`, `pmap` or `shard_map`, over which
-            the batch goes on. One all-reduce of count-weighted moments. Under `jit` over sharded
+        axis_name: a named axis (or several), bound by `vmap`, `pmap` or `shard_map`, along which
+            the batch continues. One all-reduce of count-weighted moments. Under `jit` over sharded
             arrays leave it out: the statistics are those of the global batch already.
         axis_index_groups: normalize within groups of that axis's indices only; the running
-            statistics are those of one's group then. With check_vma=True the members' moments
-            are gathered within a group; groups of unequal sizes, and groups under `vmap`, gather
-            them from the whole axis.
+            statistics are then those of the member's own group. With check_vma=True the moments of
+            its members are gathered within a group; groups of unequal sizes, and groups under
+            `vmap`, gather them from the whole axis.
         virtual_batch_size: normalize over this many consecutive examples (entries of the first
             axis that carries no features), whatever the number of replicas: a replica's share is
             split where it is larger, replicas are grouped where it is smaller. `jit` over sharded
@@ -87,8 +89,9 @@ def batch_norm(
         debias: bias-corrected running statistics: the exponential average of the batches alone,
             free of the initial 0 and 1 (weight ``(1 - decay) / (1 - decay ** updates)``).
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
-        implementation: None (choose) or "xla"; "two_pass" for the textbook's two passes with a
-            rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
+        implementation: None (choose, see `jaxnorm.explain`) or "xla"; "pallas" is refused, since
+            no kernel is written for batch normalization; "two_pass" for the textbook's two passes
+            with a rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
 
     Returns:
         `y` of the shape of `x`, and the new `BatchStats`, in the dtypes of the old and without
@@ -101,8 +104,9 @@ def batch_norm(
         ValueError: parameters or statistics not of the feature axes' shape, an empty batch in
             training, an axis out of range, a mask that does not broadcast, `epsilon` or `decay`
             out of range, an `axis_name` that is not bound, groups that do not split the axis, a
-            `virtual_batch_size` that does not divide the batch, a batch that is spread over an
-            axis of a mesh (by its type, with check_vma=True) which `axis_name` leaves out.
+            `virtual_batch_size` that does not divide the batch, ``implementation="pallas"``, a
+            batch that is sharded over an axis of a mesh (by its type, with check_vma=True) which
+            `axis_name` leaves out.
 
     Source: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
     Internal Covariate Shift", 2015, algorithms 1 and 2. Hoffer, Hubara & Soudry, "Train longer,
@@ -133,6 +137,8 @@ def batch_norm(
         check.result_dtype(op, x, scale, bias, dtype=dtype),
         activation=check.activation_of(op, activation),
     )
+    # No kernel is written for it. The call refuses "pallas", and is recorded where `explain` asks.
+    kernel_for(op, implementation, x)
     if not training:
         y = batch.evaluate(
             x, scale, bias, stats, feature_axes=features, epsilon=epsilon, epilogue=epilogue

@@ -8,7 +8,7 @@ from jaxtyping import Array, Inexact
 from jaxnorm.core import arguments as check
 from jaxnorm.core.arguments import Axes
 from jaxnorm.distributed.axes import AxisName
-from jaxnorm.functional.prepare import DType, per_slice
+from jaxnorm.functional.prepare import DType, stateless_norm
 
 
 def group_norm(
@@ -46,12 +46,12 @@ def group_norm(
         activation: an elementwise function, applied before the one rounding to `dtype`; what it is
             applied to is recomputed in the backward pass, not kept.
         mask: broadcasts to `x`; nonzero elements enter the statistics. All are normalized.
-        axis_name: a named axis over which the spatial axes go on, see `batch_norm`.
+        axis_name: a named axis along which the spatial axes continue, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
-        implementation: None (choose, see `jaxnorm.explain`), "xla" or "pallas" to insist on one;
-            "two_pass" for the textbook's two passes with a rounded mean, to reproduce numbers of
-            Flax's use_fast_variance=False.
+        implementation: None (choose, see `jaxnorm.explain`); "xla" or "pallas" to require one, on
+            GPUs a kernel that awaits a measurement; "two_pass" for the textbook's two passes with
+            a rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
 
     Returns:
         `y` of the shape of `x`.
@@ -88,7 +88,7 @@ def group_norm(
             "axis, and name it in axis too (or leave axis=None)."
         )
     groups = check.groups_of(op, num_groups, x, features[0])
-    return per_slice(
+    return stateless_norm(
         op, x, scale, bias, tuple(a for a in reduced if a not in features), features,
         epsilon=epsilon, scale_offset=scale_offset, activation=activation, mask=mask,
         axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,

@@ -8,7 +8,7 @@ from jaxtyping import Array, Inexact
 from jaxnorm.core import arguments as check
 from jaxnorm.core.arguments import Axes, Save
 from jaxnorm.distributed.axes import AxisName
-from jaxnorm.functional.prepare import DType, per_slice, per_trailing
+from jaxnorm.functional.prepare import DType, stateless_norm, trailing_norm
 
 
 def layer_norm(
@@ -47,14 +47,14 @@ def layer_norm(
         activation: an elementwise function, applied before the one rounding to `dtype`; what it is
             applied to is recomputed in the backward pass, not kept.
         save: which array the backward pass keeps beside a number for each slice: "input" (`x`), or
-            "output", `y`, for when the next operation keeps that anyway; see below.
+            "output", `y`, for a next operation that keeps it anyway; see below.
         mask: broadcasts to `x`; nonzero elements enter the statistics. All are normalized.
-        axis_name: a named axis over which each slice goes on, see `batch_norm`.
+        axis_name: a named axis along which each slice continues, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
-        implementation: None (choose, see `jaxnorm.explain`), "xla" or "pallas" to insist on one;
-            "two_pass" for the textbook's two passes with a rounded mean, to reproduce numbers of
-            Flax's use_fast_variance=False.
+        implementation: None (choose, see `jaxnorm.explain`); "xla" or "pallas" to require one, on
+            GPUs a kernel that awaits a measurement; "two_pass" for the textbook's two passes with
+            a rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
 
     With ``save="output"`` the backward pass recomputes ``xhat = (y - bias) / scale``, whose error
     grows as the rounding of `y`: by ``eps / 2 * |y / scale|``, with eps = 2^-7 for bfloat16. Use it
@@ -65,8 +65,8 @@ def layer_norm(
     sees both may recompute the output from the input by itself.
 
     Returns:
-        `y` of the shape of `x`. A slice of equal elements, or with none, gives exactly `bias` (of
-        which `activation`).
+        `y` of the shape of `x`. A slice of equal elements, or without elements, gives exactly
+        `bias`, or `activation(bias)`.
 
     Raises:
         TypeError: arrays of integers, numbers that are no Python numbers.
@@ -85,7 +85,7 @@ def layer_norm(
         >>> print(jaxnorm.layer_norm(jnp.array([1.0, 2.0, 3.0]), epsilon=0.0).round(3))
         [-1.225  0.     1.225]
     """
-    return per_trailing(
+    return trailing_norm(
         "layer_norm", x, scale, bias, axis=axis, feature_axis=feature_axis, epsilon=epsilon,
         scale_offset=scale_offset, activation=activation, save=save, mask=mask,
         axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
@@ -125,15 +125,14 @@ def rms_norm(
         activation: an elementwise function, applied before the one rounding to `dtype`; what it is
             applied to is recomputed in the backward pass, not kept.
         save: which array the backward pass keeps beside a number for each slice: "input" (`x`), or
-            "output", `y`, for when the next operation keeps that anyway; see
-            `layer_norm`.
+            "output", `y`, for a next operation that keeps it anyway; see `layer_norm`.
         mask: broadcasts to `x`; nonzero elements enter the mean square. All are normalized.
-        axis_name: a named axis over which each slice goes on, see `batch_norm`.
+        axis_name: a named axis along which each slice continues, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x` and scale promote to.
-        implementation: None (choose, see `jaxnorm.explain`), "xla" or "pallas" to insist on one;
-            "two_pass" for the textbook's two passes with a rounded mean, to reproduce numbers of
-            Flax's use_fast_variance=False.
+        implementation: None (choose, see `jaxnorm.explain`); "xla" or "pallas" to require one, on
+            GPUs a kernel that awaits a measurement; "two_pass" for the textbook's two passes with
+            a rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
 
     Returns:
         `y` of the shape of `x`. The product with scale is taken before the one rounding to
@@ -150,7 +149,7 @@ def rms_norm(
         >>> [round(v, 3) for v in jaxnorm.rms_norm(jnp.array([3.0, 4.0]), epsilon=0.0).tolist()]
         [0.849, 1.131]
     """
-    return per_trailing(
+    return trailing_norm(
         "rms_norm", x, scale, None, axis=axis, feature_axis=feature_axis, epsilon=epsilon,
         scale_offset=scale_offset, activation=activation, save=save, mask=mask,
         axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
@@ -188,12 +187,12 @@ def instance_norm(
         activation: an elementwise function, applied before the one rounding to `dtype`; what it is
             applied to is recomputed in the backward pass, not kept.
         mask: broadcasts to `x`; nonzero elements enter the statistics. All are normalized.
-        axis_name: a named axis over which the spatial axes go on, see `batch_norm`.
+        axis_name: a named axis along which the spatial axes continue, see `batch_norm`.
         axis_index_groups: groups of that axis's indices.
         dtype: dtype of `y`; None: what `x`, scale and bias promote to.
-        implementation: None (choose, see `jaxnorm.explain`), "xla" or "pallas" to insist on one;
-            "two_pass" for the textbook's two passes with a rounded mean, to reproduce numbers of
-            Flax's use_fast_variance=False.
+        implementation: None (choose, see `jaxnorm.explain`); "xla" or "pallas" to require one, on
+            GPUs a kernel that awaits a measurement; "two_pass" for the textbook's two passes with
+            a rounded mean, to reproduce numbers of Flax's use_fast_variance=False.
 
     Returns:
         `y` of the shape of `x`. Without a spatial axis each slice is one element, and `y` is bias.
@@ -221,7 +220,7 @@ def instance_norm(
             f"the batch axis; got x.shape={x.shape} with "
             f"feature_axis={feature_axis}. Name another axis, or add one: x[None]."
         )
-    return per_slice(
+    return stateless_norm(
         op, x, scale, bias, reduced, features, epsilon=epsilon, scale_offset=scale_offset,
         activation=activation, mask=mask, axis_name=axis_name,
         axis_index_groups=axis_index_groups, dtype=dtype, implementation=implementation,

@@ -30,8 +30,9 @@ def moments(
         x: floating or complex numbers, any shape.
         axis: the axes to reduce, an int or a tuple.
         mask: broadcasts to `x`; nonzero elements count. None: all do.
-        axis_name: a named axis (or several) over which the slices go on, bound by `vmap`, `pmap`
-            or `shard_map`; the moments are those of all its members together, merged by count.
+        axis_name: a named axis (or several) along which the slices continue, bound by `vmap`,
+            `pmap` or `shard_map`; the moments are those of all its members together, merged by
+            count.
         axis_index_groups: merge within groups of that axis's indices only, as in `jax.lax.psum`.
 
     Returns:

@@ -7,12 +7,13 @@ import jax
 from jax.typing import ArrayLike
 
 from jaxnorm.core import arguments as check
+from jaxnorm.core import layer
 from jaxnorm.core.arguments import Axes, Save
 from jaxnorm.core.epilogue import Epilogue
 from jaxnorm.core.measure import Measurement
 from jaxnorm.core.slices import Slices
 from jaxnorm.distributed.axes import AxisName, named_axis
-from jaxnorm.kernels import choice
+from jaxnorm.kernels.dispatch import kernel_for
 
 DType = jax.typing.DTypeLike
 
@@ -33,31 +34,31 @@ class LayerOptions(TypedDict, total=False):
     implementation: str | None
 
 
-def per_trailing(
+def trailing_norm(
     op, x, scale, bias, *, axis: Axes = -1, feature_axis: Axes | None = None, centered=True,
     residual=None, **options,
 ) -> Any:  # fmt: skip
-    """Slices over `axis`, of `x` or of its sum with a residual, which is then returned too.
+    """Normalize slices over `axis`, of `x` or of its sum with a residual, which is returned too.
 
-    Both are checked: of one shape and dtype.
+    Both summands are checked already: they have one shape and dtype.
     """
     x = check.inexact(op, "x", x)
     reduced = check.axes(op, "axis", axis, x)
     features = reduced if feature_axis is None else check.axes(op, "feature_axis", feature_axis, x)
-    return per_slice(
+    return stateless_norm(
         op, x, scale, bias, reduced, features, centered=centered, residual=residual, **options
     )
 
 
-def per_slice(
+def stateless_norm(
     op, x, scale, bias, reduced, features, *, epsilon=1e-6, scale_offset=0.0, activation=None,
     save="input", mask=None, axis_name=None, axis_index_groups=None, dtype=None,
     implementation=None, centered=True, blocks=None, residual=None,
 ) -> Any:  # fmt: skip
-    """Slices over the axes `reduced`, from arguments that are checked here, all but `x`."""
+    """Normalize slices over the axes `reduced`; all arguments but `x` are checked here."""
     scale = check.modulation(op, "scale", scale, x, features)
     bias = check.modulation(op, "bias", bias, x, features)
-    two_pass = check.implementation_of(op, implementation, kernels=True)
+    two_pass = check.implementation_of(op, implementation)
     check.not_empty(op, x, reduced if blocks is None else (*reduced, blocks[0]))
     epsilon = check.number(op, "epsilon", epsilon, 0.0, float("inf"), "1e-6")
     mask = check.mask_of(op, mask, x)
@@ -75,4 +76,10 @@ def per_slice(
         "epilogue": epilogue,
         "save": save,
     }
-    return choice.per_slice(op, implementation, x, scale, bias, residual=residual, **options)
+    kernel = kernel_for(op, implementation, x, scale, bias, **options)
+    if kernel is not None:
+        results = kernel(x, residual)
+        return results if residual is not None else results[0]
+    if residual is not None:
+        return layer.add_and_normalize_slices(x, residual, scale, bias, **options)
+    return layer.normalize_slices(x, scale, bias, **options)

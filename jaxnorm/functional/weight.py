@@ -60,7 +60,7 @@ def standardize_weight(
         gain = check.statistic(op, "gain", gain, kernel, outputs, advice)
     check.not_empty(op, kernel, reduced)
     epsilon = check.number(op, "epsilon", epsilon, 0.0, float("inf"), "1e-5")
-    return layer.per_slice(
+    return layer.normalize_slices(
         kernel,
         gain,
         None,

@@ -1,8 +1,8 @@
 """Hand-written kernels, and the one function that chooses an implementation and can explain it.
 
-`choice` decides, `operator` makes a kernel work under every transformation, `held` brings the
-mathematics of `core` onto a block. `tpu`, with `tiles` and `pieces`, and `gpu` cut arrays into such
-blocks.
+`dispatch` decides, with the reasons of `refusals`; `operator` makes a kernel work under every
+transformation; `block` brings the mathematics of `core` onto a block in on-chip memory. `tpu`, with
+`tiles` and `chunks`, and `gpu` cut arrays into such blocks.
 """
 
 from jaxnorm.kernels.explain import explain

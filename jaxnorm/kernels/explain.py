@@ -1,16 +1,16 @@
-"""Say which implementation runs, and why."""
+"""Tell which implementation runs, and why."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 
-from jaxnorm.kernels.choice import Decision, recorded
+from jaxnorm.kernels.dispatch import Decision, recorded
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """For each normalization of a function, in the order of its calls, what runs and why."""
+    """The implementations that a function's normalizations run, in the order of its calls."""
 
     platform: str
     decisions: tuple[Decision, ...]
@@ -18,7 +18,7 @@ class Explanation:
     def __iter__(self):
         """Operation, shape, dtype, implementation and reason of each call."""
         for d in self.decisions:
-            yield d.norm.operation, d.shape, d.dtype, *d.on(self.platform)
+            yield d.operation, d.shape, d.dtype, *d.on(self.platform)
 
     def __str__(self):
         rows = [("operation", "shape", "dtype", "runs", f"why, on {self.platform}")]
@@ -32,12 +32,13 @@ class Explanation:
 
 
 def explain(function: Callable, *arguments, platform: str | None = None, **keywords) -> Explanation:
-    """Trace a function and tell for each layer, RMS, group or instance norm in it what runs.
+    """Trace a function and tell for each normalization in it which implementation runs, and why.
 
     A kernel reads `x` once and writes `y` once; backward it reads `x` and `dy` once and writes `dx`
-    once. On TPUs a slice that is too large for on-chip memory is read again for every sum over it;
-    on GPUs it has no kernel. Where none is asked for, one runs if whole blocks of networks were
-    measured to be faster with it.
+    once. Where none is asked for, one runs if whole blocks of networks were measured to be faster
+    with it. On TPUs a slice that is too large for on-chip memory is read again for every sum over
+    it; on GPUs it has no kernel. The GPU kernels await a measurement: they compile for Hopper and
+    have never run on a GPU, so they are never chosen. No kernel is written for batch normalization.
 
     Under `jit` a kernel runs on each device's part of an array on a mesh with Explicit axes, and
     inside `jax.shard_map`. XLA for TPUs cannot partition a kernel on Auto axes
@@ -54,7 +55,7 @@ def explain(function: Callable, *arguments, platform: str | None = None, **keywo
     Returns:
         An `Explanation`: it prints as a table, and iterates over operation, shape, dtype,
         implementation ("xla", "pallas", "two_pass", or "error" where a kernel is asked for that
-        this platform does not have) and reason. What is vmapped is told for one
+        this platform does not have) and reason. Under `vmap`, shape and reason are those of one
         example. On a mesh whose axes are Auto a kernel runs only inside `jax.shard_map`.
 
     Raises:
@@ -73,24 +74,26 @@ def explain(function: Callable, *arguments, platform: str | None = None, **keywo
             f"explain: platform must be one of 'cpu', 'cuda', 'rocm' and 'tpu'; got {platform!r}. "
             "Leave it at None for the default device's."
         )
-    # A function that is compiled already for these shapes is not traced again.
-    plain = getattr(function, "__wrapped__", function) if hasattr(function, "lower") else function
+    # A function that was compiled for these shapes before would not be traced a second time.
+    unjitted = (
+        getattr(function, "__wrapped__", function) if hasattr(function, "lower") else function
+    )
     leaves, tree = jax.tree.flatten((arguments, keywords))
-    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+    arrays_at = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
 
     def run(arrays):
         filled = list(leaves)
-        for i, array in zip(places, arrays):
+        for i, array in zip(arrays_at, arrays):
             filled[i] = array
         given, named = tree.unflatten(filled)
-        return plain(*given, **named)
+        return unjitted(*given, **named)
 
     with recorded() as decisions:
-        jax.eval_shape(run, [leaves[i] for i in places])
+        jax.eval_shape(run, [leaves[i] for i in arrays_at])
     if not decisions:
         raise ValueError(
-            f"explain: no normalization was traced; got {plain!r}. Give a function that calls "
-            "layer_norm, rms_norm, group_norm or instance_norm; where it calls functions that were "
-            "compiled for these shapes before, call jax.clear_caches() first."
+            f"explain: no normalization was traced; got {unjitted!r}. Give a function that calls "
+            "batch_norm, layer_norm, rms_norm, group_norm or instance_norm; where it calls "
+            "functions that were compiled for these shapes before, call jax.clear_caches() first."
         )
     return Explanation(platform, tuple(decisions))

@@ -1,7 +1,8 @@
 """The division of an array into blocks that fit into a TPU's on-chip memory.
 
 A block holds whole slices. What is left of its room is filled from the last axis to the first, so
-that a block is one piece of memory, or few. Slices that are too large for that are cut into pieces.
+that a block is contiguous in memory, or nearly so. Slices that are too large for that are cut into
+chunks.
 """
 
 import math
@@ -9,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+
+from jaxnorm.kernels.block import KernelNorm
 
 LANES = 128
 # Elements of a block: large enough for the bandwidth of a copy, small enough for two blocks of each
@@ -20,12 +23,12 @@ MOST = 2**20
 
 @dataclass(frozen=True)
 class Tiles:
-    """Blocks of an array, one for each place of a grid that has one axis for each of the array."""
+    """Blocks of an array, in a grid that has one axis for each axis of the array."""
 
     shape: tuple[int, ...]
     block: tuple[int, ...]
     cut: tuple[int, ...] = ()
-    """Reduced axes of which a block holds but a piece."""
+    """Reduced axes of which a block holds only a chunk."""
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -48,14 +51,26 @@ class Tiles:
         """True if on-chip memory has room for a block; not for groups of very many channels."""
         return self.elements <= MOST
 
-    def of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def block_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The block of an array that broadcasts to this one."""
         return tuple(1 if size == 1 else step for size, step in zip(shape, self.block))
 
     @staticmethod
-    def place(shape: tuple[int, ...], index: Sequence) -> tuple:
-        """The place of the block at `index` in the grid of an array that broadcasts to this one."""
+    def index_of(shape: tuple[int, ...], index: Sequence) -> tuple:
+        """The block index in an array that broadcasts to this one, for a block of this grid."""
         return tuple(0 if size == 1 else i for size, i in zip(shape, index))
+
+
+def refusal(norm: KernelNorm, shape: tuple[int, ...], dtype, parameter_shapes=()) -> str | None:
+    """Reason why a call of that shape has no kernel on TPUs; None if it has one."""
+    del parameter_shapes  # all that broadcast are taken
+    tiles = tiles_for(norm, shape, dtype)
+    return None if tiles.fits else f"a block of {tiles.block} does not fit into on-chip memory"
+
+
+def tiles_for(norm: KernelNorm, shape: tuple[int, ...], dtype) -> Tiles:
+    """The blocks that a norm's kernel cuts an array of that shape into."""
+    return tiles_of(shape, norm.axes, dtype, norm.slices.blocks)
 
 
 def tiles_of(
@@ -96,7 +111,7 @@ def tiles_of(
         fits = max(1, room) * min(unit[a], shape[a])
         block[a] = shape[a] if fits >= shape[a] else fits // unit[a] * unit[a]
         if block[a] < shape[a]:
-            # What lies before is cut into single entries, but for the axis that is packed.
+            # Axes before it are cut into single entries, except the one that is packed.
             if a == rank - 1 and rank > 1 and a - 1 not in whole:
                 block[a - 1] = min(unit[a - 1], shape[a - 1])
             break

@@ -1,8 +1,8 @@
 """Kernels for TPUs: every element crosses the memory bus once in each direction.
 
 Forward: one read of `x`, one write of `y`. Backward: one read of `x` and `dy`, one write of `dx`;
-the moments are computed again from the block at hand, so that nothing but `x` is kept. Only a slice
-that is too large for on-chip memory is read once for each sum over it, piece by piece.
+the moments are computed again from the block in VMEM, so that nothing but `x` is kept. Only a slice
+that is too large for on-chip memory is read once for each sum over it, chunk by chunk.
 """
 
 import math
@@ -17,26 +17,19 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from jaxnorm._jax import manual_type
-from jaxnorm.kernels.held import Norm
-from jaxnorm.kernels.pieces import Sums, Walk
-from jaxnorm.kernels.tiles import Tiles
+from jaxnorm.kernels.block import KernelNorm
+from jaxnorm.kernels.chunks import GridOrder, ListedSums
+from jaxnorm.kernels.tiles import Tiles, tiles_for
 
 # Float32 arrays of a block's size that the compiler holds beside the operands' double buffers.
 _TEMPORARIES = 8
 _DEFAULT_LIMIT = 16 * 2**20
 
 
-def refusal(norm: Norm, shape: tuple[int, ...], dtype, parameter_shapes=()) -> str | None:
-    """Why a call of that shape has no kernel; None: it has."""
-    del parameter_shapes  # all that broadcast are taken
-    tiles = norm.tiles(shape, dtype)
-    return None if tiles.fits else f"a block of {tiles.block} does not fit into on-chip memory"
-
-
-def forward(norm: Norm, x: Array, residual: Array | None, *parameters: Array | None):
+def forward(norm: KernelNorm, x: Array, residual: Array | None, *parameters: Array | None):
     """`y`, and the sum of `x` and `residual` where there is one."""
-    tiles = norm.tiles(x.shape, x.dtype)
-    if tiles.cut and residual is not None:  # added once, and not in every turn
+    tiles = tiles_for(norm, x.shape, x.dtype)
+    if tiles.cut and residual is not None:  # added once, and not in every pass
         total = x + residual
         return [*forward(norm, total, None, *parameters), total]
     large = [x] if residual is None else [x, residual]
@@ -44,94 +37,97 @@ def forward(norm: Norm, x: Array, residual: Array | None, *parameters: Array | N
     if residual is not None:
         out.append(_result(x, x.shape, x.dtype))
 
-    def compute(norm: Norm, valid, *blocks):
+    def compute(norm: KernelNorm, valid, *blocks):
         x, *others = blocks[: len(large)]
         for other in others:
             x = (x.astype(jnp.float32) + other.astype(jnp.float32)).astype(x.dtype)
-        chosen = _placed(parameters, blocks[len(large) :])
+        chosen = _with_none(parameters, blocks[len(large) :])
         mask = valid if tiles.cut else None
-        return [norm.held(tiles.shape[-1], x, *chosen, mask=mask), *(x for _ in others)]
+        return [norm.block_value(tiles.shape[-1], x, *chosen, mask=mask), *(x for _ in others)]
 
     given = [p for p in parameters if p is not None]
     return _call(norm, tiles, compute, [*large, *given], out, last=1)
 
 
-def backward(norm: Norm, x: Array, parameters, dy: Array, dtotal: Array | None):
+def backward(norm: KernelNorm, x: Array, parameters, dy: Array, dtotal: Array | None):
     """`dx` and the derivatives of those parameters that are given.
 
     `dtotal` is the cotangent of `x` itself where `x` is a result too: it is added to `dx`.
     """
-    tiles = norm.tiles(x.shape, x.dtype)
+    tiles = tiles_for(norm, x.shape, x.dtype)
     given = [p for p in parameters if p is not None]
     large = [x, dy] if dtotal is None else [x, dy, dtotal]
     parts = [_partial_sums(tiles, p.shape) for p in given]
     out = [_result(x, x.shape, x.dtype), *(_result(x, s, jnp.float32) for s, *_ in parts)]
 
-    def compute(norm: Norm, valid, *blocks):
+    def compute(norm: KernelNorm, valid, *blocks):
         x, dy, *others = (_inside(valid, block) for block in blocks[: len(large)])
-        chosen = _placed(parameters, blocks[len(large) :])
+        chosen = _with_none(parameters, blocks[len(large) :])
         mask = valid if tiles.cut else None
-        dx, *derived = norm.pulled_back(tiles.shape[-1], x, dy, *chosen, mask=mask)
+        dx, *derived = norm.block_cotangents(tiles.shape[-1], x, dy, *chosen, mask=mask)
         for other in others:
             dx = dx + other.astype(dx.dtype)
         return [dx, *(d for d in derived if d is not None)]
 
-    places = [None, *(part[1:] for part in parts)]
-    dx, *sums = _call(norm, tiles, compute, [*large, *given], out, places, last=2)
+    cut = [None, *(part[1:] for part in parts)]
+    dx, *sums = _call(norm, tiles, compute, [*large, *given], out, cut, last=2)
     return dx, *(jnp.sum(s, axis=0).astype(p.dtype) for s, p in zip(sums, given))
 
 
-def _call(norm: Norm, tiles: Tiles, compute: Callable, operands, out, places=None, *, last: int):
+def _call(
+    norm: KernelNorm, tiles: Tiles, compute: Callable, operands, out, blocks=None, *, last: int
+):
     """Run `compute` on every block.
 
     Args:
         norm: what is computed.
         tiles: the blocks.
-        compute: a function of a norm, of which elements lie inside the array, and of blocks.
+        compute: a function of a norm, of a mask of the elements inside the array, and of blocks.
         operands: arrays that broadcast to the tiles' shape.
         out: shapes of results.
-        places: for each result its block, and where that lies for an index of the tiles' grid;
-            None: it is cut like an operand.
-        last: where slices are cut, in how many turns operands but the first are looked at.
+        blocks: for each result its block, and the block's index as a function of an index of the
+            tiles' grid; None: it is cut like an operand.
+        last: where slices are cut, the number of passes in which operands but the first are read.
     """
-    results = [p or _place(tiles, a.shape) for p, a in zip(places or [None] * len(out), out)]
+    cut = [b or _cut(tiles, a.shape) for b, a in zip(blocks or [None] * len(out), out)]
     bytes_of = [a.dtype.itemsize for a in (*operands, *out) if a.shape == tiles.shape]
     needed = tiles.elements * (2 * sum(bytes_of) + 4 * _TEMPORARIES)
-    sums = Sums()
+    listed = ListedSums()
     if tiles.cut:
-        blocks = [jax.ShapeDtypeStruct(tiles.of(a.shape), a.dtype) for a in operands]
+        examples = [jax.ShapeDtypeStruct(tiles.block_of(a.shape), a.dtype) for a in operands]
         valid = jax.ShapeDtypeStruct(tiles.block, jnp.bool_) if tiles.ragged else None
-        jax.eval_shape(partial(compute, norm.among(sums)), valid, *blocks)
-    walk = Walk(tiles, turns=1 + len(sums.totals))
+        jax.eval_shape(partial(compute, norm.with_replicas(listed)), valid, *examples)
+    order = GridOrder(tiles, passes=1 + len(listed.sums))
 
     def body(*refs):
         given, rest = refs[: len(operands)], refs[len(operands) :]
         found, kept = rest[: len(out)], rest[len(out) :]
-        program = [pl.program_id(i) for i in range(len(walk.grid))]
-        valid = _valid(tiles, walk.index(*program))
+        program = [pl.program_id(i) for i in range(len(order.grid))]
+        valid = _valid(tiles, order.index(*program))
 
-        def take(turn: int):
-            here = norm
+        def run(number: int):
+            this = norm
             if tiles.cut:
-                here = norm.among(sums.kept(kept, turn, walk.is_first(*program), walk.pieces))
-            blocks = compute(here, valid, *(ref[...] for ref in given))
-            if turn == walk.turns - 1:
-                for ref, block in zip(found, blocks):
+                first = order.is_first(*program)
+                this = norm.with_replicas(listed.kept_in(kept, number, first, order.chunks))
+            results = compute(this, valid, *(ref[...] for ref in given))
+            if number == order.passes - 1:
+                for ref, block in zip(found, results):
                     ref[...] = block.astype(ref.dtype).reshape(ref.shape)
 
-        for turn in range(walk.turns):
-            walk.during(turn, *program)(partial(take, turn))
+        for number in range(order.passes):
+            order.during(number, *program)(partial(run, number))
 
-    since = [0, *(max(0, walk.turns - last) for _ in operands[1:])]
+    since = [0, *(max(0, order.passes - last) for _ in operands[1:])]
     return pl.pallas_call(
         body,
         out_shape=out,
-        grid=walk.grid,
-        in_specs=[walk.spec(*_place(tiles, a.shape), n) for a, n in zip(operands, since)],
-        out_specs=[walk.spec(*place, walk.turns - 1) for place in results],
-        scratch_shapes=[pltpu.VMEM(a.shape, a.dtype) for a in sums.all],
+        grid=order.grid,
+        in_specs=[order.spec(*_cut(tiles, a.shape), n) for a, n in zip(operands, since)],
+        out_specs=[order.spec(*block, order.passes - 1) for block in cut],
+        scratch_shapes=[pltpu.VMEM(a.shape, a.dtype) for a in listed.scratch],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=walk.semantics,
+            dimension_semantics=order.semantics,
             vmem_limit_bytes=needed if needed > _DEFAULT_LIMIT else None,
         ),
         interpret=norm.interpreted is not None,
@@ -144,33 +140,33 @@ def _result(x: Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual_type(x))
 
 
-def _placed(parameters, blocks: Sequence[Array]) -> list[Array | None]:
-    """The blocks of those parameters that are given, in their places."""
+def _with_none(parameters, blocks: Sequence[Array]) -> list[Array | None]:
+    """The blocks of those parameters that are given, and None for the others."""
     some = iter(blocks)
     return [None if p is None else next(some) for p in parameters]
 
 
-def _place(tiles: Tiles, shape: tuple[int, ...]):
-    """The block of an array that broadcasts, and where it lies for an index of the tiles' grid."""
-    return tiles.of(shape), lambda *index: tiles.place(shape, index)
+def _cut(tiles: Tiles, shape: tuple[int, ...]):
+    """The block of an array that broadcasts, and its index by that of the tiles' grid."""
+    return tiles.block_of(shape), lambda *index: tiles.index_of(shape, index)
 
 
 def _partial_sums(tiles: Tiles, shape: tuple[int, ...]):
     """A parameter's derivative: a sum of its own for each block that it was broadcast over."""
     summed = tuple(1 if size > 1 else n for size, n in zip(shape, tiles.grid))
 
-    def place(*index):
+    def index_of(*index):
         along = (i if n > 1 else 0 for i, n in zip(index, summed))
         flat = 0
         for i, n in zip(along, summed):
             flat = flat * n + i
-        return (flat, *tiles.place(shape, index))
+        return (flat, *tiles.index_of(shape, index))
 
-    return (math.prod(summed), *shape), (1, *tiles.of(shape)), place
+    return (math.prod(summed), *shape), (1, *tiles.block_of(shape)), index_of
 
 
 def _valid(tiles: Tiles, index) -> Array | None:
-    """A mask of the block's elements inside the array; None if all of all blocks are."""
+    """A mask of the block's elements inside the array; None if no block reaches over an edge."""
     valid = None
     for a in tiles.ragged:
         here = lax.broadcasted_iota(jnp.int32, tiles.block, a) + index[a] * tiles.block[a]

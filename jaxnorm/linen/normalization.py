@@ -31,6 +31,7 @@ class BatchNorm(nn.BatchNorm):
         virtual_batch_size: normalize over this many examples, whatever the number of devices; see
             `jaxnorm.batch_norm`. Like `axis_name` not asked for while initializing.
         activation: an elementwise function of the result, see `jaxnorm.batch_norm`.
+        implementation: "xla", or None to let jaxnorm choose; see `jaxnorm.batch_norm`.
 
     With `momentum=None` or `debias=True` there is one more variable, `batch_stats/count`.
 
@@ -54,6 +55,7 @@ class BatchNorm(nn.BatchNorm):
     debias: bool = dataclasses.field(default=False, kw_only=True)
     virtual_batch_size: int | None = dataclasses.field(default=None, kw_only=True)
     activation: Callable | None = dataclasses.field(default=None, kw_only=True)
+    implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
     def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
@@ -105,7 +107,7 @@ class BatchNorm(nn.BatchNorm):
             unbiased=self.unbiased,
             debias=self.debias,
             activation=self.activation,
-            implementation=check.from_flax(self.use_fast_variance),
+            implementation=check.from_flax(self.use_fast_variance, self.implementation),
             dtype=self.dtype,
         )
         if training and not initializing:

@@ -30,6 +30,7 @@ class BatchNorm(nnx.BatchNorm):
         virtual_batch_size: normalize over this many examples, whatever the number of devices; see
             `jaxnorm.batch_norm`.
         activation: an elementwise function of the result, see `jaxnorm.batch_norm`.
+        implementation: "xla", or None to let jaxnorm choose; see `jaxnorm.batch_norm`.
 
     With `momentum=None` or `debias=True` there is one more variable, `count`, an
     `nnx.BatchStat`. For complex data give a complex `param_dtype`: then `mean` is complex too.
@@ -56,6 +57,7 @@ class BatchNorm(nnx.BatchNorm):
         debias: bool = False,
         virtual_batch_size: int | None = None,
         activation: Callable | None = None,
+        implementation: str | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -63,6 +65,7 @@ class BatchNorm(nnx.BatchNorm):
         self.debias = debias
         self.virtual_batch_size = virtual_batch_size
         self.activation = activation
+        self.implementation = implementation
         if jnp.issubdtype(self.param_dtype, jnp.complexfloating):
             # Of complex data the mean is complex, from the start.
             self.mean = nnx.BatchStat(self.mean[...].astype(jnp.complex64))
@@ -111,7 +114,7 @@ class BatchNorm(nnx.BatchNorm):
             unbiased=self.unbiased,
             debias=self.debias,
             activation=self.activation,
-            implementation=check.from_flax(self.use_fast_variance),
+            implementation=check.from_flax(self.use_fast_variance, self.implementation),
             dtype=dtype,
         )
         if not use_running_average:

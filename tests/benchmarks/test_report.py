@@ -166,9 +166,9 @@ def test_tables_without_rich(capsys, monkeypatch):
 
 def test_kernels_are_chosen_by_the_committed_results(from_the_repository):
     from benchmarks import report
-    from jaxnorm.kernels import choice
+    from jaxnorm.kernels import dispatch
 
-    assert json.loads(report.evidence()) == choice.evidence()
+    assert json.loads(report.evidence()) == dispatch.evidence()
 
 
 def test_evidence_is_the_mean_over_what_compiled(from_the_repository):

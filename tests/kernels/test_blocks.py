@@ -12,7 +12,7 @@ import pytest
 
 import jaxnorm
 from jaxnorm.kernels import tiles
-from jaxnorm.kernels.choice import interpreted
+from jaxnorm.kernels.dispatch import interpreted
 from jaxnorm.testing import assert_close, condition_number, oracle
 
 # Norm, shape, shape of the parameters, reduced axes, options; with a room of 2048 elements, and of
@@ -24,11 +24,11 @@ CASES = {
     "of each sample": ("layer", (5, 30, 16), (5, 1, 16), (2,), {}),
     "cut channels": ("instance", (3, 5, 300), (300,), (1,), {}),
     "groups": ("group", (3, 4, 2, 12), (12,), (1, 2), {"num_groups": 4}),
-    "pieces of rows": ("layer", (20, 2000), (2000,), (1,), {}),
-    "pieces of a vector": ("layer", (9000,), (9000,), (0,), {}),
-    "equal pieces": ("layer", (3, 64, 256), (64, 256), (1, 2), {"axis": (1, 2)}),
-    "pieces of an image": ("instance", (2, 9, 50, 60), (60,), (1, 2), {}),
-    "pieces of groups": ("group", (2, 9, 50, 60), (60,), (1, 2), {"num_groups": 6}),
+    "chunks of rows": ("layer", (20, 2000), (2000,), (1,), {}),
+    "chunks of a vector": ("layer", (9000,), (9000,), (0,), {}),
+    "equal chunks": ("layer", (3, 64, 256), (64, 256), (1, 2), {"axis": (1, 2)}),
+    "chunks of an image": ("instance", (2, 9, 50, 60), (60,), (1, 2), {}),
+    "chunks of groups": ("group", (2, 9, 50, 60), (60,), (1, 2), {"num_groups": 6}),
 }
 
 
@@ -41,7 +41,7 @@ def little_room(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, "float32") for name in CASES]
-    + [(name, "bfloat16") for name in ("ragged rows", "pieces of rows")],
+    + [(name, "bfloat16") for name in ("ragged rows", "chunks of rows")],
 )
 def test_many_blocks(name, dtype, little_room):
     norm, shape, sizes, axes, options = CASES[name]
@@ -73,22 +73,22 @@ def test_many_blocks(name, dtype, little_room):
         )  # fmt: skip
 
 
-def _pieces(first, second, size=9000):
-    """Rows that begin with the one and go on with the other, by less than a piece."""
+def _chunks(first, second, size=9000):
+    """Rows that begin with the one and go on with the other, by less than a chunk."""
     rng = np.random.default_rng(1)
     rows = np.full((2, size), second, np.float64)
     rows[:, :100] = first
     return (rows * (1 + 1e-3 * rng.normal(size=rows.shape))).astype("f")
 
 
-def test_pieces_that_lie_apart(little_room):
+def test_chunks_that_are_far_apart(little_room):
     @jax.jit
     def run(x):
         norm = partial(jaxnorm.layer_norm, implementation="pallas", epsilon=0.0)
         return norm(x), jax.grad(lambda x: jnp.sum(norm(x)[:, :50]))(x)
 
     for first, second in ((0, 1e4), (1e4, 1), (-1e30, 1e30), (0, 1e-15)):
-        x = _pieces(first, second)
+        x = _chunks(first, second)
         with interpreted():
             y, dx = run(x)
         wanted = oracle.layer_norm(x.astype(np.float64), epsilon=0.0)
@@ -96,14 +96,14 @@ def test_pieces_that_lie_apart(little_room):
         assert np.isfinite(dx).all(), (first, second)
 
 
-def test_a_constant_slice_in_pieces_is_its_bias(little_room):
+def test_a_constant_slice_in_chunks_is_its_bias(little_room):
     x, bias = np.full((3, 9000), 10000.1, "f"), np.arange(9000, dtype="f")
     with interpreted():
         y = jax.jit(partial(jaxnorm.layer_norm, implementation="pallas"))(x, None, bias)
     np.testing.assert_array_equal(y, np.broadcast_to(bias, y.shape))
 
 
-def test_pieces_of_a_sum(little_room):
+def test_chunks_of_a_sum(little_room):
     rng = np.random.default_rng(0)
     x, residual, dy, dtotal = rng.normal(size=(4, 20, 3000)).astype("f")
     scale = rng.normal(size=3000).astype("f")
@@ -131,6 +131,6 @@ def test_the_cases_are_what_they_are_called(little_room):
     assert cut.grid[2] > 1 and cut.ragged == (2,)
     for name, (_, shape, _, axes, options) in CASES.items():
         blocks = (len(shape) - 1, options["num_groups"]) if options.get("num_groups") else None
-        pieces = tiles.tiles_of(shape, axes, jnp.float32, blocks)
-        assert bool(pieces.cut) == ("pieces" in name), name
-        assert bool(set(pieces.cut) & set(pieces.ragged)) == name.startswith("pieces"), name
+        tiling = tiles.tiles_of(shape, axes, jnp.float32, blocks)
+        assert bool(tiling.cut) == ("chunks" in name), name
+        assert bool(set(tiling.cut) & set(tiling.ragged)) == name.startswith("chunks"), name

@@ -53,7 +53,7 @@ def test_blocks_hold_whole_groups():
         ((4, 3, 2**14, 2**12), (1, 2, 3), None, (1, 2)),
     ],
 )
-def test_slices_that_are_too_large_are_cut_into_large_pieces(shape, whole, groups, cut):
+def test_slices_that_are_too_large_are_cut_into_large_chunks(shape, whole, groups, cut):
     blocks = None if groups is None else (len(shape) - 1, groups)
     tiles = tiles_of(shape, whole, jnp.bfloat16, blocks)
     assert tiles.cut == cut
@@ -66,5 +66,5 @@ def test_slices_that_fit_are_not_cut():
 
 def test_the_blocks_of_what_broadcasts():
     tiles = tiles_of((64, 256, 1024), (2,), jnp.float32)
-    assert tiles.of((1, 1, 1024)) == (1, 1, 1024)
-    assert tiles.place((64, 1, 1024), (3, 5, 0)) == (3, 0, 0)
+    assert tiles.block_of((1, 1, 1024)) == (1, 1, 1024)
+    assert tiles.index_of((64, 1, 1024), (3, 5, 0)) == (3, 0, 0)

@@ -1,5 +1,8 @@
 """What is chosen, what is refused and why, and that programs hold what `explain` names."""
 
+import subprocess
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 import jaxnorm
 import jaxnorm.linen as jnn
 import jaxnorm.nnx
-from jaxnorm.kernels import choice
-from jaxnorm.kernels.choice import interpreted
+from jaxnorm.kernels import block, dispatch
+from jaxnorm.kernels.dispatch import interpreted
 
 X = jnp.ones((16, 4, 4, 64), jnp.bfloat16)
 NORMS = {
@@ -22,6 +25,11 @@ NORMS = {
     "group_norm": jaxnorm.group_norm,
     "instance_norm": jaxnorm.instance_norm,
 }
+STATS = jaxnorm.init_batch_stats(64)
+
+
+def batch_norm(x, *, training=True, **options):
+    return jaxnorm.batch_norm(x, None, None, STATS, training=training, **options)
 
 
 def compiled(function, x=X, topology="v6e:2x2x1", devices=1, spec=P()) -> str:
@@ -40,7 +48,7 @@ def kernels_in(text: str) -> int:
 def table(monkeypatch, xla: float, pallas: float):
     row = {"platform": "tpu", "block": "test", "measure": "passes", "xla": xla, "pallas": pallas}
     rows = [{**row, "operation": name} for name in NORMS]
-    monkeypatch.setattr(choice, "evidence", lambda: rows)
+    monkeypatch.setattr(dispatch, "evidence", lambda: rows)
 
 
 @pytest.mark.sample
@@ -104,6 +112,91 @@ def test_groups_that_do_not_fit():
         jax.eval_shape(lambda x: jaxnorm.group_norm(x, num_groups=2, implementation="pallas"), x)
 
 
+def refuse(*_, **__):
+    raise AssertionError("something was built")
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "two_pass"])
+@pytest.mark.parametrize("name", [*NORMS, "batch_norm", "add_rms_norm"])
+def test_nothing_is_built_where_no_kernel_can_run(name, implementation, monkeypatch):
+    monkeypatch.setattr(dispatch, "Decision", refuse)
+    monkeypatch.setattr(dispatch.Request, "of", refuse)
+    monkeypatch.setattr(block.KernelNorm, "__init__", refuse)
+    functions = {**NORMS, "batch_norm": batch_norm}
+    functions["add_rms_norm"] = lambda x, **o: jaxnorm.add_rms_norm(x, x, **o)
+    run = lambda x: functions[name](x, implementation=implementation)  # noqa: E731
+    jax.eval_shape(run, X)
+    with pytest.raises(AssertionError):  # so that the test sees it where it is
+        jaxnorm.explain(run, X, platform="tpu")
+
+
+IMPORTS = """
+import sys
+import jax, jax.numpy as jnp, jaxnorm
+
+def loaded():
+    kernels = [name for name in sys.modules if name.startswith("jaxnorm.kernels.")]
+    names = {name.rpartition(".")[2] for name in kernels}
+    return "jax.experimental.pallas" in sys.modules, names & {"operator", "tpu", "gpu", "gpu_plan"}
+
+x, stats = jnp.ones((2, 4)), jaxnorm.init_batch_stats(4)
+jax.grad(lambda x: jaxnorm.batch_norm(x, None, None, stats, training=True)[0].sum())(x)
+jax.grad(lambda x: jaxnorm.rms_norm(jaxnorm.layer_norm(x)).sum())(x)
+print(jaxnorm.explain(jaxnorm.layer_norm, x, platform="cuda"))
+assert loaded() == (False, set()), loaded()
+jax.jit(lambda x: jaxnorm.layer_norm(x, implementation="pallas")).trace(x)
+assert loaded() == (False, {"operator", "gpu_plan"}), loaded()
+"""
+
+
+def test_kernels_are_imported_only_where_they_are_lowered():
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_what_a_platform_refuses_is_asked_only_where_a_kernel_would_run(platform, monkeypatch):
+    monkeypatch.setattr(dispatch.Request, "unsupported_on", refuse)
+    assert "xla" in str(jaxnorm.explain(jaxnorm.layer_norm, X, platform=platform))
+    with pytest.raises(AssertionError):
+        jaxnorm.explain(jaxnorm.layer_norm, X, platform=platform, implementation="pallas")
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_gpu_kernels_await_a_measurement(name):
+    assert all(row["platform"] == "tpu" for row in dispatch.evidence())
+    ((*_, runs, why),) = jaxnorm.explain(NORMS[name], X, platform="gpu")
+    assert runs == "xla" and why == f"kernels await a measurement of blocks with {name} on cuda"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_goes_through_the_same_door(training):
+    def explained(implementation):
+        options = {"training": training, "implementation": implementation}
+        (row,) = jaxnorm.explain(lambda x: batch_norm(x, **options), X, platform="tpu")
+        return row
+
+    none = "none is written for batch_norm"
+    shape = ("batch_norm", X.shape, "bfloat16")
+    assert explained(None) == (*shape, "xla", f"no kernel: {none}")
+    for name in ("xla", "two_pass"):
+        assert explained(name) == (*shape, name, f"asked for by implementation={name!r}")
+    with pytest.raises(ValueError, match=rf"batch_norm: .*'pallas'.*{none}; got x.*Leave impl"):
+        batch_norm(X, training=training, implementation="pallas")
+    with pytest.raises(ValueError, match=r"batch_norm: .*one of 'xla', 'two_pass', 'pallas'; got"):
+        batch_norm(X, training=training, implementation="cuda")
+
+
+def test_layers_of_batch_norm_pass_the_implementation_on():
+    from flax import nnx
+
+    layer = jnn.BatchNorm(use_running_average=False, implementation="pallas")
+    with pytest.raises(ValueError, match="none is written for batch_norm"):
+        layer.init(jax.random.key(0), X)
+    layer = jaxnorm.nnx.BatchNorm(64, implementation="xla", rngs=nnx.Rngs(0))
+    (row,) = jaxnorm.explain(nnx.view(layer, use_running_average=True), X, platform="tpu")
+    assert row[3:] == ("xla", "asked for by implementation='xla'")
+
+
 def test_no_kernel_for_this_platform():
     with pytest.raises(ValueError, match=r"layer_norm: implementation='pallas' has kernels for"):
         jaxnorm.layer_norm(X, implementation="pallas")
@@ -112,9 +205,6 @@ def test_no_kernel_for_this_platform():
 def test_unknown_implementations_are_named():
     with pytest.raises(ValueError, match=r"one of 'xla', 'two_pass', 'pallas'; got .*'cuda'"):
         jaxnorm.layer_norm(X, implementation="cuda")
-    with pytest.raises(ValueError, match=r"batch_norm: .*'pallas'.*It has no kernel"):
-        stats = jaxnorm.init_batch_stats(64)
-        jaxnorm.batch_norm(X, None, None, stats, training=True, implementation="pallas")
 
 
 @pytest.mark.sample
@@ -122,7 +212,7 @@ def test_a_model_is_explained_layer_by_layer():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
-            x = jnn.GroupNorm(8)(x)
+            x = jnn.BatchNorm(use_running_average=True)(jnn.GroupNorm(8)(x))
             return jnn.LayerNorm(implementation="pallas")(nn.relu(x))
 
     model, key = Model(), jax.random.key(0)
@@ -131,6 +221,7 @@ def test_a_model_is_explained_layer_by_layer():
     explained = list(jaxnorm.explain(model.apply, variables, X, platform="tpu"))
     assert [(row[0], row[1], row[3]) for row in explained] == [
         ("group_norm", X.shape, "xla"),
+        ("batch_norm", X.shape, "xla"),
         ("layer_norm", X.shape, "pallas"),
     ]
 
