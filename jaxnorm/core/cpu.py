@@ -143,13 +143,45 @@ def _lower_measure_on_cpu(context, *operands, call: _Call):
     if partitions(context) == 1 and x.dtype == np.float32:
         small = x.size < LARGE
         if small or not call.has_mask:
-            way = partial(call.measure, _two_pass if small else _about_guess)
+            way = partial(call.measure, partial(_measured, _two_pass if small else _about_guess))
             with jax.enable_x64(True):
                 return lower(way, context, *operands, several=True)
     return _lower_measure(context, *operands, call=call)
 
 
-def _two_pass(measurement: Measurement, strategy: Strategy, x, mask, guess) -> Measured:
+def _measured(way: Callable, measurement: Measurement, strategy: Strategy, x, mask, guess):
+    """The result of a way that returns count, origin, mean about it, and var in float64."""
+    slices, (wide, *rest) = _without_blocks(measurement.slices, x, mask, guess)
+    *parts, var = way(replace(measurement, slices=slices), strategy, wide, *rest)
+    shape, narrow = measurement.slices.reduced_shape(x.shape), x.dtype
+    parts = (jnp.broadcast_to(part, var.shape).reshape(shape) for part in parts)
+    count, origin, mean = (part.astype(narrow) for part in parts)
+    var = var.reshape(shape)
+    with_epsilon = var + measurement.epsilon
+    # Below, powers of rstd would leave the range; float32 has no such variance either.
+    flat = (with_epsilon < float(np.finfo(narrow).tiny)) | (count == 0)
+    root = jnp.sqrt(jnp.where(flat, 1, with_epsilon)).astype(narrow)
+    rstd = jnp.where(flat, np.float32(0), np.float32(1)) / root
+    return Measured(LocalMoments(origin, mean, rstd), count, saturate(var, narrow))
+
+
+def _without_blocks(slices: Slices, x, *others):
+    """Slices of arrays in which the axis that is reduced in blocks is split into two axes."""
+    if slices.blocks is None:
+        return slices, (x, *others)
+    axis, blocks = slices.blocks
+    axes = tuple(a + (a > axis) for a in slices.axes)
+
+    def split(array):
+        if array is None:
+            return None
+        sizes = (blocks, array.shape[axis] // blocks) if array.shape[axis] > 1 else (1, 1)
+        return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
+
+    return Slices((*axes, axis + 1)), [split(array) for array in (x, *others)]
+
+
+def _two_pass(measurement: Measurement, strategy: Strategy, x, mask, guess):
     """The textbook's two passes over numbers of 24 bits, in sums of 53: exact at any offset."""
     del strategy, guess
     slices, wide = measurement.slices, x.astype(np.float64)
@@ -160,13 +192,14 @@ def _two_pass(measurement: Measurement, strategy: Strategy, x, mask, guess) -> M
     count = slices.size(x.shape) if mask is None else total(jnp.ones_like(wide))
     n = count if mask is None else jnp.maximum(count, 1)
     mean = total(wide) / n
-    deviations = wide - slices.broadcast(mean, wide) if measurement.centered else wide
-    origin = mean.astype(x.dtype)
-    var = total(deviations * deviations) / n
-    return _measured_of(measurement, count, origin, mean - origin, var)
+    deviations = wide - mean if measurement.centered else wide
+    m2 = total(deviations * deviations)
+    origin = _where_within(m2, mean).astype(x.dtype)
+    mean = _where_within(m2, mean - origin).astype(x.dtype)
+    return count, _divided_by_one(origin, origin), _divided_by_one(mean, mean), m2 / n
 
 
-def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess) -> Measured:
+def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess):
     """One read about the guess, or about zero; if that was a poor guess, another about a sample.
 
     Sums of `x` and of its squares run at the speed of memory. Those of anything else need an array
@@ -179,7 +212,7 @@ def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess) -
     share = 2.0 ** -math.ceil(math.log2(size))
     total = partial(slices.reduce, jnp.sum)
     guess = jnp.zeros((1,) * x.ndim, narrow) if guess is None else guess.astype(narrow)
-    z = x - slices.broadcast(guess, x)
+    z = x - guess
     square = total(z * z)
     good = square < np.float32(2.0**100)
     if centered:
@@ -191,26 +224,27 @@ def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess) -
     # already (narrowing undoes the widening exactly, and the compiler drops both).
     stored = x if strategy.stored is None else x.astype(strategy.stored)
 
-    # The branches return sums of z / 2 and of its square; halved, no difference leaves the range.
     def about_guess():
         found = square.astype(np.float64) * 0.25
-        return (found, jnp.broadcast_to(guess, first.shape), first * 0.5) if centered else (found,)
+        return (found, mean, jnp.broadcast_to(guess, mean.shape)) if centered else (found,)
 
     def about_sample():
+        # Halved, no difference leaves the range.
         half = stored.astype(narrow) * np.float32(0.5)
         if centered:
             origin = _mean_of_sample(slices, stored.astype(narrow))
-            near = slices.broadcast(origin, x)
-            near = _divided_by_one(near, near)
-            half = half - near * np.float32(0.5)
+            origin = _divided_by_one(origin, origin)
+            half = half - origin * np.float32(0.5)
+            mean = total(half * np.float32(share)) * np.float32(2 / (share * size))
         wide = half.astype(np.float64)
         found = total(wide * wide)
-        return (found, origin, total(half * np.float32(share))) if centered else (found,)
+        if not centered:
+            return (found,)
+        return found, *(_where_within(4 * found, part) for part in (mean, origin))
 
-    found, *rest = lax.cond(measure.all_true(good), about_guess, about_sample)
-    origin, first = rest if centered else (jnp.zeros_like(found, narrow), 0.0)
-    mean = first * np.float64(2 / (share * size))
-    return _measured_of(measurement, size, origin, mean, found * (4 / size) - mean * mean)
+    square, *rest = lax.cond(measure.all_true(good), about_guess, about_sample)
+    mean, origin = rest if centered else (np.float32(0), np.float32(0))
+    return size, origin, mean, jnp.maximum(square * (4 / size) - mean.astype(np.float64) ** 2, 0)
 
 
 def _mean_of_sample(slices: Slices, x):
@@ -230,20 +264,12 @@ def _mean_of_sample(slices: Slices, x):
     return (total / slices.size(sample.shape)).astype(x.dtype)
 
 
-def _measured_of(measurement: Measurement, count, origin, mean, var) -> Measured:
-    """The result in float32, from a mean of ``x - origin`` and a variance in float64."""
-    narrow, var = origin.dtype, jnp.maximum(var, 0)
-    # At the very end of the range nothing is subtracted, as in `measure.rescaled`.
-    within = jnp.sqrt(var * jnp.maximum(count, 1)) < float(np.finfo(narrow).max) / 2
-    origin, mean = (jnp.where(within, part, 0) for part in (origin, mean))
-    with_epsilon = var + measurement.epsilon
-    # Below, powers of rstd would leave the range; float32 has no such variance either.
-    flat = (with_epsilon < float(np.finfo(narrow).tiny)) | (count == 0)
-    rstd = jnp.where(flat, 0, lax.rsqrt(jnp.where(flat, 1, with_epsilon)))
-    count = jnp.broadcast_to(jnp.asarray(count, narrow), var.shape)
-    rstd = rstd.astype(narrow)
-    parts = (_divided_by_one(part, rstd) for part in (origin, mean.astype(narrow), rstd))
-    return Measured(LocalMoments(*parts), count, saturate(var, narrow))
+def _where_within(m2, part):
+    """A part of the mean; 0 at the very end of the range, where nothing is subtracted.
+
+    As in `measure._rescaled`, from a sum of squares about any point of the slice.
+    """
+    return jnp.where(m2 < (float(np.finfo(np.float32).max) / 2) ** 2, part, 0)
 
 
 # What is computed once.
