@@ -12,6 +12,8 @@ from compiling import jit_as_users, value_and_vjp
 import jaxnorm
 from jaxnorm.testing import assert_close, condition_number, oracle
 
+pytestmark = pytest.mark.usefixtures("ways_to_measure")
+
 OFFSETS = (0.0, 1.0, 1e2, 1e4, 1e6)
 DEVIATIONS = (1e-6, 1e-3, 1.0, 1e3, 1e6)
 OUTLIERS = (None, "first element", "first slice", "middle", "last")

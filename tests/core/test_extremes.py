@@ -10,6 +10,8 @@ from cases import BATCH, FROM_OUTPUT, GROUP, INSTANCE, LAYER, RMS, cotangent
 from compiling import jit_as_users
 from jax.experimental import checkify
 
+pytestmark = pytest.mark.usefixtures("ways_to_measure")
+
 MAX = float(np.finfo(np.float32).max)
 RNG = np.random.default_rng(0)
 SHAPE = (4, 3, 6)
