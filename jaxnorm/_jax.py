@@ -85,6 +85,15 @@ def lower(function: Callable, context: Any, *operands: Any, several: bool, **par
     return mlir.lower_fun(function, multiple_results=several)(context, *operands, **params)
 
 
+def lowering(function: Callable) -> Callable:
+    """The lowering of a primitive with one result: what a function of its operands computes."""
+
+    def lowered(context: Any, *operands: Any, **params: Any) -> Any:
+        return lower(function, context, *operands, several=False, **params)
+
+    return lowered
+
+
 def is_exported(context: Any) -> bool:
     """True while a program is lowered to be exported."""
     return context.module_context.lowering_parameters.for_export

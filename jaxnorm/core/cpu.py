@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from jaxnorm._jax import (
     is_linear,
     lower,
     lower_identity,
+    lowering,
     make_primitive,
     partitions,
 )
@@ -40,6 +40,8 @@ from jaxnorm.core.slices import Slices
 
 # Elements of an array from which on more is compiled to make it faster.
 LARGE = 2**18
+# A sum of squares below this has not overflowed on the way.
+_BIG = np.float32(2.0**100)
 
 
 def holds(x: Inexact[Array, "*shape"]) -> bool:
@@ -85,9 +87,8 @@ def measured(
     """As `measure.measure`, and on CPUs in the way that suits these."""
     call = _Call(measurement, strategy, mask is not None, guess is not None)
     found = _measure_p().bind(x, *(a for a in (mask, guess) if a is not None), call=call)
-    count = (
-        found.pop() if call.has_mask else jnp.full_like(found[-1], measurement.slices.size(x.shape))
-    )
+    size = measurement.slices.size(x.shape)
+    count = found.pop() if call.has_mask else jnp.full_like(found[-1], size)
     *local, var = found
     if not measurement.centered:
         zero = jnp.zeros((1,) * x.ndim, x.dtype)
@@ -140,19 +141,19 @@ def _lower_measure(context, *operands, call: _Call):
 
 def _lower_measure_on_cpu(context, *operands, call: _Call):
     x, *_ = context.avals_in
-    if partitions(context) == 1 and x.dtype == np.float32:
-        small = x.size < LARGE
-        if small or not call.has_mask:
-            way = partial(call.measure, partial(_measured, _two_pass if small else _about_guess))
-            with jax.enable_x64(True):
-                return lower(way, context, *operands, several=True)
-    return _lower_measure(context, *operands, call=call)
+    small = x.size < LARGE
+    if partitions(context) != 1 or x.dtype != np.float32 or not (small or not call.has_mask):
+        return _lower_measure(context, *operands, call=call)
+    large_way = _about_guess if call.measurement.centered else _squares
+    by = partial(_measure_by, _two_pass if small else large_way)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        return lower(partial(call.measure, by), context, *operands, several=True)
 
 
-def _measured(way: Callable, measurement: Measurement, strategy: Strategy, x, mask, guess):
-    """The result of a way that returns count, origin, mean about it, and var in float64."""
-    slices, (wide, *rest) = _without_blocks(measurement.slices, x, mask, guess)
-    *parts, var = way(replace(measurement, slices=slices), strategy, wide, *rest)
+def _measure_by(way: Callable, measurement: Measurement, strategy: Strategy, x, mask, guess):
+    """The result of a way that finds count, origin, mean of ``x - origin``, var in float64."""
+    slices, (view, *others) = measurement.slices.without_blocks(x, mask, guess)
+    *parts, var = way(replace(measurement, slices=slices), strategy, view, *others)
     shape, narrow = measurement.slices.reduced_shape(x.shape), x.dtype
     parts = (jnp.broadcast_to(part, var.shape).reshape(shape) for part in parts)
     count, origin, mean = (part.astype(narrow) for part in parts)
@@ -161,24 +162,8 @@ def _measured(way: Callable, measurement: Measurement, strategy: Strategy, x, ma
     # Below, powers of rstd would leave the range; float32 has no such variance either.
     flat = (with_epsilon < float(np.finfo(narrow).tiny)) | (count == 0)
     root = jnp.sqrt(jnp.where(flat, 1, with_epsilon)).astype(narrow)
-    rstd = jnp.where(flat, np.float32(0), np.float32(1)) / root
+    rstd = jnp.where(flat, 0, 1).astype(narrow) / root
     return Measured(LocalMoments(origin, mean, rstd), count, saturate(var, narrow))
-
-
-def _without_blocks(slices: Slices, x, *others):
-    """Slices of arrays in which the axis that is reduced in blocks is split into two axes."""
-    if slices.blocks is None:
-        return slices, (x, *others)
-    axis, blocks = slices.blocks
-    axes = tuple(a + (a > axis) for a in slices.axes)
-
-    def split(array):
-        if array is None:
-            return None
-        sizes = (blocks, array.shape[axis] // blocks) if array.shape[axis] > 1 else (1, 1)
-        return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
-
-    return Slices((*axes, axis + 1)), [split(array) for array in (x, *others)]
 
 
 def _two_pass(measurement: Measurement, strategy: Strategy, x, mask, guess):
@@ -199,6 +184,22 @@ def _two_pass(measurement: Measurement, strategy: Strategy, x, mask, guess):
     return count, _divided_by_one(origin, origin), _divided_by_one(mean, mean), m2 / n
 
 
+def _squares(measurement: Measurement, strategy: Strategy, x, mask, guess):
+    """Raw second moments: squares summed in float32, or where they overflow in float64."""
+    del mask, guess
+    total = partial(measurement.slices.reduce, jnp.sum)
+    square, stored = total(x * x), _stored(strategy, x)
+
+    def anew():
+        wide = stored.astype(np.float64)
+        return total(wide * wide)
+
+    good = measure.all_true(square < _BIG)
+    square = lax.cond(good, lambda: square.astype(np.float64), anew)
+    size = measurement.slices.size(x.shape)
+    return size, np.float32(0), np.float32(0), square / size
+
+
 def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess):
     """One read about the guess, or about zero; if that was a poor guess, another about a sample.
 
@@ -206,45 +207,42 @@ def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess):
     of it first, such as of the differences from a guess.
     """
     del mask
-    slices, narrow, centered = measurement.slices, x.dtype, measurement.centered
-    size = slices.size(x.shape)
-    # A power of two near 1 / size, so that no sum leaves the range.
-    share = 2.0 ** -math.ceil(math.log2(size))
-    total = partial(slices.reduce, jnp.sum)
+    slices, narrow, stored = measurement.slices, x.dtype, _stored(strategy, x)
+    size, total = slices.size(x.shape), partial(slices.reduce, jnp.sum)
+    # A power of two near 1 / size, so that no sum leaves the range, and what is left of 1 / size.
+    share = np.float32(2.0 ** -math.ceil(math.log2(size)))
+    rest = np.float32(1 / (float(share) * size))
     guess = jnp.zeros((1,) * x.ndim, narrow) if guess is None else guess.astype(narrow)
     z = x - guess
-    square = total(z * z)
-    good = square < np.float32(2.0**100)
-    if centered:
-        first = total(z * np.float32(share))
-        mean = first * np.float32(1 / (share * size))
-        var = square * np.float32(1 / size) - mean * mean
-        good = good & (jnp.abs(mean) <= measure.NEAR * jnp.sqrt(jnp.maximum(var, 0)))
-    # A branch's operands are arrays in memory. Narrowed, this one is the array that is there
-    # already (narrowing undoes the widening exactly, and the compiler drops both).
-    stored = x if strategy.stored is None else x.astype(strategy.stored)
+    square, mean = total(z * z), total(z * share) * rest
+    var = jnp.maximum(square * np.float32(1 / size) - mean * mean, 0)
+    good = (square < _BIG) & (jnp.abs(mean) <= measure.NEAR * jnp.sqrt(var))
 
+    # The sums of squares are those of halves: halved, no difference leaves the range.
     def about_guess():
-        found = square.astype(np.float64) * 0.25
-        return (found, mean, jnp.broadcast_to(guess, mean.shape)) if centered else (found,)
+        return square.astype(np.float64) / 4, mean, jnp.broadcast_to(guess, mean.shape)
 
     def about_sample():
-        # Halved, no difference leaves the range.
-        half = stored.astype(narrow) * np.float32(0.5)
-        if centered:
-            origin = _mean_of_sample(slices, stored.astype(narrow))
-            origin = _divided_by_one(origin, origin)
-            half = half - origin * np.float32(0.5)
-            mean = total(half * np.float32(share)) * np.float32(2 / (share * size))
+        x = stored.astype(narrow)
+        origin = _mean_of_sample(slices, x)
+        origin = _divided_by_one(origin, origin)
+        half = x * np.float32(0.5) - origin * np.float32(0.5)
         wide = half.astype(np.float64)
-        found = total(wide * wide)
-        if not centered:
-            return (found,)
-        return found, *(_where_within(4 * found, part) for part in (mean, origin))
+        square, mean = total(wide * wide), total(half * share) * (2 * rest)
+        return square, *(_where_within(4 * square, part) for part in (mean, origin))
 
-    square, *rest = lax.cond(measure.all_true(good), about_guess, about_sample)
-    mean, origin = rest if centered else (np.float32(0), np.float32(0))
-    return size, origin, mean, jnp.maximum(square * (4 / size) - mean.astype(np.float64) ** 2, 0)
+    square, mean, origin = lax.cond(measure.all_true(good), about_guess, about_sample)
+    var = square * (4 / size) - mean.astype(np.float64) ** 2
+    return size, origin, mean, jnp.maximum(var, 0)
+
+
+def _stored(strategy: Strategy, x):
+    """The array as it lies in memory, which is what a branch takes.
+
+    Narrowed, that is the array that is there already: narrowing undoes the widening exactly, and
+    the compiler drops both.
+    """
+    return x if strategy.stored is None else x.astype(strategy.stored)
 
 
 def _mean_of_sample(slices: Slices, x):
@@ -255,7 +253,7 @@ def _mean_of_sample(slices: Slices, x):
     one repeated value it is that value.
     """
     start, end = [0] * x.ndim, list(x.shape)
-    for a in [a for a in slices.axes if a > 0][:1]:
+    for a in sorted(slices.axes, key=lambda a: x.shape[a])[-1:]:
         length = -(-x.shape[a] // 8)
         start[a] = (x.shape[a] - length) // 2
         end[a] = start[a] + length
@@ -288,7 +286,7 @@ def materialize(array: Array, number: Array, *, full: bool = False) -> Array:
 
 @cache
 def _materialize_p():
-    primitive = make_primitive(
+    return make_primitive(
         "jaxnorm_materialize",
         value=lambda array, number, full: array,
         result=lambda array, number, full: array,
@@ -300,22 +298,18 @@ def _materialize_p():
             materialize(instantiated([cotangent])[0], number, full=full), None
         ],
         batch=_materialize_batched,
-        lowerings={None: lower_identity, "cpu": _lower_materialize},
+        lowerings={None: lower_identity, "cpu": lowering(_kept)},
     )  # fmt: skip
-    return primitive
 
 
 def _materialize_batched(operands, places, *, full: bool):
-    size = next(o.shape[p] for o, p in zip(operands, places) if p is not None)
-    array, number = (
-        o[None] if p is None else jnp.moveaxis(o, p, 0) for o, p in zip(operands, places)
-    )
+    size, (array, number) = _leading(operands, places)
     array = jnp.broadcast_to(array, (size, *array.shape[1:]))
     return materialize(array, number, full=full), 0
 
 
-def _lower_materialize(context, array, number, *, full: bool):
-    return lower(_kept_where if full else _divided_by_one, context, array, number, several=False)
+def _kept(array, number, *, full: bool):
+    return (_kept_where if full else _divided_by_one)(array, number)
 
 
 def _divided_by_one(array, number):
@@ -354,7 +348,7 @@ def _product_p():
         jvp=_product_jvp,
         transpose=_product_transposed,
         batch=_product_batched,
-        lowerings={None: _lower_product(_multiplied), "cpu": _lower_product(_contracted)},
+        lowerings={None: lowering(_multiplied), "cpu": lowering(_contracted)},
     )
 
 
@@ -373,13 +367,6 @@ def _product_transposed(cotangent, a, b, *, shape):
 def _product_batched(operands, places, *, shape):
     size, (a, b) = _leading(operands, places)
     return product(a, b, (size, *shape)), 0
-
-
-def _lower_product(function: Callable) -> Callable:
-    def lowered(context, a, b, *, shape) -> Any:
-        return lower(function, context, a, b, shape=shape, several=False)
-
-    return lowered
 
 
 def _multiplied(a, b, shape):

@@ -224,7 +224,7 @@ def _raw(slices: Slices, x, mask) -> _Scaled:
 
 def _exact_sums(slices: Slices, stored, x, mask) -> _Scaled:
     """Moments of 16-bit numbers in one read; see `jaxnorm.core.exact_sums`."""
-    real, size = x.dtype, slices.size(x.shape)
+    real, size = x.dtype, int(slices.size(x.shape))  # which `strategy` knows to be no array
     z = x if mask is None else jnp.where(mask, x, 0)
     terms = exact_sums.terms(z, stored, size, _rescale(real))
     count, *found = _sums(slices, x.shape, mask, *terms)
