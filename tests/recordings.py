@@ -3,10 +3,10 @@
 import numpy as np
 
 from jaxnorm.monitor import Recording
-from jaxnorm.monitor.buffer import Buffer
-from jaxnorm.monitor.marks import Place
-from jaxnorm.monitor.schema import Schema
-from jaxnorm.monitor.summary import BINS, EDGES
+from jaxnorm.monitor.probe.marks import Place
+from jaxnorm.monitor.probe.summary import BINS, EDGES
+from jaxnorm.monitor.samples.buffer import Buffer
+from jaxnorm.monitor.samples.schema import Schema
 
 FIELDS = ("size", "moments|count", "moments|mean", "moments|m2", "minimum", "maximum", "nonfinite")
 VALUES = ("zeros", "saturated", "dead")

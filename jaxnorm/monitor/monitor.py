@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm._jax import run_program
-from jaxnorm.monitor.attach import Selection, adapted
-from jaxnorm.monitor.buffer import Buffer, row_of
-from jaxnorm.monitor.gradients import shift_of
-from jaxnorm.monitor.observe import look
-from jaxnorm.monitor.schema import ParameterSummary, Sample, Schema
+from jaxnorm.monitor.probe.attach import Selection, adapted
+from jaxnorm.monitor.probe.observe import look
+from jaxnorm.monitor.samples.buffer import Buffer, row_of
+from jaxnorm.monitor.samples.gradient_shift import shift_of
+from jaxnorm.monitor.samples.schema import ParameterSummary, Sample, Schema
 from jaxnorm.training.models import Model
 
 

@@ -8,7 +8,7 @@ import markupsafe
 
 from jaxnorm import __version__
 from jaxnorm.monitor import Recording, diagnose
-from jaxnorm.monitor.findings import Finding
+from jaxnorm.monitor.diagnosis.findings import Finding
 from jaxnorm.report.page import render_findings, render_runs
 from jaxnorm.report.runs import Run
 

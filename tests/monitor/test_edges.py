@@ -15,7 +15,7 @@ from launching import NO_BACKEND
 
 import jaxnorm.linen as jnn
 from jaxnorm.monitor import Summary, attach, observe
-from jaxnorm.monitor.marks import Place, mark
+from jaxnorm.monitor.probe.marks import Place, mark
 
 X = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
 

@@ -11,8 +11,8 @@ from drawn import initial
 from flax import nnx
 
 from jaxnorm.monitor import attach, observe
-from jaxnorm.monitor.evidence import Evidence, Look
-from jaxnorm.monitor.rules.statistics import idle_bias
+from jaxnorm.monitor.diagnosis.evidence import Evidence, Look
+from jaxnorm.monitor.diagnosis.rules.statistics import idle_bias
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(16, 6, 5)).astype(np.float32)

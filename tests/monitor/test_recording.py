@@ -10,7 +10,7 @@ import pytest
 from recordings import invent
 
 from jaxnorm.monitor import Monitor, Recording, RecordingError, attach, observe
-from jaxnorm.monitor.buffer import Buffer
+from jaxnorm.monitor.samples.buffer import Buffer
 from jaxnorm.training import (
     create_sweep_state,
     create_train_state,

@@ -14,9 +14,9 @@ from recordings import invent
 
 import jaxnorm.linen as jnn
 from jaxnorm.monitor import Finding, Findings, Monitor, Recording, attach, diagnose, observe
-from jaxnorm.monitor.evidence import Evidence, Look, apart
-from jaxnorm.monitor.rules.activations import near_epsilon
-from jaxnorm.monitor.rules.statistics import train_serve_skew
+from jaxnorm.monitor.diagnosis.evidence import Evidence, Look, apart
+from jaxnorm.monitor.diagnosis.rules.activations import near_epsilon
+from jaxnorm.monitor.diagnosis.rules.statistics import train_serve_skew
 from jaxnorm.training import create_train_state, make_train_step
 
 RNG = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxnorm.core.moments import Moments
-from jaxnorm.monitor.excerpts import Excerpt, alike, every_nth, odd_stride
+from jaxnorm.monitor.probe.subsample import Excerpt, alike, every_nth, odd_stride
 
 BINS = 64
 # Bins are as wide as their place is far from zero, and evenly wide near it. So they can be the same

@@ -18,11 +18,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxnorm._jax import JaxprEqn, evaluate, inner_programs, read, scan_operands, traced_under
-from jaxnorm.monitor.excerpts import Excerpt, excerpt
-from jaxnorm.monitor.marks import GRADIENT, VALUE, Place, mark_p
-from jaxnorm.monitor.parts import Detail, Part, by_name, from_names, nothing, whole_parts
-from jaxnorm.monitor.sights import Sights
-from jaxnorm.monitor.summary import (
+from jaxnorm.monitor.probe.groups import Detail, Part, by_name, from_names, nothing, whole_parts
+from jaxnorm.monitor.probe.marks import GRADIENT, VALUE, Place, mark_p
+from jaxnorm.monitor.probe.observations import Sights
+from jaxnorm.monitor.probe.subsample import Excerpt, excerpt
+from jaxnorm.monitor.probe.summary import (
     FLAT_ENDS,
     BatchParts,
     Summary,
@@ -103,7 +103,7 @@ def look(
     if not values:
         raise ValueError(
             "observe: a program must have marks to be looked at; this one has none. Run a model "
-            "that jaxnorm.monitor.attach returned."
+            "that jaxnorm.monitor.probe.attach returned."
         )
     places = [watch.places[key] for part in values for key in part.names]
     order = sorted(range(len(places)), key=lambda i: watch.rank(places[i]))

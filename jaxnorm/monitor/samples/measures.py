@@ -11,9 +11,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm.core.moments import Moments
-from jaxnorm.monitor.marks import Place
-from jaxnorm.monitor.schema import ParameterSummary
-from jaxnorm.monitor.shift import (
+from jaxnorm.monitor.probe.marks import Place
+from jaxnorm.monitor.probe.observations import Sight
+from jaxnorm.monitor.probe.summary import EDGES, FLAT_ENDS, BatchSummary, Summary
+from jaxnorm.monitor.samples.schema import ParameterSummary
+from jaxnorm.monitor.samples.shift import (
     excess_kurtosis,
     kl_divergence,
     mean_drift,
@@ -21,8 +23,6 @@ from jaxnorm.monitor.shift import (
     skewness,
     variance_ratio,
 )
-from jaxnorm.monitor.sights import Sight
-from jaxnorm.monitor.summary import EDGES, FLAT_ENDS, BatchSummary, Summary
 
 MEASURES = {
     "spread": "standard deviation of a channel over examples and positions, mean over channels",

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from jaxnorm.monitor.evidence import LEAST_INDEPENDENT, Evidence, Norm, apart
-from jaxnorm.monitor.findings import Finding, Severity
+from jaxnorm.monitor.diagnosis.evidence import LEAST_INDEPENDENT, Evidence, Norm, apart
+from jaxnorm.monitor.diagnosis.findings import Finding, Severity
 
 SHIFTED = 0.25
 """Nats between two distributions from which they are called shifted: Siddiqi, Credit Risk

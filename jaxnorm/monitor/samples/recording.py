@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from jaxnorm.files import write_whole
-from jaxnorm.monitor.buffer import Buffer
 from jaxnorm.monitor.display import Displayed
-from jaxnorm.monitor.gradients import GradientShift
-from jaxnorm.monitor.marks import Place
-from jaxnorm.monitor.schema import ParameterSummary, Schema
-from jaxnorm.monitor.sights import Sight
-from jaxnorm.monitor.tensorboard import add_scalars
+from jaxnorm.monitor.probe.marks import Place
+from jaxnorm.monitor.probe.observations import Sight
+from jaxnorm.monitor.samples.buffer import Buffer
+from jaxnorm.monitor.samples.gradient_shift import GradientShift
+from jaxnorm.monitor.samples.schema import ParameterSummary, Schema
+from jaxnorm.monitor.samples.tensorboard import add_scalars
 
 FORMAT = 1
 _HEAD, _CHUNK = "recording.json", "samples-{:08d}.npz"

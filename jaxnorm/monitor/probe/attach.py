@@ -11,9 +11,9 @@ import jax
 from flax import linen, nnx
 
 from jaxnorm._jax import run_program
-from jaxnorm.monitor.layers import NORM_TYPES, derived, intercepted, seen_layers
-from jaxnorm.monitor.observe import on_arrays
-from jaxnorm.monitor.places import Marker
+from jaxnorm.monitor.probe.layers import NORM_TYPES, derived, intercepted, seen_layers
+from jaxnorm.monitor.probe.observe import on_arrays
+from jaxnorm.monitor.probe.places import Marker
 from jaxnorm.training.models import Model, Variables, adapt, build
 
 Layers = str | type | Callable[[str, str], bool] | Sequence[str | type]

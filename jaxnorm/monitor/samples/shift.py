@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from jaxnorm.core.moments import Moments
 from jaxnorm.functional import moments
-from jaxnorm.monitor.summary import Summary
+from jaxnorm.monitor.probe.summary import Summary
 
 Distribution = ArrayLike | Moments | Summary
 

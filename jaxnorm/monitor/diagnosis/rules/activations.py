@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxnorm.monitor.evidence import Evidence
-from jaxnorm.monitor.findings import Finding, Severity
-from jaxnorm.monitor.marks import Place
-from jaxnorm.monitor.measures import NEAR_EPSILON
+from jaxnorm.monitor.diagnosis.evidence import Evidence
+from jaxnorm.monitor.diagnosis.findings import Finding, Severity
+from jaxnorm.monitor.probe.marks import Place
+from jaxnorm.monitor.samples.measures import NEAR_EPSILON
 
 SATURATED = 0.5
 """Share of flat units from which more than half of a layer hands on next to no gradient. Glorot &

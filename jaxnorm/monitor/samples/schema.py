@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxnorm.core.moments import Moments
-from jaxnorm.monitor.gradients import GradientShift
-from jaxnorm.monitor.marks import Place
-from jaxnorm.monitor.sights import Sight, Sights
-from jaxnorm.monitor.summary import BatchSummary, Summary
+from jaxnorm.monitor.probe.marks import Place
+from jaxnorm.monitor.probe.observations import Sight, Sights
+from jaxnorm.monitor.probe.summary import BatchSummary, Summary
+from jaxnorm.monitor.samples.gradient_shift import GradientShift
 
 
 class ParameterSummary(NamedTuple):

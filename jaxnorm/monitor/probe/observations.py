@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 from flax import struct
 
-from jaxnorm.monitor.marks import Place
-from jaxnorm.monitor.summary import BatchSummary, Summary
+from jaxnorm.monitor.probe.marks import Place
+from jaxnorm.monitor.probe.summary import BatchSummary, Summary
 
 
 class Sight(NamedTuple):

@@ -5,15 +5,15 @@ what to do. To add one, write the function and name it here; a network that has 
 healthy networks of the tests judge it.
 """
 
-from jaxnorm.monitor.rules.activations import (
+from jaxnorm.monitor.diagnosis.rules.activations import (
     dead_units,
     depth,
     near_epsilon,
     nonfinite,
     saturated,
 )
-from jaxnorm.monitor.rules.optimization import drift_after_drop, update_ratio
-from jaxnorm.monitor.rules.statistics import (
+from jaxnorm.monitor.diagnosis.rules.optimization import drift_after_drop, update_ratio
+from jaxnorm.monitor.diagnosis.rules.statistics import (
     frozen_on_shifted,
     half_precision,
     idle_bias,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-from jaxnorm.monitor.marks import FENCE, VALUE, Place, mark
+from jaxnorm.monitor.probe.marks import FENCE, VALUE, Place, mark
 
 NORMS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 NORM_TYPES = tuple(getattr(flax, name) for flax in (linen, nnx) for name in NORMS)

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from flax import linen, nnx
 
-from jaxnorm.monitor.attach import Layers, attach
-from jaxnorm.monitor.evidence import Evidence, Look
-from jaxnorm.monitor.findings import SEVERITIES, Findings
-from jaxnorm.monitor.observe import observe, on_arrays
-from jaxnorm.monitor.recording import Recording
-from jaxnorm.monitor.rules import RULES
-from jaxnorm.monitor.sights import Sights
+from jaxnorm.monitor.diagnosis.evidence import Evidence, Look
+from jaxnorm.monitor.diagnosis.findings import SEVERITIES, Findings
+from jaxnorm.monitor.diagnosis.rules import RULES
+from jaxnorm.monitor.probe.attach import Layers, attach
+from jaxnorm.monitor.probe.observations import Sights
+from jaxnorm.monitor.probe.observe import observe, on_arrays
+from jaxnorm.monitor.samples.recording import Recording
 
 
 def diagnose(seen: Any, *args: Any, layers: Layers | None = None, **kwargs: Any) -> Findings:

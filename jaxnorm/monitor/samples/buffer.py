@@ -11,7 +11,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxnorm.monitor.schema import Sample, Schema
+from jaxnorm.monitor.samples.schema import Sample, Schema
 
 
 class Buffer(struct.PyTreeNode):

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from jaxnorm._jax import Jaxpr, JaxprEqn, Literal, Var, scan_operands
-from jaxnorm.monitor.marks import FENCE, VALUE, Place, mark_p
-from jaxnorm.monitor.nonlinearities import nonlinearities
+from jaxnorm.monitor.probe.marks import FENCE, VALUE, Place, mark_p
+from jaxnorm.monitor.probe.nonlinearities import nonlinearities
 
 Chosen = Callable[[str, str], bool]
 """Whether a nonlinearity of that path and that name is wanted."""

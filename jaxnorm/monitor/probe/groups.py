@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.monitor.excerpts import whole
-from jaxnorm.monitor.summary import BatchParts, Summary, finished
+from jaxnorm.monitor.probe.subsample import whole
+from jaxnorm.monitor.probe.summary import BatchParts, Summary, finished
 
 
 class Detail(NamedTuple):

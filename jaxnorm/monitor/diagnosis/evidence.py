@@ -13,12 +13,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm.core.moments import Moments
-from jaxnorm.monitor.marks import Place
-from jaxnorm.monitor.measures import Seen, Series, measure
-from jaxnorm.monitor.schema import ParameterSummary
-from jaxnorm.monitor.shift import kl_divergence
-from jaxnorm.monitor.sights import Sight, Sights
-from jaxnorm.monitor.summary import BatchSummary
+from jaxnorm.monitor.probe.marks import Place
+from jaxnorm.monitor.probe.observations import Sight, Sights
+from jaxnorm.monitor.probe.summary import BatchSummary
+from jaxnorm.monitor.samples.measures import Seen, Series, measure
+from jaxnorm.monitor.samples.schema import ParameterSummary
+from jaxnorm.monitor.samples.shift import kl_divergence
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxnorm.monitor.evidence import Evidence
-from jaxnorm.monitor.findings import Finding
-from jaxnorm.monitor.measures import later
+from jaxnorm.monitor.diagnosis.evidence import Evidence
+from jaxnorm.monitor.diagnosis.findings import Finding
+from jaxnorm.monitor.samples.measures import later
 
 LARGEST_UPDATE, SMALLEST_UPDATE = 0.05, 1e-6
 """Norm of an update over that of the array. The notes of Stanford's CS231n hold 1e-3 to be about
