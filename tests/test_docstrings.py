@@ -20,8 +20,8 @@ RESULTS = {
     "jaxnorm.monitor.BatchSummary",
     "jaxnorm.monitor.GradientShift",
     "jaxnorm.monitor.Landscape",
-    "jaxnorm.monitor.Sight",
-    "jaxnorm.monitor.Sights",
+    "jaxnorm.monitor.Observation",
+    "jaxnorm.monitor.Observations",
     "jaxnorm.monitor.Summary",
 }
 # The charts' code takes seconds to put together; `tests/report` renders both.

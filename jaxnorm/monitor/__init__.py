@@ -11,7 +11,7 @@ from jaxnorm.monitor.diagnosis.diagnose import diagnose
 from jaxnorm.monitor.diagnosis.findings import Finding, Findings
 from jaxnorm.monitor.monitor import Monitor
 from jaxnorm.monitor.probe.attach import attach
-from jaxnorm.monitor.probe.observations import Sight, Sights
+from jaxnorm.monitor.probe.observations import Observation, Observations
 from jaxnorm.monitor.probe.observe import observe
 from jaxnorm.monitor.probe.summary import EDGES, BatchSummary, Summary
 from jaxnorm.monitor.samples.gradient_shift import (
@@ -41,10 +41,10 @@ __all__ = [
     "GradientShift",
     "Landscape",
     "Monitor",
+    "Observation",
+    "Observations",
     "Recording",
     "RecordingError",
-    "Sight",
-    "Sights",
     "Summary",
     "attach",
     "diagnose",

@@ -138,14 +138,16 @@ def test_micro_batches_show_what_the_whole_batch_shows(everything):
     halves, _ = run(2, Monitor(every=1, channels=True), accumulate=2)
     a, b = columns(everything[0][1])[0], columns(halves[-1])[0]
     for name in a:
-        if name.startswith("sights|") or name == "metrics|loss":
+        if name.startswith("observations|") or name == "metrics|loss":
             close = (
                 {"rtol": 1e-3, "atol": 1e-6}
                 if "gradients" in name
                 else {"rtol": 1e-4, "atol": 1e-5}
             )
             np.testing.assert_allclose(a[name], b[name], **close, err_msg=name)
-    assert np.abs(a["sights|gradients|moments|m2"]).min() > 1e-4  # so that a factor would be seen
+    assert (
+        np.abs(a["observations|gradients|moments|m2"]).min() > 1e-4
+    )  # so that a factor would be seen
 
 
 @pytest.mark.sample

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from flax import linen, nnx
 
-from jaxnorm.monitor.diagnosis.evidence import Evidence, Look
+from jaxnorm.monitor.diagnosis.evidence import Evidence
 from jaxnorm.monitor.diagnosis.findings import SEVERITIES, Findings
 from jaxnorm.monitor.diagnosis.rules import RULES
 from jaxnorm.monitor.probe.attach import Layers, attach
-from jaxnorm.monitor.probe.observations import Sights
+from jaxnorm.monitor.probe.observations import Observations
 from jaxnorm.monitor.probe.observe import observe, on_arrays
 from jaxnorm.monitor.samples.recording import Recording
 
@@ -58,11 +58,11 @@ def diagnose(seen: Any, *args: Any, layers: Layers | None = None, **kwargs: Any)
                 f"{op}: a recording must have a sample; got '{seen.folder}' without any. Train "
                 "some steps, and call append."
             )
-        evidence = Evidence(seen)
+        evidence = Evidence.of_recording(seen)
     elif isinstance(seen, linen.Module):
-        evidence = Evidence(Look.of(_look_linen(op, seen, layers, args, kwargs)))
+        evidence = Evidence.of_observations(_observe_linen(op, seen, layers, args, kwargs))
     elif isinstance(seen, nnx.Module):
-        evidence = Evidence(Look.of(_look_nnx(seen, layers, args, kwargs)))
+        evidence = Evidence.of_observations(_observe_nnx(seen, layers, args, kwargs))
     else:
         raise TypeError(
             f"{op}: what is looked at must be a Recording, a flax.linen.Module or a "
@@ -74,7 +74,9 @@ def diagnose(seen: Any, *args: Any, layers: Layers | None = None, **kwargs: Any)
     return Findings(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
-def _look_linen(op: str, module: linen.Module, layers: Any, args: Any, kwargs: Any) -> Sights:
+def _observe_linen(
+    op: str, module: linen.Module, layers: Any, args: Any, kwargs: Any
+) -> Observations:
     variables, *inputs = args or (None,)
     if not isinstance(variables, Mapping) or not (inputs or kwargs):
         given = ", ".join(type(arg).__name__ for arg in args) or "neither"
@@ -88,20 +90,20 @@ def _look_linen(op: str, module: linen.Module, layers: Any, args: Any, kwargs: A
         kept = [name for name in variables if name != "params"]
         return model.apply(variables, *inputs, mutable=kept, **kwargs)
 
-    return _seen(run, variables, inputs)
+    return _observed(run, variables, inputs)
 
 
-def _look_nnx(module: nnx.Module, layers: Any, args: Any, kwargs: Any) -> Sights:
+def _observe_nnx(module: nnx.Module, layers: Any, args: Any, kwargs: Any) -> Observations:
     graph, state = nnx.split(module)
 
     def run(state: Any, args: Any, kwargs: Any) -> Any:
         # A copy, whose statistics may be updated.
         return attach(nnx.merge(graph, state), layers)(*args, **kwargs)
 
-    return _seen(run, state, args, kwargs)
+    return _observed(run, state, args, kwargs)
 
 
-def _seen(function: Callable[..., Any], *args: Any) -> Sights:
+def _observed(function: Callable[..., Any], *args: Any) -> Observations:
     """The compiled observation of one run of a model."""
     run, arrays = on_arrays(lambda *args: observe(function)(*args)[1], args, {})
     return jax.jit(run)(arrays)

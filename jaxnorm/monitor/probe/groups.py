@@ -1,107 +1,115 @@
-"""Observations of some places, on their way out of the programs around them."""
+"""Observations on their way out of the programs in which they were made.
+
+A scan, a branch and a `shard_map` return a `Group` as they return any pytree. Places whose arrays
+have one shape stay together in it, because each operation on a small array costs time.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from jaxnorm.monitor.probe.subsample import whole
-from jaxnorm.monitor.probe.summary import BatchParts, Summary, finished
+from jaxnorm.monitor.probe.subsample import gather_parts
+from jaxnorm.monitor.probe.summary import BatchSummary, Summary
+
+Key = tuple[str, str]
+"""Name of a place, and the role of what was seen there."""
 
 
-class Detail(NamedTuple):
-    """The details of one place by channel, with an axis of parts of the batch.
+class Group(struct.PyTreeNode):
+    """Summaries of several places, before the parts of the batch are put together.
 
-    None for what is not looked at.
+    Attributes:
+        role: `VALUE` or `GRADIENT`.
+        names: names of the places.
+        summary: of the arrays, with an axis of parts and one of places.
+        batches: name -> summary of a batch norm's input, with an axis of parts.
+        channels: name -> summaries of the channels, with an axis of parts and one of channels.
     """
 
-    batch: BatchParts | None = None
-    channels: Summary | None = None
+    role: str = struct.field(pytree_node=False)
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+    summary: Summary  # float32, shape (parts, places)
+    batches: dict[str, BatchSummary]  # float32, shape (parts,) and (parts, c)
+    channels: dict[str, Summary]  # float32, shape (parts, c)
 
-    def pooled(self) -> Detail:
-        """Observations pooled over the leading axis."""
-        return Detail(
-            None if self.batch is None else self.batch.pooled(),
-            None if self.channels is None else self.channels.pooled(),
+    @property
+    def keys(self) -> list[Key]:
+        """Name and role of each place."""
+        return [(name, self.role) for name in self.names]
+
+    def pooled(self) -> Group:
+        """Pool over a leading axis that all arrays have."""
+        return self.replace(
+            summary=self.summary.pooled(),
+            batches={name: batch.pooled() for name, batch in self.batches.items()},
+            channels={name: channels.pooled() for name, channels in self.channels.items()},
+        )
+
+    def completed(self) -> Group:
+        """Put the parts of the batch together; their axis is gone then."""
+        return self.replace(
+            summary=self.summary.completed(),
+            batches={name: batch.completed() for name, batch in self.batches.items()},
+            channels={name: channels.completed() for name, channels in self.channels.items()},
+        )
+
+    def select(self, names: list[str]) -> Group:
+        """The group of some of the places."""
+        return Group(
+            self.role,
+            tuple(names),
+            self.summary.take([self.names.index(name) for name in names], 1),
+            {name: self.batches[name] for name in names if name in self.batches},
+            {name: self.channels[name] for name in names if name in self.channels},
         )
 
 
-class Part(NamedTuple):
-    """The observations of some places together."""
-
-    role: str
-    names: tuple[str, ...]
-    summary: Summary
-    """With an axis of parts of the batch, and one of places."""
-    details: dict[str, Detail]
-    """Of the places that have any."""
-
-    @property
-    def arrays(self) -> tuple[Summary, dict[str, Detail]]:
-        """All but the names."""
-        return self.summary, self.details
-
-    def of(self, arrays: tuple[Summary, dict[str, Detail]]) -> Part:
-        """Other numbers of the same places."""
-        return self._replace(summary=arrays[0], details=arrays[1])
-
-    def pooled(self) -> Part:
-        """Over an axis that came before that of the places."""
-        details = {name: detail.pooled() for name, detail in self.details.items()}
-        return self._replace(summary=self.summary.pooled(), details=details)
-
-    def without(self, known: set[tuple[str, str]]) -> Part:
-        """Only what is not known yet."""
-        keep = [i for i, name in enumerate(self.names) if (name, self.role) not in known]
-        names = tuple(self.names[i] for i in keep)
-        details = {name: d for name, d in self.details.items() if name in names}
-        return Part(self.role, names, self.summary.take(keep, 1), details)
-
-
-def whole_parts(parts: list[Part]) -> list[Part]:
-    """Parts of the batch put together, whose axis is gone; in one collective, if at all."""
-    arrays = whole([part.arrays for part in parts])
+def without_repetitions(groups: list[Group]) -> list[Group]:
+    """Groups in which each place is only once: what `remat` computes again has been seen before."""
+    known: set[Key] = set()
     found = []
-    for part, (summary, details) in zip(parts, arrays):
-        details = {name: _pooled(detail) for name, detail in details.items()}
-        found.append(part.of((finished(_pooled(summary)), details)))
+    for group in groups:
+        new = group.select([name for name, role in group.keys if (name, role) not in known])
+        known |= set(new.keys)
+        found += [new] if new.names else []
     return found
 
 
-def by_name(parts: list[Part]) -> dict[tuple[str, str], Any]:
-    """Each place's numbers alone, by its name and its role."""
-    return {
-        (name, part.role): (part.summary.take([i], 1), part.details.get(name, Detail()))
-        for part in parts
-        for i, name in enumerate(part.names)
-    }
+def completed_groups(groups: list[Group]) -> list[Group]:
+    """Groups of whole batches; one collective brings the parts together, if there are several."""
+    return [group.completed() for group in gather_parts(groups)]
 
 
-def from_names(found: dict[tuple[str, str], Any]) -> list[Part]:
-    """The parts that `by_name` took apart."""
-    return [
-        Part(role, (name,), summary, {} if detail == Detail() else {name: detail})
-        for (name, role), (summary, detail) in found.items()
-    ]
+def by_key(groups: list[Group]) -> dict[Key, Group]:
+    """Each place in a group of its own."""
+    return {key: group.select([key[0]]) for group in groups for key in group.keys}
 
 
-def nothing(shape: Any) -> Any:
-    """The summary of no elements, for a branch that has no such place."""
-    summary, detail = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
-    channels = None if detail.channels is None else _of_none(detail.channels)
-    return _of_none(summary), detail._replace(channels=channels)
+def empty_group(shapes: Group) -> Group:
+    """The group of no elements, for a branch in which this place does not occur.
+
+    Args:
+        shapes: a group of `jax.ShapeDtypeStruct`.
+    """
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    channels = {name: _without_range(summary) for name, summary in zeros.channels.items()}
+    return zeros.replace(summary=_without_range(zeros.summary), channels=channels)
 
 
-def _of_none(zeros: Summary) -> Summary:
+def _without_range(zeros: Summary) -> Summary:
     return zeros._replace(
         minimum=jnp.full_like(zeros.minimum, jnp.inf),
         maximum=jnp.full_like(zeros.maximum, -jnp.inf),
     )
 
 
-def _pooled(found: Any) -> Any:
-    """A summary or a detail of all parts of the batch; of a single one it is that one's."""
-    parts = jax.tree.leaves(found)[0].shape[0]
-    return found.pooled() if parts > 1 else jax.tree.map(lambda a: a[0], found)
+def stack_summaries(groups: list[Group]) -> Summary:
+    """The summaries of all places of completed groups, with an axis of places."""
+    if len(groups) == 1:
+        return groups[0].summary
+    arrays: Any = [group.summary for group in groups]
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *arrays)

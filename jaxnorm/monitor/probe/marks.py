@@ -18,7 +18,7 @@ from jaxtyping import Array, Inexact
 from jaxnorm._jax import is_zero, lower_identity, make_primitive
 
 VALUE, TANGENT, GRADIENT = "value", "tangent", "gradient"
-FENCE = "fence"  # of a norm layer that nobody looks at: what is in it is no place either
+FENCE = "fence"  # a norm layer that is not observed: nothing inside it is a place either
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Run a function, and tell what was seen at the marks in it.
+"""Observation of a function: what it returns, and summaries of the arrays at the marks in it.
 
-The function is traced and evaluated again, equation by equation, with a summary taken at each mark.
-What is seen in inner programs is handed out of these: out of a scan, a branch, a part of a mesh.
+The function is traced and evaluated again, equation by equation, with a summary at each mark.
+Programs within it, such as a scan or a branch, return their observations as further results.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxnorm._jax import JaxprEqn, evaluate, inner_programs, read, scan_operands, traced_under
-from jaxnorm.monitor.probe.groups import Detail, Part, by_name, from_names, nothing, whole_parts
-from jaxnorm.monitor.probe.marks import GRADIENT, VALUE, Place, mark_p
-from jaxnorm.monitor.probe.observations import Sights
-from jaxnorm.monitor.probe.subsample import Excerpt, excerpt
-from jaxnorm.monitor.probe.summary import (
-    FLAT_ENDS,
-    BatchParts,
-    Summary,
-    by_channel,
-    joined,
-    summarize,
-    summarize_batches,
+from jaxnorm.monitor.probe.groups import (
+    Group,
+    Key,
+    by_key,
+    completed_groups,
+    empty_group,
+    stack_summaries,
+    without_repetitions,
 )
+from jaxnorm.monitor.probe.marks import GRADIENT, VALUE, Place, mark_p
+from jaxnorm.monitor.probe.observations import Observations
+from jaxnorm.monitor.probe.subsample import Subsample, subsample
+from jaxnorm.monitor.probe.summarize import summarize, summarize_batches, summarize_channels
+from jaxnorm.monitor.probe.summary import FLAT_ENDS, BatchSummary, Summary
 
 
 def observe(
@@ -39,20 +40,20 @@ def observe(
     elements: int | None = None,
     gradients: bool = True,
     channels: bool = False,
-) -> Callable[..., tuple[Any, Sights]]:
-    """Wrap a function so that it also returns what was seen at the marks in it.
+) -> Callable[..., tuple[Any, Observations]]:
+    """Wrap a function so that it also returns observations of the marks in it.
 
     Args:
-        function: pure, with models that `attach` has marked in it. Gradients are seen where it
-            takes them itself. Arguments that are no arrays are static.
+        function: a pure function that calls models which `attach` has marked. Gradients are
+            observed where the function takes them itself. Arguments that are no arrays are static.
         elements: as in `Monitor`.
-        gradients: whether to look at them.
+        gradients: True to observe gradients, too.
         channels: as in `Monitor`.
 
     Returns:
-        A function of the same arguments: what `function` returns, and `Sights`. Loops over
-        micro-batches and devices of a `shard_map` are pooled; of a loop over layers, each is a
-        place of its own.
+        A function of the same arguments, which returns what `function` returns, and
+        `Observations`. Iterations over micro-batches and devices of a `shard_map` are pooled; in a
+        loop over layers, each layer is a place of its own.
 
     Raises:
         ValueError: when traced: there is no mark; a marked layer runs in a `while_loop`.
@@ -68,62 +69,70 @@ def observe(
         True
     """
 
-    def run(*args: Any, **kwargs: Any) -> tuple[Any, Sights]:
+    def run(*args: Any, **kwargs: Any) -> tuple[Any, Observations]:
         of_arrays, arrays = on_arrays(function, args, kwargs)
         closed, shape = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
-        outputs, sights = look(closed, arrays, elements, gradients, channels)
-        return jax.tree.unflatten(jax.tree.structure(shape), outputs), sights
+        outputs, observations = observe_program(closed, arrays, elements, gradients, channels)
+        return jax.tree.unflatten(jax.tree.structure(shape), outputs), observations
 
     return run
 
 
 def on_arrays(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Callable, list[Any]]:
-    """A function of the arrays among some arguments, all else as it is; and these arrays."""
+    """A function of the arrays among some arguments, and these arrays; all else is constant."""
     leaves, tree = jax.tree.flatten((args, kwargs))
-    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+    positions = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
 
     def run(arrays: list[Any]) -> Any:
         filled = list(leaves)
-        for i, array in zip(places, arrays):
+        for i, array in zip(positions, arrays):
             filled[i] = array
         args, kwargs = tree.unflatten(filled)
         return function(*args, **kwargs)
 
-    return run, [leaves[i] for i in places]
+    return run, [leaves[i] for i in positions]
 
 
-def look(
+def observe_program(
     closed: Any, args: Sequence[Any], elements: int | None, gradients: bool, channels: bool
-) -> tuple[list[Any], Sights]:
-    """The results of a traced program, and the observations made in it."""
-    watch = _Watch(elements, gradients, channels)
-    outputs, found = watch.run(closed.jaxpr, closed.consts, args)
-    found = whole_parts(found)
-    values = [part for part in found if part.role == VALUE]
+) -> tuple[list[Any], Observations]:
+    """Run a traced program, and observe the marks in it.
+
+    Args:
+        closed: the program, a closed jaxpr.
+        args: its inputs.
+        elements: as in `Monitor`.
+        gradients: as in `observe`.
+        channels: as in `Monitor`.
+
+    Returns:
+        The program's results, and the observations.
+    """
+    observer = _Observer(elements, gradients, channels)
+    outputs, groups = observer.run(closed.jaxpr, closed.consts, args)
+    groups = completed_groups(groups)
+    values = [group for group in groups if group.role == VALUE]
+    slopes = [group for group in groups if group.role == GRADIENT]
     if not values:
         raise ValueError(
-            "observe: a program must have marks to be looked at; this one has none. Run a model "
-            "that jaxnorm.monitor.probe.attach returned."
+            "observe: a program must have marks to be observed; this one has none. Run a model "
+            "that jaxnorm.monitor.attach returned."
         )
-    places = [watch.places[key] for part in values for key in part.names]
-    order = sorted(range(len(places)), key=lambda i: watch.rank(places[i]))
-    slopes = [part for part in found if part.role == GRADIENT]
-    details, steep = (
-        {name: d for part in some for name, d in part.details.items()} for some in (values, slopes)
-    )
-    sights = Sights(
-        values=joined([part.summary for part in values]).take(order),
-        gradients=joined([part.summary for part in slopes]) if slopes else None,
-        batches={n: d.batch.summary() for n, d in details.items() if d.batch is not None},
-        channels={n: d.channels for n, d in details.items() if d.channels is not None},
-        channel_gradients={n: d.channels for n, d in steep.items() if d.channels is not None},
+    places = [observer.places[name] for group in values for name in group.names]
+    order = sorted(range(len(places)), key=lambda i: observer.rank(places[i]))
+    observations = Observations(
+        values=stack_summaries(values).take(order),
+        gradients=stack_summaries(slopes) if slopes else None,
+        batches={name: b for group in values for name, b in group.batches.items()},
+        channels={name: c for group in values for name, c in group.channels.items()},
+        channel_gradients={name: c for group in slopes for name, c in group.channels.items()},
         places=tuple(replace(places[i], order=rank) for rank, i in enumerate(order)),
-        with_gradient=tuple(name for part in slopes for name in part.names),
+        with_gradient=tuple(name for group in slopes for name in group.names),
     )
-    return outputs, sights
+    return outputs, observations
 
 
-class _Watch:
+class _Observer:
     """One run of a program, and of the programs in it."""
 
     def __init__(self, elements: int | None, gradients: bool, channels: bool):
@@ -134,93 +143,87 @@ class _Watch:
         self._ranks: dict[str, tuple[int, ...]] = {}
 
     def rank(self, place: Place) -> tuple[int, ...]:
-        """Sorts places as a forward pass comes by: all of a loop's turn, then all of the next."""
+        """Sort key for a forward pass: all places of one iteration, then all of the next."""
         return self._ranks.get(place.name, (place.order,))
 
-    def run(self, jaxpr: Any, consts: Any, args: Any) -> tuple[list[Any], list[Part]]:
-        """Results of a program, and what was seen in it."""
+    def run(self, jaxpr: Any, consts: Any, args: Any) -> tuple[list[Any], list[Group]]:
+        """Run a program, and observe the marks in it."""
         values = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
-        found: list[Part] = []
-        marked: dict[tuple[str, str], list[Any]] = {}
+        inner: list[Group] = []
+        marked: dict[Key, list[Any]] = {}
 
         for eqn in jaxpr.eqns:
             given = read(values, eqn.invars)
             if eqn.primitive is mark_p:
-                made = given[:1]
+                results = given[:1]
                 place, role = eqn.params["place"], eqn.params["role"]
                 if role == VALUE or (role == GRADIENT and self.gradients):
                     self.places[place.name] = place
                     marked.setdefault((place.name, role), given)
             elif any(map(_is_marked, inner_programs(eqn))):
-                made, within = self._inside(eqn, given)
-                found += within
+                results, groups = self._inside(eqn, given)
+                inner += groups
             else:
-                made = evaluate(eqn, given)
-            values |= dict(zip(eqn.outvars, made))
-        known: set[tuple[str, str]] = set()
-        parts = []
-        for part in [*self._summaries(marked), *found]:
-            # What is computed again for the backward pass has been seen.
-            part = part.without(known)
-            known |= {(name, part.role) for name in part.names}
-            parts += [part] if part.names else []
-        return read(values, jaxpr.outvars), parts
+                results = evaluate(eqn, given)
+            values |= dict(zip(eqn.outvars, results))
+        groups = without_repetitions([*self._summarized(marked), *inner])
+        return read(values, jaxpr.outvars), groups
 
-    def _summaries(self, marked: dict[tuple[str, str], list[Any]]) -> list[Part]:
-        """All that was marked in one program, looked at together."""
-        parts = []
+    def _summarized(self, marked: dict[Key, list[Any]]) -> list[Group]:
+        """Summarize the marked arrays of one program, those of one shape together."""
+        groups = []
         for role in (VALUE, GRADIENT):
-            keys = [key for key in marked if key[1] == role]
-            if not keys:
+            given = {name: arrays for (name, of), arrays in marked.items() if of == role}
+            if not given:
                 continue
             # An array between two layers is the output of one and the input of the other.
-            excerpts: dict[tuple[int, str], Excerpt] = {}
-            which = []
-            for key in keys:
-                x, kind = marked[key][0], self._flattening(*key)
-                which.append((id(x), kind))
-                if which[-1] not in excerpts:
-                    excerpts[which[-1]] = excerpt(x, self.elements, kind)
-            details = self._details({key[0]: marked[key] for key in keys}, role)
-            rows = list(excerpts)
-            of = [rows.index(w) for w in which]
-            for group, summary in summarize(list(excerpts.values()), values=role == VALUE):
-                mine = [i for i, row in enumerate(of) if row in group]
-                names = tuple(keys[i][0] for i in mine)
-                own = {name: details[name] for name in names if name in details}
-                taken = summary.take([group.index(of[i]) for i in mine], 1)
-                parts.append(Part(role, names, taken, own))
-        return parts
+            subsamples: dict[tuple[int, str], Subsample] = {}
+            source: dict[str, tuple[int, str]] = {}
+            for name, (x, *_) in given.items():
+                kind = self._flattening(name, role)
+                source[name] = id(x), kind
+                if source[name] not in subsamples:
+                    subsamples[source[name]] = subsample(x, self.elements, kind)
+            batches = self._batches(given) if role == VALUE else {}
+            channels = self._channels(given, role) if self.channels else {}
+            sources = list(subsamples)
+            for members, summary in summarize(list(subsamples.values()), values=role == VALUE):
+                row = {sources[member]: i for i, member in enumerate(members)}
+                names = tuple(name for name in given if source[name] in row)
+                groups.append(
+                    Group(
+                        role,
+                        names,
+                        summary.take([row[source[name]] for name in names], 1),
+                        {name: batches[name] for name in names if name in batches},
+                        {name: channels[name] for name in names if name in channels},
+                    )
+                )
+        return groups
 
     def _flattening(self, name: str, role: str) -> str:
-        """The nonlinearity whose value it is, if it is one's that is flat somewhere."""
+        """The nonlinearity that gave this value, if it is flat somewhere; else ""."""
         place = self.places[name]
         known = role == VALUE and place.side == "output" and place.kind in FLAT_ENDS
         return place.kind if known else ""
 
-    def _details(self, given: dict[str, list[Any]], role: str) -> dict[str, Detail]:
-        """The details of places by channel."""
-        batches = self._batches(given) if role == VALUE else {}
-        channels: dict[str, Summary] = {}
-        if self.channels:
-            excerpts = [self._by_channel(name, x, role) for name, (x, *_) in given.items()]
-            channels = dict(zip(given, by_channel(excerpts, values=role == VALUE)))
-        details = {name: Detail(batches.get(name), channels.get(name)) for name in given}
-        return {name: detail for name, detail in details.items() if detail != Detail()}
+    def _channels(self, given: dict[str, list[Any]], role: str) -> dict[str, Summary]:
+        subsamples = [self._all_channels(name, x, role) for name, (x, *_) in given.items()]
+        return dict(zip(given, summarize_channels(subsamples, values=role == VALUE)))
 
-    def _batches(self, values: dict[str, list[Any]]) -> dict[str, BatchParts]:
-        given = {name: g for name, g in values.items() if len(g) > 1}
-        inputs = [self._by_channel(name, x, VALUE) for name, (x, *_) in given.items()]
-        running = [(mean, var) for _, mean, var in given.values()]
-        return dict(zip(given, summarize_batches(inputs, running)))
+    def _batches(self, values: dict[str, list[Any]]) -> dict[str, BatchSummary]:
+        norms = {name: given for name, given in values.items() if len(given) > 1}
+        inputs = [self._all_channels(name, x, VALUE) for name, (x, *_) in norms.items()]
+        running = [(mean, var) for _, mean, var in norms.values()]
+        return dict(zip(norms, summarize_batches(inputs, running)))
 
-    def _by_channel(self, name: str, x: Any, role: str) -> Excerpt:
-        """An excerpt with all channels."""
+    def _all_channels(self, name: str, x: Any, role: str) -> Subsample:
+        """A subsample with all channels."""
         axes = dict(self.places[name].facts).get("feature_axes", (-1,))
-        return excerpt(x, self.elements, self._flattening(name, role), axes)
+        return subsample(x, self.elements, self._flattening(name, role), axes)
 
-    def _inside(self, eqn: JaxprEqn, given: list[Any]) -> tuple[list[Any], list[Part]]:
-        """An equation whose inner programs have marks."""
+    def _inside(self, eqn: JaxprEqn, given: list[Any]) -> tuple[list[Any], list[Group]]:
+        """Run an equation whose inner programs have marks."""
         kind, params = eqn.primitive.name, eqn.params
         with traced_under(eqn):
             if kind in ("jit", "pjit"):
@@ -240,27 +243,27 @@ class _Watch:
             if kind == "shard_map":
                 return self._shard_map(params, given)
         raise ValueError(
-            f"observe: a marked layer must not run inside of '{kind}', whose turns cannot be told "
-            f"apart from outside; got {', '.join(sorted(_names(eqn)))}. Leave these out with "
+            f"observe: a marked layer must not run inside of '{kind}', whose iterations cannot be "
+            f"told apart from outside; got {', '.join(sorted(_names(eqn)))}. Leave these out with "
             "layers=, or use jax.lax.scan."
         )
 
     def _jit(self, params, given):
         given = [_constrained(x, s) for x, s in zip(given, params["in_shardings"])]
         closed = params["jaxpr"]
-        made, parts = self.run(closed.jaxpr, closed.consts, given)
-        return [_constrained(x, s) for x, s in zip(made, params["out_shardings"])], parts
+        results, groups = self.run(closed.jaxpr, closed.consts, given)
+        return [_constrained(x, s) for x, s in zip(results, params["out_shardings"])], groups
 
     def _scan(self, eqn, given):
         params, (consts, carries) = eqn.params, scan_operands(eqn)
         closed, length = params["jaxpr"], params["length"]
-        seen: list[Part] = []
 
         def body(carry, xs):
-            made, seen[:] = self.run(closed.jaxpr, closed.consts, [*given[:consts], *carry, *xs])
-            return made[:carries], (made[carries:], [part.arrays for part in seen])
+            inputs = [*given[:consts], *carry, *xs]
+            results, groups = self.run(closed.jaxpr, closed.consts, inputs)
+            return results[:carries], (results[carries:], groups)
 
-        carry, (ys, every) = lax.scan(
+        carry, (ys, groups) = lax.scan(
             body,
             given[consts : consts + carries],
             given[consts + carries :],
@@ -268,75 +271,77 @@ class _Watch:
             reverse=params["reverse"],
             unroll=params["unroll"],
         )
-        parts = [part.of(arrays) for part, arrays in zip(seen, every)]
-        ranks = [self.rank(self.places[name]) for part in parts for name in part.names]
-        return [*carry, *ys], [self._turns(part, length, min(ranks)[0]) for part in parts]
+        ranks = [self.rank(self.places[name]) for group in groups for name in group.names]
+        return [*carry, *ys], [self._iterations(each, length, min(ranks)[0]) for each in groups]
 
-    def _turns(self, part: Part, length: int, begin: int) -> Part:
-        """Observations of a scan's iterations: of layers each, of all else together."""
-        places = [self.places[name] for name in part.names]
+    def _iterations(self, group: Group, length: int, begin: int) -> Group:
+        """The iterations of a scan: each a place of its own over layers, otherwise pooled."""
+        places = [self.places[name] for name in group.names]
         scans = places[0].scans
         if not scans or not scans[-1][1]:
             for place in places:
                 self.places[place.name] = replace(place, scans=place.scans[:-1])
-            return part.pooled()
-        names = []
+            return group.pooled()
+        sources: dict[str, tuple[str, int]] = {}  # name -> the name in the scan, and the iteration
         for i in range(length):
             for place in places:
                 own = replace(place, layer=f"{place.layer}[{i}]", scans=place.scans[:-1])
                 self.places[own.name] = own
                 # The backward pass, which may not come by all of them, finds it set.
                 self._ranks.setdefault(own.name, (begin, i, *self.rank(place)))
-                names.append(own.name)
-        details = {
-            f"{place.layer}[{i}]:{place.side}": jax.tree.map(lambda a, i=i: a[i], detail)
-            for place in places
-            if (detail := part.details.get(place.name)) is not None
-            for i in range(length)
-        }
-        turns = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), part.summary)
-        flat = jax.tree.map(lambda a: a.reshape(len(a), -1, *a.shape[3:]), turns)
-        return Part(part.role, tuple(names), flat, details)
+                sources[own.name] = place.name, i
+
+        def separate(summaries: dict[str, Any]) -> dict[str, Any]:
+            return {
+                new: jax.tree.map(lambda a, i=i: a[i], summaries[name])
+                for new, (name, i) in sources.items()
+                if name in summaries
+            }
+
+        by_parts = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), group.summary)
+        flat = jax.tree.map(lambda a: a.reshape(len(a), -1, *a.shape[3:]), by_parts)
+        batches, channels = separate(group.batches), separate(group.channels)
+        return Group(group.role, tuple(sources), flat, batches, channels)
 
     def _cond(self, params, given):
         index, *operands = given
-        parts: list[list[Part]] = [[] for _ in params["branches"]]
 
-        def branch(i, closed):
+        def branch(closed):
             def run(*operands):
-                made, parts[i] = self.run(closed.jaxpr, closed.consts, operands)
-                return made, by_name(parts[i])
+                results, groups = self.run(closed.jaxpr, closed.consts, operands)
+                return results, by_key(groups)
 
             return run
 
-        branches = [branch(i, closed) for i, closed in enumerate(params["branches"])]
+        branches = [branch(closed) for closed in params["branches"]]
         shapes = [jax.eval_shape(b, *operands)[1] for b in branches]
         every = {key: shape for found in shapes for key, shape in found.items()}
 
         def filled(run):
             def filling(*operands):
-                made, found = run(*operands)
-                return made, {k: found.get(k, nothing(s)) for k, s in every.items()}
+                results, found = run(*operands)
+                return results, {
+                    k: found[k] if k in found else empty_group(s) for k, s in every.items()
+                }
 
             return filling
 
-        made, found = lax.switch(index, [filled(b) for b in branches], *operands)
-        return made, from_names(found)
+        results, found = lax.switch(index, [filled(b) for b in branches], *operands)
+        return results, list(found.values())
 
     def _shard_map(self, params, given):
         mesh, names = params["mesh"], tuple(sorted(params["newly_manual_axes"]))
-        parts: list[Part] = []
 
         def on_device(*operands):
-            made, parts[:] = self.run(params["jaxpr"], (), operands)
-            flat, unravel = ravel_pytree([part.arrays for part in parts])
+            results, groups = self.run(params["jaxpr"], (), operands)
+            flat, unravel = ravel_pytree(groups)
             # All devices' numbers in one collective, whatever is to be done with them.
             size = lax.axis_size(names)
             every = jnp.zeros((size, flat.size), flat.dtype).at[lax.axis_index(names)].set(flat)
             every = jax.vmap(unravel)(lax.psum(every, names))
-            return made, [part.of(a).pooled().arrays for part, a in zip(parts, every)]
+            return results, [group.pooled() for group in every]
 
-        made, arrays = jax.shard_map(
+        return jax.shard_map(
             on_device,
             mesh=mesh,
             in_specs=tuple(params["in_specs"]),
@@ -344,7 +349,6 @@ class _Watch:
             check_vma=params["check_vma"],
             axis_names=set(names),
         )(*given)
-        return made, [part.of(a) for part, a in zip(parts, arrays)]
 
 
 def _is_marked(jaxpr: Any) -> bool:

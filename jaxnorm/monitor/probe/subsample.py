@@ -1,4 +1,4 @@
-"""The subsample of an array that is observed, in the parts in which it lies on devices."""
+"""The subsample of an array, in the parts in which the array lies on devices."""
 
 from __future__ import annotations
 
@@ -16,33 +16,49 @@ from jaxtyping import Array, Float
 
 from jaxnorm.core.moments import wide_dtype
 
+_PARTS = 32  # equal parts of the examples, from each of which some are taken
+_POSITIONS = 16  # positions of one example, at most
+_LARGE = 2**20  # elements
+# A wide layer gives fewer channels rather than fewer rows: a variance of fewer rows is off by a
+# fifth and more, and a unit that is zero in all of them need not be dead.
+_ROWS = 64
+# A channel that is seldom other than zero shows that only in many rows.
+_ROWS_OF_ALL_CHANNELS = 1024
+
 
 @dataclass(frozen=True)
-class Excerpt:
-    """The subsample of an array that is observed."""
+class Subsample:
+    """Some elements of one array, by which the whole array is summarized.
 
-    rows: Float[Array, "parts n s c"]
-    """Some of its examples, some of their positions, some of their channels; by the parts of the
-    batch that lie on devices of their own, as far as types tell."""
+    Attributes:
+        rows: some examples, some of their positions, some of their channels. The first axis goes
+            over the parts of the batch that lie on different devices, as far as types tell.
+        shape: numbers of examples, positions and channels of the whole array.
+        kind: name of the nonlinearity that gave the values; "" where it does not matter.
+    """
+
+    rows: Float[Array, "parts n s c"]  # float32, or float64 for float64 arrays
     shape: tuple[int, int, int]
-    """Examples, positions and channels of the whole array."""
     kind: str = ""
-    """The nonlinearity whose value it is, if it is one's."""
 
 
-def excerpt(
+def subsample(
     x: Float[Array, "*shape"],
     elements: int | None,
     kind: str = "",
     feature_axes: tuple[int, ...] | None = None,
-) -> Excerpt:
-    """About so many elements of `x`, evenly spread.
+) -> Subsample:
+    """Take about so many elements of an array, evenly distributed.
 
     Args:
-        x: examples first; channels last.
-        elements: None for all.
-        kind: see `Excerpt`.
-        feature_axes: other axes of the channels, all of which are looked at, in 1024 rows at least.
+        x: any floating array; examples first, channels last.
+        elements: the number of elements; None for all.
+        kind: as in `Subsample`.
+        feature_axes: the axes of the channels, where these are not the last axis. Then all
+            channels are kept, with 1024 rows or more.
+
+    Returns:
+        The subsample.
     """
     x = x if x.ndim else x.reshape(1)
     axes = [a % x.ndim for a in feature_axes or (-1,)]
@@ -56,7 +72,7 @@ def excerpt(
         rows = x.reshape(devices, n // devices, s, c)
     else:
         # Rows of channels.
-        wanted = max(_ROWS_OF_ALL if feature_axes else _ROWS, elements // c)
+        wanted = max(_ROWS_OF_ALL_CHANNELS if feature_axes else _ROWS, elements // c)
         # The examples in equal parts, as they lie on devices: each takes of what it has.
         parts = math.lcm(math.gcd(n, _PARTS), devices)
         each = n // parts
@@ -67,24 +83,17 @@ def excerpt(
         rows = every_nth(rows, 2, odd_stride(s, max(1, wanted // n_kept)))
         if not feature_axes:
             rows = every_nth(rows, 3, min(c, max(1, rows.size // elements)))
-    return Excerpt(rows.astype(wide_dtype(x.dtype)), (n, s, c), kind)
-
-
-_PARTS, _POSITIONS, _LARGE = 32, 16, 2**20
-# Of wide layers rather fewer channels: a variance of fewer rows is off by a fifth and more, and a
-# unit that is zero for all of them need not be dead.
-_ROWS = 64
-_ROWS_OF_ALL = 1024  # a channel that is seldom other than zero has to be seen so
+    return Subsample(rows.astype(wide_dtype(x.dtype)), (n, s, c), kind)
 
 
 def odd_stride(size: int, wanted: int) -> int:
-    """An odd stride for about so many positions, so that they lie in many columns of an image."""
+    """An odd stride that keeps about so many positions, in many columns of an image."""
     step = max(1, size // wanted)
     return step if step % 2 or step == 1 else step - 1
 
 
 def every_nth(x: Array, axis: int, step: int) -> Array:
-    """One of each so many entries along an axis, from the middle of each run of them."""
+    """One entry of every `step` along an axis, from the middle of each run."""
     count = x.shape[axis] // step
     if step == 1:
         return x
@@ -96,33 +105,46 @@ def every_nth(x: Array, axis: int, step: int) -> Array:
     return lax.index_in_dim(runs, step // 2, axis + 1, keepdims=False)
 
 
-def alike(excerpts: Sequence[Excerpt]) -> list[tuple[list[int], Array]]:
-    """Arrays grouped by shape and dtype, each group on an axis after that of parts."""
+def stack_alike(subsamples: Sequence[Subsample]) -> list[tuple[list[int], Array]]:
+    """Subsamples of one shape and dtype, stacked.
+
+    Returns:
+        For each group the positions of its members in `subsamples`, and their rows, of shape
+        (parts, members, n, s, c).
+    """
     groups: dict[Any, list[int]] = {}
-    for i, each in enumerate(excerpts):
+    for i, each in enumerate(subsamples):
         groups.setdefault((each.rows.shape, each.rows.dtype), []).append(i)
     return [
-        (places, jnp.stack([excerpts[i].rows for i in places], 1)) for places in groups.values()
+        (members, jnp.stack([subsamples[i].rows for i in members], 1))
+        for members in groups.values()
     ]
 
 
-def whole(arrays: Any) -> Any:
-    """Arrays with a leading axis of parts of the batch, on every device: in one collective."""
+def gather_parts(arrays: Any) -> Any:
+    """Copy arrays with a leading axis of parts of the batch to all devices, in one collective.
+
+    Args:
+        arrays: a pytree. Arrays with one part are left as they are.
+
+    Returns:
+        The same pytree.
+    """
     leaves, structure = jax.tree.flatten(arrays)
-    spread = [i for i, leaf in enumerate(leaves) if leaf.shape[0] > 1]
-    for parts in sorted({leaves[i].shape[0] for i in spread}):
-        mine = [i for i in spread if leaves[i].shape[0] == parts]
-        flat = _everywhere(jnp.concatenate([leaves[i].reshape(parts, -1) for i in mine], 1))
+    sharded = [i for i, leaf in enumerate(leaves) if leaf.shape[0] > 1]
+    for parts in sorted({leaves[i].shape[0] for i in sharded}):
+        group = [i for i in sharded if leaves[i].shape[0] == parts]
+        flat = _replicated(jnp.concatenate([leaves[i].reshape(parts, -1) for i in group], 1))
         start = 0
-        for i in mine:
+        for i in group:
             size = math.prod(leaves[i].shape[1:])
-            piece = flat[:, start : start + size].reshape(leaves[i].shape)
-            leaves[i], start = piece.astype(leaves[i].dtype), start + size
+            chunk = flat[:, start : start + size].reshape(leaves[i].shape)
+            leaves[i], start = chunk.astype(leaves[i].dtype), start + size
     return jax.tree.unflatten(structure, leaves)
 
 
 def _devices(x: Array) -> int:
-    """Over how many devices the leading axis of an array may be spread."""
+    """The number of devices over which the leading axis of an array may be sharded."""
     sharding = jax.typeof(x).sharding
     leading = sharding.spec[0] if x.ndim and len(sharding.spec) else None
     named = leading if isinstance(leading, tuple) else (leading,)
@@ -132,7 +154,8 @@ def _devices(x: Array) -> int:
     return math.prod(n for name, n, kind in axes if kind == AxisType.Auto or name in named)
 
 
-def _everywhere(x: Array) -> Array:
+def _replicated(x: Array) -> Array:
+    """The same array, whole on every device."""
     mesh = jax.typeof(x).sharding.mesh
     sharding = NamedSharding(mesh, P(*(None for _ in x.shape)))
     if AxisType.Explicit in mesh.axis_types:

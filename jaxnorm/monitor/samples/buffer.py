@@ -11,18 +11,22 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxnorm.monitor.samples.schema import Sample, Schema
+from jaxnorm.monitor.samples.schema import Schema
 
 
 class Buffer(struct.PyTreeNode):
-    """The last samples of a run, on the device."""
+    """The last samples of a run, in a ring on the device.
 
-    rows: Float[Array, "rows width"]
-    """One more than samples are kept: the next one's is free."""
-    steps: Int[Array, " rows"]
-    """The step of each row."""
-    written: Int[Array, ""]
-    """Samples ever taken."""
+    Attributes:
+        rows: the samples. There is one row more than samples are kept: the next sample's is free.
+        steps: the step of each row.
+        written: the number of samples ever written.
+        schema: the meaning of a row; not a leaf of the pytree.
+    """
+
+    rows: Float[Array, "rows width"]  # float32
+    steps: Int[Array, " rows"]  # int32
+    written: Int[Array, ""]  # int32, shape ()
     schema: Schema = struct.field(pytree_node=False)
 
     @classmethod
@@ -62,11 +66,6 @@ class Buffer(struct.PyTreeNode):
         first = max(since, written - self.capacity)
         order = np.arange(first, written) % self.steps.shape[0]
         return _here(self.steps)[order], _here(self.rows)[order], max(0, first - since)
-
-
-def row_of(sample: Sample) -> Float[Array, " width"]:
-    """All numbers of a sample, one behind the other."""
-    return jnp.concatenate([jnp.ravel(a).astype(jnp.float32) for a in jax.tree.leaves(sample)])
 
 
 def _here(array: Array) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,9 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core.moments import Moments
 from jaxnorm.monitor.probe.marks import Place
-from jaxnorm.monitor.probe.observations import Sight
+from jaxnorm.monitor.probe.observations import Observation
 from jaxnorm.monitor.probe.summary import EDGES, FLAT_ENDS, BatchSummary, Summary
-from jaxnorm.monitor.samples.schema import ParameterSummary
+from jaxnorm.monitor.samples.recording import Recording
 from jaxnorm.monitor.samples.shift import (
     excess_kurtosis,
     kl_divergence,
@@ -58,44 +57,16 @@ NEAR_EPSILON = 10.0
 Series = dict[str, np.ndarray]
 
 
-class Seen(Protocol):
-    """A `Recording`, or what is read like one."""
-
-    @property
-    def steps(self) -> np.ndarray:
-        """The steps of the samples."""
-        ...
-
-    @property
-    def places(self) -> tuple[Place, ...]:
-        """The places that were observed."""
-        ...
-
-    @property
-    def metrics(self) -> Mapping[str, np.ndarray]:
-        """The loss and other numbers."""
-        ...
-
-    @property
-    def parameters(self) -> Mapping[str, ParameterSummary]:
-        """Norms of each array of parameters."""
-        ...
-
-    def __getitem__(self, name: str) -> Sight:
-        """The observation of one place."""
-        ...
-
-
-def measure(recording: Seen) -> dict[str, Series]:
+def measure(recording: Recording) -> dict[str, Series]:
     """Every measure of every place of a recording, by sample.
 
     Args:
-        recording: of one run.
+        recording: the recording of one run.
 
     Returns:
-        For each of `MEASURES` that the recording has something of, for each place that has it, in
-        the order of a forward pass, float64 of shape (samples,). What compares with the sample
-        before is not a number in the first.
+        Name of a measure -> name of a place -> float64 of shape (samples,). There are those of
+        `MEASURES` that the recording has numbers for, and places come in the order of a forward
+        pass. A measure that compares with the sample before is not a number in the first sample.
 
     Raises:
         Nothing of its own.
@@ -107,9 +78,16 @@ def measure(recording: Seen) -> dict[str, Series]:
         ...     measure(Recording(folder))
         {}
     """
+    return measure_observations(recording.places, {name: recording[name] for name in recording})
+
+
+def measure_observations(
+    places: Sequence[Place], observations: Mapping[str, Observation]
+) -> dict[str, Series]:
+    """Measure observations that have a leading axis of samples, as `measure` does."""
     found: dict[str, Series] = {}
-    for place in recording.places:
-        for name, series in _of_place(recording[place.name], place):
+    for place in places:
+        for name, series in _of_place(observations[place.name], place):
             found.setdefault(name, {})[place.name] = np.asarray(series, np.float64)
     return {name: found[name] for name in MEASURES if name in found}
 
@@ -124,7 +102,7 @@ def quantiles(
 ) -> np.ndarray:
     r"""The values below which these shares of the numbers lie, from counts in bins.
 
-    Within a bin numbers are taken to be spread evenly.
+    Within a bin the numbers are taken to be evenly distributed.
 
     Args:
         histogram: counts, shape (..., bins).
@@ -172,8 +150,8 @@ def quantiles(
     return np.concatenate(found, -1)
 
 
-def _of_place(sight: Sight, place: Place) -> Iterator[tuple[str, ArrayLike]]:
-    value = sight.value
+def _of_place(observation: Observation, place: Place) -> Iterator[tuple[str, ArrayLike]]:
+    value = observation.value
     moments = jax.tree.map(np.asarray, value.moments)
     with np.errstate(all="ignore"):  # what diverged is shown as it is
         yield "mean", moments.mean
@@ -192,11 +170,11 @@ def _of_place(sight: Sight, place: Place) -> Iterator[tuple[str, ArrayLike]]:
         yield "skewness", skewness(counts, edges=EDGES)
         yield "excess_kurtosis", excess_kurtosis(counts, edges=EDGES)
         yield from _fields(value, place)
-        if sight.gradient is not None:
-            yield "gradient_norm", sight.gradient.norm
-        if sight.batch is not None:
-            yield from _of_batch(sight.batch, place)
-        by_channel = sight.batch if sight.channels is None else sight.channels
+        if observation.gradient is not None:
+            yield "gradient_norm", observation.gradient.norm
+        if observation.batch is not None:
+            yield from _of_batch(observation.batch, place)
+        by_channel = observation.batch if observation.channels is None else observation.channels
         if by_channel is not None:
             yield "spread", np.sqrt(by_channel.moments.var).mean(-1)
 
@@ -213,7 +191,7 @@ def _fields(value: Summary, place: Place) -> Iterator[tuple[str, ArrayLike]]:
 
 def _of_batch(batch: BatchSummary, place: Place) -> Iterator[tuple[str, ArrayLike]]:
     yield "running_kl", running_kl(batch).mean(-1)
-    yield "effective_batch", batch.independent
+    yield "effective_batch", _known(batch.independent)
     epsilon = dict(place.facts).get("epsilon")
     if epsilon is not None:
         yield "near_epsilon", (batch.moments.var < NEAR_EPSILON * epsilon).mean(-1)
@@ -231,6 +209,6 @@ def later(series: ArrayLike) -> np.ndarray:
 
 
 def _known(array: ArrayLike | None) -> np.ndarray:
-    """A field that every value has, and only gradients have not."""
+    """A field that is never None here: those of values, and of whole batches."""
     assert array is not None
     return np.asarray(array)

@@ -1,6 +1,6 @@
 """A run's samples on disk: a folder that can be read while it grows, and after a crash.
 
-`recording.json` says what was looked at; each flush adds one file of NumPy arrays. Files are there
+`recording.json` says what was observed; each flush adds one file of NumPy arrays. Files are there
 whole or not at all, so a run that is killed keeps all but what it had not flushed.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from jaxnorm.files import write_whole
 from jaxnorm.monitor.display import Displayed
 from jaxnorm.monitor.probe.marks import Place
-from jaxnorm.monitor.probe.observations import Sight
+from jaxnorm.monitor.probe.observations import Observation
 from jaxnorm.monitor.samples.buffer import Buffer
 from jaxnorm.monitor.samples.gradient_shift import GradientShift
 from jaxnorm.monitor.samples.schema import ParameterSummary, Schema
@@ -104,7 +104,7 @@ class Recording(Displayed):
 
     @property
     def steps(self) -> np.ndarray:
-        """The steps at which samples were taken, in order."""
+        """The sampled steps in order, int64 of shape (samples,)."""
         return self._steps
 
     @property
@@ -114,7 +114,7 @@ class Recording(Displayed):
 
     @property
     def metrics(self) -> dict[str, np.ndarray]:
-        """The loss and the other numbers of the steps that were looked at."""
+        """The loss and the other metrics of the sampled steps, shape (samples,) each."""
         arrays = self._arrays()
         return {
             path.split("|", 1)[1]: array
@@ -145,7 +145,7 @@ class Recording(Displayed):
     def __iter__(self) -> Iterator[str]:
         return (place.name for place in self.places)
 
-    def __getitem__(self, name: str) -> Sight:
+    def __getitem__(self, name: str) -> Observation:
         """The observations of one place, each array with a leading axis of samples.
 
         Args:
@@ -161,7 +161,7 @@ class Recording(Displayed):
                 "Use one of these names."
             )
         assert self.schema is not None
-        return self.schema.sight(self._arrays(), name)
+        return self.schema.observation(self._arrays(), name)
 
     def append(self, state: Any) -> int:
         """Read what waits on the device, and write it down.
@@ -358,17 +358,17 @@ def _packed(steps: np.ndarray, rows: np.ndarray, lost: int) -> bytes:
     return file.getvalue()
 
 
-def _figures(sight: Sight) -> Iterator[tuple[str, np.ndarray]]:
+def _figures(observation: Observation) -> Iterator[tuple[str, np.ndarray]]:
     """Each figure of a place that is one number."""
-    summary = sight.value
+    summary = observation.value
     yield "mean", np.asarray(summary.moments.mean)
     yield "variance", np.asarray(summary.moments.m2) / np.maximum(summary.moments.count, 1)
     for field in ("minimum", "maximum", "nonfinite", "zeros", "saturated", "dead"):
         value = getattr(summary, field)
         if value is not None:
             yield field, np.asarray(value)
-    if sight.gradient is not None:
-        yield "gradient_norm", np.asarray(sight.gradient.norm)
+    if observation.gradient is not None:
+        yield "gradient_norm", np.asarray(observation.gradient.norm)
 
 
 def _damaged(path: Path, error: Exception) -> RecordingError:

@@ -1,4 +1,4 @@
-"""The meaning of a sample's numbers, on the device and on disk."""
+"""One sample: all that was observed in one step, as arrays and as a row of numbers."""
 
 from __future__ import annotations
 
@@ -13,53 +13,72 @@ from jaxtyping import Array, Float
 
 from jaxnorm.core.moments import Moments
 from jaxnorm.monitor.probe.marks import Place
-from jaxnorm.monitor.probe.observations import Sight, Sights
+from jaxnorm.monitor.probe.observations import Observation, Observations
 from jaxnorm.monitor.probe.summary import BatchSummary, Summary
 from jaxnorm.monitor.samples.gradient_shift import GradientShift
 
+# What recordings of format 1 call the observations.
+_STORED_AS = "sights"
+
 
 class ParameterSummary(NamedTuple):
-    """Euclidean norms of an array of parameters in one step."""
+    """Euclidean norms of an array of parameters in one step.
 
-    weight: Float[Array, ""]
-    gradient: Float[Array, ""]
-    update: Float[Array, ""]
+    In a sample there is an axis of arrays of parameters, in a recording one of samples.
+    """
+
+    weight: Float[Array, ""]  # float32, shape ()
+    gradient: Float[Array, ""]  # float32, shape ()
+    update: Float[Array, ""]  # float32, shape ()
 
     @property
     def update_ratio(self) -> Float[Array, ""]:
-        """Length of the update over that of the weights; infinite where these are all zero."""
+        """Norm of the update over that of the weights; infinite where these are all zero."""
         return jnp.where(self.weight == 0, jnp.inf, jnp.divide(self.update, self.weight))
 
 
 class Sample(NamedTuple):
-    """All that was seen in one step."""
+    """All numbers that were observed in one step.
 
-    sights: Sights
-    parameters: ParameterSummary
-    """With an axis of arrays of parameters."""
-    metrics: dict[str, Float[Array, ""]]
-    """The loss, and what else of the step's metrics is a number."""
-    shift: GradientShift | None = None
+    Attributes:
+        observations: of all places in the model.
+        parameters: norms of all arrays of parameters.
+        metrics: the loss, and the other metrics of the step that are single numbers.
+        shift: internal covariate shift of the step; None unless `Monitor(shift=True)`.
+    """
+
+    observations: Observations
+    parameters: ParameterSummary  # float32, shape (arrays of parameters,) each
+    metrics: dict[str, Float[Array, ""]]  # shape () each
+    shift: GradientShift | None = None  # float32, shape (layers,) each
+
+    @property
+    def row(self) -> Float[Array, " width"]:  # float32
+        """All numbers, one after the other."""
+        return jnp.concatenate([jnp.ravel(a).astype(jnp.float32) for a in jax.tree.leaves(self)])
 
 
 @dataclass(frozen=True)
 class Schema:
-    """The meaning of a sample's numbers."""
+    """The meaning of the numbers in a row.
+
+    Attributes:
+        columns: path and shape of each array of a sample, in the order of the row.
+        places: the places in the order of a forward pass.
+        with_gradient: names of the places whose gradients were observed.
+        parameters: paths of the arrays of parameters.
+        shift_layers: paths of the layers of the gradients' shift, if that was observed.
+    """
 
     columns: tuple[tuple[str, tuple[int, ...]], ...]
-    """Path and shape of each array, in the order in which they lie one behind the other."""
     places: tuple[Place, ...]
-    """In the order in which a forward pass comes by."""
     with_gradient: tuple[str, ...]
-    """Names of the places whose gradients were looked at."""
     parameters: tuple[str, ...]
-    """Paths of the arrays of parameters."""
     shift_layers: tuple[str, ...] = ()
-    """Paths of the layers in the order of the gradients' shift, if that was looked at."""
 
     @property
     def width(self) -> int:
-        """Numbers in a sample."""
+        """The number of numbers in a row."""
         return sum(math.prod(shape) for _, shape in self.columns)
 
     @classmethod
@@ -69,14 +88,21 @@ class Schema:
         paths = jax.tree_util.tree_leaves_with_path(params)
         return cls(
             tuple((_path(path, "|"), jnp.shape(leaf)) for path, leaf in leaves),
-            sample.sights.places,
-            sample.sights.with_gradient,
+            sample.observations.places,
+            sample.observations.with_gradient,
             tuple(_path(path, "/") for path, _ in paths),
             () if sample.shift is None else sample.shift.layers,
         )
 
     def split(self, rows: np.ndarray) -> dict[str, Any]:
-        """The arrays of many samples, of shape (samples, width), by their paths."""
+        """Split the rows of many samples into arrays.
+
+        Args:
+            rows: float32, shape (samples, width).
+
+        Returns:
+            Path -> array with a leading axis of samples.
+        """
         arrays, start = {}, 0
         for path, shape in self.columns:
             size = math.prod(shape)
@@ -84,20 +110,17 @@ class Schema:
             start += size
         return arrays
 
-    def sight(self, arrays: dict[str, Any], name: str) -> Sight:
+    def observation(self, arrays: dict[str, Any], name: str) -> Observation:
         """The observation of one place, from the arrays that `split` returned."""
         at = [place.name for place in self.places].index(name)
-        value = _summary(arrays, "sights|values", at)
+        value = _summary(arrays, "observations|values", at)
         gradient = None
         if name in self.with_gradient:
-            gradient = _summary(arrays, "sights|gradients", self.with_gradient.index(name))
-        batch, prefix = None, f"sights|batches|{name}"
-        if f"{prefix}|examples" in arrays:
-            rest = (arrays[f"{prefix}|{field}"] for field in BatchSummary._fields[1:])
-            batch = BatchSummary(_moments(arrays, f"{prefix}|moments"), *rest)
-        prefixes = (f"sights|{of}|{name}" for of in ("channels", "channel_gradients"))
+            at = self.with_gradient.index(name)
+            gradient = _summary(arrays, "observations|gradients", at)
+        prefixes = (f"observations|{of}|{name}" for of in ("channels", "channel_gradients"))
         by_channel = (_summary(arrays, p) if f"{p}|size" in arrays else None for p in prefixes)
-        return Sight(value, gradient, batch, *by_channel)
+        return Observation(value, gradient, _batch(arrays, name), *by_channel)
 
     def shift(self, arrays: dict[str, Any]) -> GradientShift | None:
         """The shift of the gradients, from the arrays that `split` returned."""
@@ -106,8 +129,9 @@ class Schema:
         return GradientShift(self.shift_layers, arrays["shift|l2"], arrays["shift|cosine"])
 
     def to_json(self) -> dict[str, Any]:
-        """As `from_json` takes it."""
-        return asdict(self)
+        """An object for `from_json`."""
+        columns = [(_renamed(path, "observations", _STORED_AS), a) for path, a in self.columns]
+        return asdict(self) | {"columns": columns}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Schema:
@@ -122,17 +146,29 @@ class Schema:
             )
             for place in stored["places"]
         ]
+        columns = ((_renamed(path, _STORED_AS, "observations"), a) for path, a in stored["columns"])
         return cls(
-            tuple((path, tuple(shape)) for path, shape in stored["columns"]),
+            tuple((path, tuple(shape)) for path, shape in columns),
             tuple(places),
             tuple(stored["with_gradient"]),
             tuple(stored["parameters"]),
-            tuple(stored.get("shift_layers", ())),  # which earlier recordings have not
+            tuple(stored.get("shift_layers", ())),  # earlier recordings have none
         )
 
 
+def _renamed(path: str, old: str, new: str) -> str:
+    first, bar, rest = path.partition("|")
+    return f"{new}{bar}{rest}" if first == old else path
+
+
 def _summary(arrays: dict[str, Any], prefix: str, at: Any = ...) -> Summary:
-    """The one at some place of an axis after that of samples, or all of it."""
+    """A summary from the arrays below a path.
+
+    Args:
+        arrays: as `Schema.split` returns them.
+        prefix: the path.
+        at: the entry of the axis after that of samples; ... for all of them.
+    """
     fields = {
         field: arrays[f"{prefix}|{field}"][:, at]
         for field in Summary._fields
@@ -140,6 +176,15 @@ def _summary(arrays: dict[str, Any], prefix: str, at: Any = ...) -> Summary:
     }
     moments = (a[:, at] for a in _moments(arrays, f"{prefix}|moments"))
     return Summary(**fields, moments=Moments(*moments))
+
+
+def _batch(arrays: dict[str, Any], name: str) -> BatchSummary | None:
+    prefix = f"observations|batches|{name}"
+    if f"{prefix}|examples" not in arrays:
+        return None
+    fields = ("running_mean", "running_var", "examples", "independent")
+    rest = {field: arrays[f"{prefix}|{field}"] for field in fields}
+    return BatchSummary(_moments(arrays, f"{prefix}|moments"), **rest)
 
 
 def _moments(arrays: dict[str, Any], prefix: str) -> Moments:

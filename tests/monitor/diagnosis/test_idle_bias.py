@@ -11,7 +11,7 @@ from drawn import initial
 from flax import nnx
 
 from jaxnorm.monitor import attach, observe
-from jaxnorm.monitor.diagnosis.evidence import Evidence, Look
+from jaxnorm.monitor.diagnosis.evidence import Evidence
 from jaxnorm.monitor.diagnosis.rules.statistics import idle_bias
 
 RNG = np.random.default_rng(0)
@@ -22,7 +22,9 @@ def idle(function, *args):
     """The layers whose biases are called idle, which no number decides."""
     shapes = jax.eval_shape(observe(function), *args)[1]
     seen = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    return {layer for finding in idle_bias(Evidence(Look.of(seen))) for layer in finding.where}
+    return {
+        layer for finding in idle_bias(Evidence.of_observations(seen)) for layer in finding.where
+    }
 
 
 def idle_linen(model, variables):

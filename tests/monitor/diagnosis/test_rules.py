@@ -14,7 +14,7 @@ from recordings import invent
 
 import jaxnorm.linen as jnn
 from jaxnorm.monitor import Finding, Findings, Monitor, Recording, attach, diagnose, observe
-from jaxnorm.monitor.diagnosis.evidence import Evidence, Look, apart
+from jaxnorm.monitor.diagnosis.evidence import Evidence, symmetric_divergence
 from jaxnorm.monitor.diagnosis.rules.activations import near_epsilon
 from jaxnorm.monitor.diagnosis.rules.statistics import train_serve_skew
 from jaxnorm.training import create_train_state, make_train_step
@@ -296,8 +296,8 @@ class TestOneLook:
             return attach(model).apply(variables, x, mutable=["batch_stats"])
 
         _, seen = jax.jit(observe(run, elements=4096))(fitted(model, x), x)
-        assert not list(train_serve_skew(Evidence(Look.of(seen))))
-        assert not list(near_epsilon(Evidence(Look.of(seen))))
+        assert not list(train_serve_skew(Evidence.of_observations(seen)))
+        assert not list(near_epsilon(Evidence.of_observations(seen)))
 
     def test_several_feature_axes_in_any_order(self):
         x = (RNG.normal(size=(32, 2, 4, 8)) * np.arange(1, 9)).astype(np.float32)
@@ -345,7 +345,11 @@ class TestTraining:
         found, recording = train(tmp_path, Net(momentum=0.99), batches() + 2)
         skew = found["train-serve-skew"]
         assert "Recalibrate" in skew.remedy
-        assert skew.evidence["after recalibration (nats)"] < 0.25 < skew.evidence["skew (nats)"]
+        assert (
+            skew.evidence["after recalibration (nats)"]
+            < 0.25
+            < skew.evidence["train/eval divergence (nats)"]
+        )
         # Independently: the gap of one channel's means, in deviations, of the last sample.
         batch = recording["BatchNorm_0:input"].batch
         gap = np.abs(batch.moments.mean[-1] - batch.running_mean[-1])
@@ -407,7 +411,7 @@ class TestTraining:
         assert str(finding).count("\n") == 5 and isinstance(finding, Finding)
 
 
-def test_apart_is_the_closed_form_without_what_chance_brings():
+def test_the_divergence_is_the_closed_form_without_what_chance_brings():
     from jaxnorm.core.moments import Moments
 
     def of(mean, var):
@@ -415,17 +419,21 @@ def test_apart_is_the_closed_form_without_what_chance_brings():
 
     # Means m apart, variances v: m^2 / v; variances a and b: (a / b + b / a) / 2 - 1.
     none = np.zeros(1)
-    assert apart(of(2.0, 4.0), of(0.0, 4.0), none) == pytest.approx([1.0])
-    assert apart(of(0.0, 4.0), of(0.0, 1.0), none) == pytest.approx([(4 + 0.25) / 2 - 1])
-    assert apart(of(0.0, 0.0), of(0.0, 0.0), none) == [0]
-    assert apart(of(0.0, 0.0), of(0.0, 1.0), none) == [10]
+    assert symmetric_divergence(of(2.0, 4.0), of(0.0, 4.0), none) == pytest.approx([1.0])
+    assert symmetric_divergence(of(0.0, 4.0), of(0.0, 1.0), none) == pytest.approx(
+        [(4 + 0.25) / 2 - 1]
+    )
+    assert symmetric_divergence(of(0.0, 0.0), of(0.0, 0.0), none) == [0]
+    assert symmetric_divergence(of(0.0, 0.0), of(0.0, 1.0), none) == [10]
     # The mean over many draws of 20 numbers from the same distribution is what is taken off.
     draws = np.random.default_rng(0).normal(size=(2000, 20, 3))
     drawn = Moments(
         *(np.float32(a) for a in (np.full((2000, 3), 20), draws.mean(1), draws.var(1) * 20))
     )
     truth = Moments(*(np.broadcast_to(a, (2000, 3)) for a in of(0.0, 1.0)))
-    assert float(np.mean(apart(drawn, truth, np.zeros(2000)))) == pytest.approx(2 / 20, rel=0.2)
+    assert float(np.mean(symmetric_divergence(drawn, truth, np.zeros(2000)))) == pytest.approx(
+        2 / 20, rel=0.2
+    )
 
 
 @pytest.mark.parametrize(
@@ -455,7 +463,7 @@ def test_nothing_found_says_so():
 
 def test_the_gravest_come_first(tmp_path):
     def spoil(arrays):
-        arrays["sights|values|nonfinite"][8:, 4] = 0.5
+        arrays["observations|values|nonfinite"][8:, 4] = 0.5
         arrays["parameters|update"][:] = 100.0
 
     found = diagnose(invent(tmp_path, samples=40, norm="LayerNorm", spoil=spoil))

@@ -38,7 +38,7 @@ KARPATHY = "https://cs231n.github.io/neural-networks-1/"
 def nonfinite(evidence: Evidence) -> Iterator[Finding]:
     """The first value that is infinite or not a number."""
     at = evidence.healthy
-    steps = evidence.seen.steps
+    steps = evidence.steps
     if at == len(steps):
         return
     place, what, share = _first_nonfinite(evidence, at)
@@ -49,7 +49,7 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
         largest = [abs(float(end[at - 1])) for end in ends if end is not None]
         numbers["largest value there before"] = max(largest, default=math.nan)
     numbers["share"] = share
-    first = not at and what == "value" and place == evidence.seen.places[0].name
+    first = not at and what == "value" and place == evidence.places[0].name
     yield Finding(
         "nonfinite",
         "critical",
@@ -72,18 +72,17 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
 def near_epsilon(evidence: Evidence) -> Iterator[Finding]:
     """Channels that hardly vary, so that epsilon decides how they are scaled."""
     found: list[tuple[float, float, str]] = []
-    for norm in evidence.norms:
-        epsilon = norm.facts.get("epsilon")
-        if epsilon is not None:
-            var = evidence.late(np.asarray(norm.batch.moments.var))
-            share = float((var < NEAR_EPSILON * epsilon).all(0).mean()) if len(var) else 0.0
-            found.append((share, epsilon, norm.place.layer))
-    batch = {norm.place.name for norm in evidence.norms}
-    for place in evidence.seen.places:
+    for place in evidence.batch_norms:
         epsilon = evidence.facts[place.name].get("epsilon")
-        if not place.is_norm or place.side != "input" or place.name in batch or epsilon is None:
+        if epsilon is not None:
+            var = evidence.late(np.asarray(evidence.batches[place.name].moments.var))
+            share = float((var < NEAR_EPSILON * epsilon).all(0).mean()) if len(var) else 0.0
+            found.append((share, epsilon, place.layer))
+    for place in evidence.places:
+        epsilon = evidence.facts[place.name].get("epsilon")
+        if not place.is_norm or place.side != "input" or epsilon is None:
             continue
-        if evidence.facts[place.name].get("masked"):
+        if place.name in evidence.batches or evidence.facts[place.name].get("masked"):
             continue
         size = evidence.typical(_power(evidence, place))
         found.append((float(size < NEAR_EPSILON * epsilon), epsilon, place.layer))
@@ -204,7 +203,7 @@ class _Law(NamedTuple):
 def _laws(evidence: Evidence, measure: str) -> Iterator[_Law]:
     """One for each kind of place of which there are enough, if they follow one."""
     chains: dict[tuple[str, str], list[Place]] = {}
-    for place in evidence.seen.places if evidence.healthy else ():
+    for place in evidence.places if evidence.healthy else ():
         if place.name in evidence.measures.get(measure, {}) and (
             place.is_norm == (place.side == "input")
         ):
@@ -230,8 +229,8 @@ def _first_nonfinite(evidence: Evidence, at: int) -> tuple[str, str, float]:
     for name, series in evidence.measures.get("nonfinite", {}).items():
         if series[at] > 0:
             return name, "value", float(series[at])
-    for place in reversed(evidence.seen.places):  # as the backward pass goes
-        gradient = evidence.seen[place.name].gradient
+    for place in reversed(evidence.places):  # as the backward pass goes
+        gradient = evidence.observations[place.name].gradient
         if gradient is not None and np.asarray(gradient.nonfinite)[at] > 0:
             return place.name, "gradient", float(np.asarray(gradient.nonfinite)[at])
     return "loss", "metric", 1.0
@@ -246,7 +245,7 @@ def _power(evidence: Evidence, place: Place) -> np.ndarray:
 
 
 def _place(evidence: Evidence, name: str) -> Place:
-    return next(place for place in evidence.seen.places if place.name == name)
+    return next(place for place in evidence.places if place.name == name)
 
 
 def _severity(severe: bool) -> Severity:

@@ -28,7 +28,7 @@ DRIFT = 0.1
 def update_ratio(evidence: Evidence) -> Iterator[Finding]:
     """Updates that are out of all proportion to what they update."""
     large, small = [], []
-    for path, norms in evidence.seen.parameters.items():
+    for path, norms in evidence.parameters.items():
         weight, update = np.asarray(norms.weight), np.asarray(norms.update)
         name = path.removesuffix("/value").rsplit("/", 1)[-1]  # NNX names the value, too
         # What starts at zero has no proportion; scales and biases are few numbers.
@@ -61,7 +61,7 @@ def update_ratio(evidence: Evidence) -> Iterator[Finding]:
 
 def drift_after_drop(evidence: Evidence) -> Iterator[Finding]:
     """Means that move on when the learning rate has been dropped."""
-    updates = [np.asarray(norms.update) for norms in evidence.seen.parameters.values()]
+    updates = [np.asarray(norms.update) for norms in evidence.parameters.values()]
     if not updates or evidence.healthy < 2 * WINDOW + 1:
         return
     size = np.sqrt(np.square(np.stack(updates)[:, : evidence.healthy]).sum(0))
@@ -69,7 +69,7 @@ def drift_after_drop(evidence: Evidence) -> Iterator[Finding]:
     if factor < DROP:
         return
     found = []
-    for place in evidence.seen.places:
+    for place in evidence.places:
         if place.is_norm != (place.side == "input"):
             continue
         drift = _drift(evidence, place.name)
@@ -84,8 +84,7 @@ def drift_after_drop(evidence: Evidence) -> Iterator[Finding]:
             "drift-after-drop",
             "warning",
             tuple(layer for _, _, layer in found),
-            f"Means go on drifting after the learning rate dropped at step "
-            f"{evidence.seen.steps[at]}.",
+            f"Means go on drifting after the learning rate dropped at step {evidence.steps[at]}.",
             "Not the steps move them: the data change, or weight decay shrinks kernels before a "
             "norm, which raises their effective learning rate again.",
             "Look whether the data are drawn alike before and after; leave scale-invariant "
@@ -102,14 +101,14 @@ def drift_after_drop(evidence: Evidence) -> Iterator[Finding]:
 
 def _drift(evidence: Evidence, name: str) -> np.ndarray:
     """The drift of the mean between samples, in deviations; of a batch norm's channels together."""
-    norm = next((norm for norm in evidence.norms if norm.place.name == name), None)
-    if norm is None:
+    batch = evidence.batches.get(name)
+    if batch is None:
         deviation = evidence.measures["deviation"][name]
         drift = evidence.measures["mean_drift"][name] / np.where(deviation > 0, deviation, 1)
     else:
-        mean, var = np.asarray(norm.batch.moments.mean), np.asarray(norm.batch.moments.var)
+        mean, var = np.asarray(batch.moments.mean), np.asarray(batch.moments.var)
         moved = np.square(np.diff(mean, axis=0)) / np.where(var > 0, var, 1)[1:]
-        drift = later(np.sqrt(np.maximum(moved.mean(-1) - norm.noise[1:], 0)))
+        drift = later(np.sqrt(np.maximum(moved.mean(-1) - evidence.noise[name][1:], 0)))
     return drift[: evidence.healthy]
 
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from jaxnorm.monitor.diagnosis.evidence import LEAST_INDEPENDENT, Evidence, Norm, apart
+from jaxnorm.monitor.diagnosis.evidence import LEAST_INDEPENDENT, Evidence, symmetric_divergence
 from jaxnorm.monitor.diagnosis.findings import Finding, Severity
+from jaxnorm.monitor.probe.marks import Place
 
 SHIFTED = 0.25
 """Nats between two distributions from which they are called shifted: Siddiqi, Credit Risk
-Scorecards, 2006, for the population stability index, of which `apart` is the form without bins."""
+Scorecards, 2006, for the population stability index; `symmetric_divergence` is its form without
+bins."""
 FAR = 1.0
 """Nats that no reading of an evaluation survives: means apart by a whole deviation."""
 
@@ -27,48 +29,48 @@ calls one minus it momentum, 0.1 by default."""
 HALF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 """Relative rounding errors."""
 
+DIVERGENCE = "train/eval divergence (nats)"
+"""The name of the divergence in the evidence of a finding."""
+
 IOFFE = "https://arxiv.org/abs/1502.03167"
 WU_JOHNSON = "https://arxiv.org/abs/2105.07576"
 
 
 def never_updated(evidence: Evidence) -> Iterator[Finding]:
     """Running statistics that are the same in every sample, or those of initialization."""
-    stuck = [n for n in evidence.norms if _is_stuck(n) and evidence.typical(n.skew) > SHIFTED]
+    stuck = [place for place in _shifted(evidence) if _is_stuck(evidence, place)]
     if not stuck:
         return
-    momentum = stuck[0].facts.get("momentum")
-    looked_once = len(evidence.seen.steps) == 1
+    momentum = evidence.facts[stuck[0].name].get("momentum")
+    single = len(evidence.steps) == 1
     cause = "The training loop drops the batch_stats that the model returns."
     if momentum == 1:
         cause = "momentum=1 keeps the old value whole."
-    elif looked_once:
+    elif single:
         cause = "The model was never trained, or its training loop drops the batch_stats."
     yield Finding(
         "never-updated",
-        "warning" if looked_once else "critical",
+        "warning" if single else "critical",
         _layers(stuck),
         "Running statistics are at their initial values."
-        if looked_once
+        if single
         else "Running statistics were never updated.",
         cause,
         "Store what apply(..., mutable=['batch_stats']) returns, as make_train_step does; for a "
         "trained model, recompute them over the training data before it is evaluated.",
         IOFFE,
-        _skew(evidence, stuck),
+        _divergence(evidence, stuck),
     )
 
 
 def train_serve_skew(evidence: Evidence) -> Iterator[Finding]:
     """Running statistics that are not those of the batches they are to stand for."""
-    norms = [
-        n
-        for n in evidence.norms
-        if not n.frozen and not _is_stuck(n) and evidence.typical(n.skew) > SHIFTED
-    ]
+    shifted = [place for place in _shifted(evidence) if not evidence.is_frozen(place)]
+    norms = [place for place in shifted if not _is_stuck(evidence, place)]
     if not norms:
         return
-    left = [_after_recalibration(evidence, norm) for norm in norms]
-    numbers = _skew(evidence, norms)
+    left = [_after_recalibration(evidence, place) for place in norms]
+    numbers = _divergence(evidence, norms)
     if np.isnan(left).any():
         verdict = "There are too few samples to tell whether recalibration would mend it."
         remedy = "Watch more steps; if the batches agree among themselves, recalibrate."
@@ -101,13 +103,10 @@ def train_serve_skew(evidence: Evidence) -> Iterator[Finding]:
 
 def frozen_on_shifted(evidence: Evidence) -> Iterator[Finding]:
     """Running statistics in use, on data that they are not of."""
-    norms = [
-        n
-        for n in evidence.norms
-        if n.frozen and not _is_stuck(n) and evidence.typical(n.skew) > SHIFTED
-    ]
+    shifted = [place for place in _shifted(evidence) if evidence.is_frozen(place)]
+    norms = [place for place in shifted if not _is_stuck(evidence, place)]
     if norms:
-        numbers = _skew(evidence, norms)
+        numbers = _divergence(evidence, norms)
         yield Finding(
             "frozen-on-shifted",
             _severity(numbers),
@@ -122,23 +121,24 @@ def frozen_on_shifted(evidence: Evidence) -> Iterator[Finding]:
 
 def small_batch(evidence: Evidence) -> Iterator[Finding]:
     """Statistics of too few numbers."""
-    few: list[tuple[float, float, Norm]] = []
-    for norm in evidence.norms:
-        if norm.frozen:
+    few: list[tuple[float, float, Place]] = []
+    for place in evidence.batch_norms:
+        if evidence.is_frozen(place):
             continue
-        independent = evidence.typical(norm.batch.independent)
-        examples = evidence.typical(norm.batch.examples)
-        virtual = norm.facts.get("virtual_batch_size")
+        batch = evidence.batches[place.name]
+        independent = evidence.typical(np.asarray(batch.independent))
+        examples = evidence.typical(batch.examples)
+        virtual = evidence.facts[place.name].get("virtual_batch_size")
         if virtual and virtual < examples:
             independent, examples = independent * virtual / examples, virtual
         if independent < LEAST_INDEPENDENT or examples < LEAST_EXAMPLES:
-            few.append((independent, examples, norm))
+            few.append((independent, examples, place))
     if few:
         independent, examples, _ = min(few, key=lambda each: each[0])
         yield Finding(
             "small-batch",
             "critical" if independent < LEAST_INDEPENDENT / 4 else "warning",
-            _layers([norm for _, _, norm in few]),
+            _layers([place for _, _, place in few]),
             "Batch statistics come from too few examples.",
             "The batch of a device, or a virtual batch, is small; positions of one example tell "
             "much the same.",
@@ -157,10 +157,11 @@ def small_batch(evidence: Evidence) -> Iterator[Finding]:
 def imported_momentum(evidence: Evidence) -> Iterator[Finding]:
     """A momentum that looks like PyTorch's."""
     # None is an average of all batches.
-    momenta = [(n.facts.get("momentum"), n) for n in evidence.norms]
-    norms = [n for m, n in momenta if isinstance(m, int | float) and m < LOWEST_MOMENTUM]
+    momenta = [evidence.facts[place.name].get("momentum") for place in evidence.batch_norms]
+    low = [isinstance(m, int | float) and m < LOWEST_MOMENTUM for m in momenta]
+    norms = [place for place, is_low in zip(evidence.batch_norms, low) if is_low]
     if norms:
-        momentum = float(norms[0].facts["momentum"])
+        momentum = float(evidence.facts[norms[0].name]["momentum"])
         yield Finding(
             "imported-momentum",
             "warning",
@@ -177,7 +178,7 @@ def imported_momentum(evidence: Evidence) -> Iterator[Finding]:
 def half_precision(evidence: Evidence) -> Iterator[Finding]:
     """Statistics that are kept or computed in half precision."""
     found = []
-    for place in evidence.seen.places:
+    for place in evidence.places:
         facts = evidence.facts[place.name]
         kept = facts.get("running_dtype")
         computed = facts.get("input_dtype") if not facts.get("force_float32_reductions", 1) else ""
@@ -203,9 +204,9 @@ def half_precision(evidence: Evidence) -> Iterator[Finding]:
 def idle_bias(evidence: Evidence) -> Iterator[Finding]:
     """A bias that the mean subtracted right after it takes away again."""
     fed = [
-        str(norm.facts["fed_by"])
-        for norm in evidence.norms
-        if norm.facts.get("fed_by_bias") and not norm.frozen
+        str(evidence.facts[place.name]["fed_by"])
+        for place in evidence.batch_norms
+        if evidence.facts[place.name].get("fed_by_bias") and not evidence.is_frozen(place)
     ]
     if fed:
         yield Finding(
@@ -221,33 +222,44 @@ def idle_bias(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def _is_stuck(norm: Norm) -> bool:
+def _shifted(evidence: Evidence) -> list[Place]:
+    """The batch norms whose running statistics are far from those of their batches."""
+    return [
+        place
+        for place in evidence.batch_norms
+        if evidence.typical(evidence.train_eval_divergence[place.name]) > SHIFTED
+    ]
+
+
+def _is_stuck(evidence: Evidence, place: Place) -> bool:
     """True if nothing was ever written to a norm's running statistics."""
-    mean, var = np.asarray(norm.batch.running_mean), np.asarray(norm.batch.running_var)
+    batch = evidence.batches[place.name]
+    mean, var = np.asarray(batch.running_mean), np.asarray(batch.running_var)
     initial = not mean[-1].any() and (var[-1] == 1).all()
-    if len(mean) == 1 or norm.frozen:
+    if len(mean) == 1 or evidence.is_frozen(place):
         return bool(initial)
     return bool((mean == mean[0]).all() and (var == var[0]).all())
 
 
-def _after_recalibration(evidence: Evidence, norm: Norm) -> float:
-    """The distance between the batches of one sample and the next."""
-    late = jax.tree.map(evidence.late, norm.batch.moments)
+def _after_recalibration(evidence: Evidence, place: Place) -> float:
+    """The divergence between the batches of one sample and the next."""
+    late = jax.tree.map(evidence.late, evidence.batches[place.name].moments)
     if len(late.mean) < 4:
         return float("nan")
-    # Not from all of them: meanwhile the network learns, and its activations move.
+    # Only neighbours are compared: meanwhile the network learns, and its activations move.
     now, before = jax.tree.map(lambda a: a[1:], late), jax.tree.map(lambda a: a[:-1], late)
-    return float(np.median(apart(now, before, 2 * evidence.late(norm.noise)[1:])))
+    noise = 2 * evidence.late(evidence.noise[place.name])[1:]
+    return float(np.median(symmetric_divergence(now, before, noise)))
 
 
-def _skew(evidence: Evidence, norms: list[Norm]) -> dict[str, float]:
-    worst = max(float(evidence.typical(norm.skew)) for norm in norms)
-    return {"skew (nats)": worst, "threshold": SHIFTED}
+def _divergence(evidence: Evidence, norms: list[Place]) -> dict[str, float]:
+    worst = max(evidence.typical(evidence.train_eval_divergence[place.name]) for place in norms)
+    return {DIVERGENCE: worst, "threshold": SHIFTED}
 
 
 def _severity(numbers: dict[str, float]) -> Severity:
-    return "critical" if numbers["skew (nats)"] > FAR else "warning"
+    return "critical" if numbers[DIVERGENCE] > FAR else "warning"
 
 
-def _layers(norms: list[Norm]) -> tuple[str, ...]:
-    return tuple(norm.place.layer for norm in norms)
+def _layers(norms: list[Place]) -> tuple[str, ...]:
+    return tuple(place.layer for place in norms)
