@@ -1,10 +1,10 @@
-"""Instruments: what happens inside a network as it trains.
+"""Instruments that show what happens inside a network as it trains.
 
     step = make_train_step(model, optimizer, loss, monitor=Monitor(every=64))
 
-looks at every normalization layer and every nonlinearity of a model that is left as it is, inside
-the compiled step. For training loops of one's own there are `attach` and `observe`. The measures of
-shift are pure functions.
+observes every normalization layer and every nonlinearity of a model that is left as it is, inside
+the compiled step. `attach` and `observe` are for other training loops. The measures of shift are
+pure functions. README.md in this folder shows how the numbers flow.
 """
 
 from jaxnorm.monitor.diagnosis.diagnose import diagnose

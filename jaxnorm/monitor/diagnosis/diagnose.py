@@ -27,16 +27,16 @@ def diagnose(seen: Any, *args: Any, layers: Layers | None = None, **kwargs: Any)
         args: for a Linen module its variables and the batch, for an NNX module the batch; nothing
             for a recording.
         layers: of a model, as in `Monitor`.
-        kwargs: of the model's call, such as ``train=True``: by them the model is looked at as it
-            trains, or as it serves.
+        kwargs: of the model's call, such as ``train=True``: they decide whether the model is
+            observed as it trains, or as it serves.
 
     Returns:
-        `Findings`, the gravest first; empty where nothing is wrong. What needs several steps, or
-        gradients, only a recording shows.
+        `Findings`, the gravest first; empty where nothing is wrong. Only a recording shows defects
+        that take several steps, or gradients, to be found.
 
     Raises:
         TypeError: `seen` is none of these, or a recording comes with more arguments.
-        ValueError: the recording has no sample, or the model has nothing to look at.
+        ValueError: the recording has no sample, or the model has nothing to observe.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -65,11 +65,11 @@ def diagnose(seen: Any, *args: Any, layers: Layers | None = None, **kwargs: Any)
         evidence = Evidence.of_observations(_observe_nnx(seen, layers, args, kwargs))
     else:
         raise TypeError(
-            f"{op}: what is looked at must be a Recording, a flax.linen.Module or a "
+            f"{op}: the first argument must be a Recording, a flax.linen.Module or a "
             f"flax.nnx.Module; got {type(seen).__name__}. For a folder: "
             "diagnose(Recording(folder))."
         )
-    with np.errstate(all="ignore"):  # what diverged is what is looked for
+    with np.errstate(all="ignore"):  # numbers that are not finite are evidence, too
         found = [finding for rule in RULES for finding in rule(evidence)]
     return Findings(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 

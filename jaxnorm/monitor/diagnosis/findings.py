@@ -1,11 +1,11 @@
-"""Findings: a network's faults, told so that somebody can act on them."""
+"""Findings about a network: each a defect, with the numbers that show it and what to do."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxnorm.monitor.display import Displayed
+from jaxnorm.monitor.markup import block, escape, link, table
 
 Severity = Literal["critical", "warning", "advice"]
 SEVERITIES: tuple[Severity, ...] = ("critical", "warning", "advice")
@@ -13,7 +13,7 @@ SEVERITIES: tuple[Severity, ...] = ("critical", "warning", "advice")
 
 
 @dataclass(frozen=True)
-class Finding(Displayed):
+class Finding:
     """One defect that a rule has found in a network.
 
     Attributes:
@@ -58,6 +58,9 @@ class Finding(Displayed):
             f"  source:   {self.source}"
         )
 
+    def _repr_html_(self) -> str:
+        return block(_card(self))
+
 
 def listed(names: tuple[str, ...], most: int = 4) -> str:
     """Some names, and how many more there are."""
@@ -65,7 +68,7 @@ def listed(names: tuple[str, ...], most: int = 4) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-class Findings(Displayed, tuple[Finding, ...]):
+class Findings(tuple[Finding, ...]):
     """A tuple of findings, the gravest first.
 
     Example:
@@ -76,3 +79,19 @@ class Findings(Displayed, tuple[Finding, ...]):
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self)) or "Nothing found."
+
+    def _repr_html_(self) -> str:
+        return block(*map(_card, self)) if self else block("<p><b>Nothing found.</b></p>")
+
+
+def _card(finding: Finding) -> str:
+    """A finding as a piece of HTML."""
+    heading = f'<span class="badge">{finding.severity}</span><b>{escape(finding.title)}</b>'
+    where = f"<code>{escape(listed(finding.where))}</code>"
+    numbers = table(["evidence", ""], finding.evidence.items()) if finding.evidence else ""
+    return (
+        f'<article class="{finding.severity}"><p>{heading}</p><p>{where}</p>{numbers}'
+        f"<p><b>Likely cause.</b> {escape(finding.cause)}</p>"
+        f"<p><b>Remedy.</b> {escape(finding.remedy)}</p>"
+        f'<p class="quiet">{link(finding.source)}</p></article>'
+    )

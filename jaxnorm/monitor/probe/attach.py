@@ -1,4 +1,4 @@
-"""Put marks on a model, whichever library it is of, for the program that runs it to be observed."""
+"""Marks on a model of Linen or NNX, so that a program which runs it can be observed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ Layers = str | type | Callable[[str, str], bool] | Sequence[str | type]
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers and nonlinearities to be observed."""
+    """The layers and nonlinearities to be observed.
+
+    Attributes:
+        layers: None, a function, or a tuple of patterns and types.
+    """
 
     layers: Any = None
-    """None, a function, or a tuple of patterns and types."""
 
     @classmethod
     def of(cls, operation: str, layers: Layers | None) -> Selection:
@@ -107,7 +110,7 @@ def adapted(
     mode_kwargs: Mapping[str, Any] | None,
     compute_dtype: Any,
 ) -> Model:
-    """A model as `jaxnorm.training.models.adapt` gives it, with marks."""
+    """A marked model, as `jaxnorm.training.models.adapt` gives it."""
     if isinstance(model, nnx.Module):
         marked = derived(model, selection.layer)
     elif isinstance(model, linen.Module):
@@ -118,7 +121,7 @@ def adapted(
 
 
 def _factory(operation: str, factory: Any, selection: Selection) -> Callable[[nnx.Rngs], Any]:
-    """A factory of NNX modules, of modules with marks."""
+    """A factory of marked modules, from a factory of NNX modules."""
 
     def make(rngs):
         return derived(build(operation, factory, rngs), selection.layer)
@@ -145,8 +148,8 @@ class _Adapted:
         return self._inner.evaluate(variables, key, args, kwargs)
 
 
-# What a model compiles in parts was perhaps compiled before, without marks: within this context JAX
-# traces it again.
+# JAX may have traced a compiled part of the model before, without marks: within this context it
+# traces that part again.
 _marking = jax.make_user_context(default_value=None)
 
 
@@ -188,8 +191,8 @@ class _NNX(nnx.Module):
 
 
 def _marked(function: Callable, selection: Selection, top: str, params: Any, *args: Any) -> Any:
-    """``function(params, *args)`` with marks in it; what is no array in `args` stays as it is."""
-    # Parameters first, so that it is known which of the program's inputs they are.
+    """Run ``function(params, *args)`` with marks; in `args`, all but arrays is constant."""
+    # Parameters come first, so that they are the first inputs of the program.
     run, arrays = on_arrays(function, (params, *args), {})
     with _marking(selection), intercepted(selection.layer), seen_layers() as existing:
         closed, shape = jax.make_jaxpr(run, return_shape=True)(arrays)
@@ -202,7 +205,7 @@ def _marked(function: Callable, selection: Selection, top: str, params: Any, *ar
             f"layers={selection.layers!r}"
         )  # fmt: skip
         raise ValueError(
-            f"monitor: there must be something to look at; got {wanted} for a model that has "
+            f"monitor: there must be something to observe; got {wanted} for a model that has "
             f"{layers}. Choose among these with layers=, * standing for anything."
         )
     results = run_program(program, arrays)

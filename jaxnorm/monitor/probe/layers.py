@@ -1,7 +1,7 @@
 """Marks on the layers of a Flax model that is left as it is.
 
-A Linen module's calls are intercepted while it is traced. Of an NNX module a copy is made whose
-layers are of classes derived from their own, since classes are what NNX carries into `scan`,
+A Linen module's calls are intercepted while it is traced. An NNX module is copied, and the layers
+of the copy get classes derived from their own, since classes are what NNX carries into `scan`,
 `vmap` and `remat`. In both, every layer that is wanted gets a mark on its input and on its output.
 """
 
@@ -23,17 +23,17 @@ from jaxnorm.monitor.probe.marks import FENCE, VALUE, Place, mark
 
 NORMS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 NORM_TYPES = tuple(getattr(flax, name) for flax in (linen, nnx) for name in NORMS)
-# Whose bias a following batch norm takes away again.
+# Layers whose bias is subtracted again by a batch norm that follows.
 AFFINE_TYPES = (
     *(linen.Dense, linen.DenseGeneral, linen.Conv, linen.ConvTranspose, linen.ConvLocal),
     *(nnx.Linear, nnx.LinearGeneral, nnx.Conv, nnx.ConvTranspose),
 )
-# What of a layer's fields is worth knowing beside a figure, where it has them.
+# Fields of a layer that become facts of its place, where the layer has them.
 FIELDS = ("epsilon", "momentum", "use_running_average", "num_groups", "group_size", "dtype",
           "param_dtype", "force_float32_reductions", "virtual_batch_size")  # fmt: skip
 
 Wanted = Callable[[str, Any], bool]
-"""Whether a layer of that path, which is that module, is to be marked."""
+"""A function of a layer's path and its module: True if the layer is to be marked."""
 
 
 class _Trace(threading.local):
@@ -42,9 +42,9 @@ class _Trace(threading.local):
     def __init__(self) -> None:
         self.path: tuple[str, ...] = ()
         self.layers: list[str] = []
+        # By its identity, what an affine layer returned (kept, so that the identity is its own),
+        # the layer's path, and the axes along which its bias varies; None without a bias.
         self.fed: dict[int, tuple[Any, str, tuple[int, ...] | None]] = {}
-        """By its identity, what an affine layer returned (kept, so that the identity is its own),
-        the layer's path, and along which axes its bias is not the same; None without one."""
 
 
 _trace = _Trace()
@@ -52,7 +52,7 @@ _trace = _Trace()
 
 @contextlib.contextmanager
 def seen_layers() -> Iterator[list[str]]:
-    """Within it, the paths of all layers that are called are collected, wanted or not."""
+    """Collect the paths of all layers that are called within it, wanted or not."""
     outer = _trace.layers, _trace.fed
     _trace.layers, _trace.fed = [], {}
     try:
@@ -63,7 +63,7 @@ def seen_layers() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def intercepted(wanted: Wanted) -> Iterator[None]:
-    """Within it, calls of Linen modules are marked as they are traced."""
+    """Mark the calls of Linen modules that are traced within it."""
 
     def intercept(call, args, kwargs, context):
         module = context.module
@@ -104,7 +104,7 @@ def _subclass(kind: type, path: str, wanted: Wanted) -> type:
             run = functools.partial(original, self)
             return _called(run, path, self, wanted(path, self), args, kwargs)
 
-    # Of the same name, which errors and the choice of a layer by its type show.
+    # The name stays: errors show it, and layers are selected by it.
     return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
 
 
@@ -148,9 +148,9 @@ def _place(place: Place, module: Any, args: Any, kwargs: dict[str, Any]) -> tupl
         facts["feature_axes"] = tuple(sorted(a % x.ndim for a in axes))
         if id(x) in _trace.fed:
             _, facts["fed_by"], varies = _trace.fed[id(x)]
-            # Only what is the same all over a channel goes with the channel's mean.
+            # Only a bias that is constant in a channel is subtracted with the channel's mean.
             facts["fed_by_bias"] = varies is not None and set(varies) <= set(facts["feature_axes"])
-        # Of what a mask hides the statistics know nothing.
+        # Masked elements are in the array, but not in the statistics.
         beside = [] if "masked" in facts else _running(module)
         if beside:
             facts["running_dtype"] = jnp.dtype(beside[0].dtype).name
@@ -158,12 +158,12 @@ def _place(place: Place, module: Any, args: Any, kwargs: dict[str, Any]) -> tupl
 
 
 def _bias_axes(module: Any, ndim: int) -> tuple[int, ...] | None:
-    """The axes of a layer's result along which its bias is not the same; None without a bias."""
+    """The axes of a layer's result along which its bias varies; None without a bias."""
     if isinstance(module, linen.Module):
         bias = module.get_variable("params", "bias")
     else:
         bias = getattr(module, "bias", None)
-    # Of batched layers the bias has axes that do not lie side by side in the result.
+    # The bias of a batched layer has axes that do not lie side by side in the result.
     if bias is None or getattr(module, "batch_dims", ()) or getattr(module, "batch_axis", ()):
         return None
     shape = jnp.shape(bias)
@@ -185,7 +185,7 @@ def _is_floating(x: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A value that can be stored as it is; of anything else its name."""
+    """A value that JSON can store, or else the name of the value."""
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):

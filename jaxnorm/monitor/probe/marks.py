@@ -1,7 +1,7 @@
-"""Marks: places in a program where somebody may want to look.
+"""Marks of the places in a program that may be observed.
 
 A mark is an identity that every transformation carries along and that leaves nothing behind in a
-compiled program. It stands for two things to be seen: the value there and, once the program has
+compiled program. It stands for two arrays: the value there and, once the program has
 been differentiated, the gradient of the loss with respect to it, because the transpose of a mark on
 a tangent is a mark on a cotangent.
 """
@@ -23,38 +23,41 @@ FENCE = "fence"  # a norm layer that is not observed: nothing inside it is a pla
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a mark: a layer or a nonlinearity, and which side of it."""
+    """The place of a mark: a layer or a nonlinearity, and which side of it.
+
+    Attributes:
+        layer: path in the model, such as "Block_1/BatchNorm_0" or "Block_1/relu_0".
+        kind: class or function, such as "BatchNorm" or "relu".
+        side: "input" or "output".
+        order: rank among the places of a forward pass, from the first to the last.
+        is_norm: True for a normalization layer, in which nothing else is a place.
+        scans: length of each scan around it, from the outermost, and True if it is over layers.
+        facts: pairs of a name and a value that are known of the layer, such as its epsilon.
+    """
 
     layer: str
-    """Its path in the model, such as "Block_1/BatchNorm_0" or "Block_1/relu_0"."""
     kind: str
-    """Its class or function, such as "BatchNorm" or "relu"."""
     side: str
-    """"input" or "output"."""
     order: int = 0
-    """Rank among the places of a forward pass, from the first to the last."""
     is_norm: bool = False
-    """Whether it is a normalization layer, in which nothing else is a place."""
     scans: tuple[tuple[int, bool], ...] = ()
-    """The scans around it, from the outermost: their lengths, and whether they are over layers."""
     facts: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
-    """What is known of the layer: its epsilon and the like."""
 
     @property
     def name(self) -> str:
-        """Unique in a model."""
+        """The name of the place, which is unique in a model."""
         return f"{self.layer}:{self.side}"
 
 
 def mark(
     x: Inexact[Array, "*shape"], place: Place, *beside: Array, role: str = VALUE
 ) -> Inexact[Array, "*shape"]:
-    """The array `x` with a mark.
+    """Put a mark on an array.
 
     Args:
         x: any floating array.
-        place: what to call it.
-        beside: arrays that belong to what is seen there, such as running statistics.
+        place: the place of the mark.
+        beside: arrays to observe together with `x`, such as running statistics.
         role: `VALUE` or `FENCE`.
 
     Returns:
@@ -67,7 +70,7 @@ def _jvp(primals, tangents, *, place, role):
     x = mark_p.bind(*primals, place=place, role=role)
     dx = tangents[0]
     if role == VALUE and not is_zero(dx):
-        # Only of the first derivative is anything to be seen.
+        # Only the first derivative is observed.
         dx = mark_p.bind(dx, place=place, role=TANGENT)
     return x, dx
 
@@ -87,13 +90,13 @@ def _batched(operands, axes, *, place, role):
     x = jnp.moveaxis(x, axes[0], 0)
     facts = dict(place.facts)
     features = facts.get("feature_axes", (x.ndim - 2,))
-    if 0 in features:  # of one example each
+    if 0 in features:  # each member is one example
         facts["feature_axes"] = tuple(axis + 1 for axis in features)
         place = replace(place, facts=tuple(facts.items()))
         return mark_p.bind(x, *beside, place=place, role=role), 0
-    # What is mapped over are examples, like those along the first axis.
-    together = x.reshape(-1, *x.shape[2:])
-    return mark_p.bind(together, *beside, place=place, role=role).reshape(x.shape), 0
+    # The members are examples, like those along the first axis.
+    examples = x.reshape(-1, *x.shape[2:])
+    return mark_p.bind(examples, *beside, place=place, role=role).reshape(x.shape), 0
 
 
 mark_p = make_primitive(

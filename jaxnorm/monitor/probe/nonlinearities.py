@@ -24,7 +24,15 @@ PRIMITIVES = {"tanh": "tanh", "logistic": "sigmoid", "erf": "erf"}
 
 
 class Nonlinearity(NamedTuple):
-    """Consecutive equations that compute one."""
+    """Consecutive equations that compute one nonlinearity.
+
+    Attributes:
+        name: the function, such as "relu".
+        start: index of the first equation in the program.
+        stop: index after the last one.
+        input: the array that goes in.
+        output: the array that comes out.
+    """
 
     name: str
     start: int
@@ -34,7 +42,7 @@ class Nonlinearity(NamedTuple):
 
 
 def nonlinearities(jaxpr: Jaxpr) -> Iterator[Nonlinearity]:
-    """Those of a program, without those of the programs within it, in order."""
+    """Find the nonlinearities of a program in order, without the programs within it."""
     start = 0
     while start < len(jaxpr.eqns):
         name, stop = _written_out(jaxpr.eqns, start)
@@ -80,14 +88,14 @@ def _caller(eqn: JaxprEqn) -> str | None:
 
 
 def _ends(jaxpr: Jaxpr, start: int, stop: int) -> tuple[Var, Var] | None:
-    """The one array that goes in and the one that comes out, if it is so."""
+    """The array that goes in and the array that comes out, if there is one of each."""
     eqns = jaxpr.eqns[start:stop]
-    made = {v for eqn in eqns for v in eqn.outvars}
-    arrays = [v for eqn in eqns for v in eqn.invars if isinstance(v, Var) and v not in made]
+    computed = {v for eqn in eqns for v in eqn.outvars}
+    arrays = [v for eqn in eqns for v in eqn.invars if isinstance(v, Var) and v not in computed]
     given = {v for v in arrays if _is_activation(v)}
     used = {v for eqn in jaxpr.eqns[stop:] for v in eqn.invars if isinstance(v, Var)}
     used |= {v for v in jaxpr.outvars if isinstance(v, Var)}
-    results = {v for v in made if v in used and _is_activation(v)}
+    results = {v for v in computed if v in used and _is_activation(v)}
     return (given.pop(), results.pop()) if len(given) == len(results) == 1 else None
 
 

@@ -1,4 +1,4 @@
-"""Marks in a traced model on all that is to be observed, each at a place of its own."""
+"""Marks on the nonlinearities of a traced model, and a name of its own for each place."""
 
 from __future__ import annotations
 
@@ -13,36 +13,38 @@ from jaxnorm.monitor.probe.marks import FENCE, VALUE, Place, mark_p
 from jaxnorm.monitor.probe.nonlinearities import nonlinearities
 
 Chosen = Callable[[str, str], bool]
-"""Whether a nonlinearity of that path and that name is wanted."""
+"""A function of a nonlinearity's path and name: True if it is to be observed."""
 
-# Whose inner programs are a black box: a rule of differentiation of their own belongs to them.
+# Their inner programs stay as they are: a rule of differentiation of their own belongs to them.
 _OPAQUE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
 @dataclass
 class Marker:
-    """Walks once through a program, in the order in which it runs."""
+    """A single walk through a program, in the order in which it runs, that puts marks in it.
+
+    Attributes:
+        chosen: selects nonlinearities.
+        top: name of the scope that the whole model is in; "" where there is none.
+        places: the places that were marked.
+        found: paths of all nonlinearities, chosen or not.
+    """
 
     chosen: Chosen
     top: str
-    """Name of the scope that the whole model is in; "" where there is none."""
     places: list[Place] = field(default_factory=list)
-    """What was marked."""
     found: list[str] = field(default_factory=list)
-    """Paths of all nonlinearities, chosen or not."""
-    _seen: Counter = field(default_factory=Counter)
+    _names: Counter = field(default_factory=Counter)
     _numbers: Counter = field(default_factory=Counter)
-    _inside: int = 0
-    """Of how many norm layers the present equation is a part."""
-    _returned: frozenset[Any] = frozenset()
-    """What the whole program returns."""
+    _norms_around: int = 0  # norm layers that the present equation is a part of
+    _returned: frozenset[Any] = frozenset()  # results of the whole program
 
     def marked(self, program: Any, parameters: list[bool]) -> Any:
-        """The program, a closed jaxpr, with marks.
+        """A program with marks on its nonlinearities.
 
         Args:
-            program: traced; modules' marks are in it already.
-            parameters: of each of its inputs, whether it is one of the model's parameters.
+            program: a closed jaxpr; the marks of layers are in it already.
+            parameters: for each of its inputs, True if it is one of the model's parameters.
         """
         self._returned = frozenset(v for v in program.jaxpr.outvars if isinstance(v, Var))
         return self._closed(program, parameters, (), "")
@@ -54,10 +56,10 @@ class Marker:
 
     def _jaxpr(self, jaxpr: Jaxpr, parameters: set[Var], scans, scope: str) -> Jaxpr:
         eqns: list[JaxprEqn] = []
-        now: dict[Var, Var] = {}  # what stands for a variable from here on
+        now: dict[Var, Var] = {}  # a variable -> its marked form, from here on
 
         def put(eqn: JaxprEqn, x: Var, place: Place) -> None:
-            """A mark on what stands for `x`."""
+            """Put a mark on the present form of `x`."""
             y = Var(x.aval)
             eqns.append(
                 eqn.replace(
@@ -75,7 +77,7 @@ class Marker:
         stops = {}
         for i, eqn in enumerate(jaxpr.eqns):
             here = _joined(scope, str(eqn.source_info.name_stack))
-            if i in starts and not self._inside:
+            if i in starts and not self._norms_around:
                 function = starts[i]
                 path = self._path(here, function.name)
                 if self.chosen(path, function.name):
@@ -88,7 +90,7 @@ class Marker:
             if eqn.primitive is mark_p:
                 place = eqn.params["place"]
                 if place.is_norm:
-                    self._inside += 1 if place.side == "input" else -1
+                    self._norms_around += 1 if place.side == "input" else -1
                 if eqn.params["role"] == FENCE:
                     now[eqn.outvars[0]] = cast(Var, invars[0])
                     continue
@@ -96,7 +98,7 @@ class Marker:
                 eqn = eqn.replace(invars=invars, params={**eqn.params, "place": placed})
             else:
                 params = eqn.params
-                if i not in whole:  # what a nonlinearity is made of is no place
+                if i not in whole:  # inside a nonlinearity there are no places
                     params = self._params(eqn, parameters, scans, here)
                 eqn = eqn.replace(invars=invars, params=params)
             eqns.append(eqn)
@@ -117,7 +119,7 @@ class Marker:
         known = [isinstance(v, Var) and v in parameters for v in eqn.invars]
         if kind == "scan":
             first = sum(scan_operands(eqn))
-            # A scan over parameters is one over layers, whose places are told apart.
+            # A scan over parameters is one over layers, and each layer has its own places.
             layers = any(known[first:])
             scans = (*scans, (params["length"], layers))
             return {**params, "jaxpr": self._closed(params["jaxpr"], known, scans, scope)}
@@ -134,9 +136,9 @@ class Marker:
         return {**params, name: self._jaxpr(inner, own, scans, scope)}
 
     def _placed(self, place: Place, scans) -> Place:
-        """The place with a name of its own."""
-        self._seen[place.name] += 1
-        times = self._seen[place.name]
+        """Give a place its own name and its rank."""
+        self._names[place.name] += 1
+        times = self._names[place.name]
         layer = place.layer if times == 1 else f"{place.layer}({times})"
         layer = layer.removeprefix(f"{self.top}/")
         placed = replace(place, layer=layer, order=len(self.places), scans=scans)

@@ -155,7 +155,7 @@ def _devices(x: Array) -> int:
 
 
 def _replicated(x: Array) -> Array:
-    """The same array, whole on every device."""
+    """An array, whole on every device."""
     mesh = jax.typeof(x).sharding.mesh
     sharding = NamedSharding(mesh, P(*(None for _ in x.shape)))
     if AxisType.Explicit in mesh.axis_types:

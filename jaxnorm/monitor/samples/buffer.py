@@ -1,4 +1,4 @@
-"""Samples wait on the device, in a ring, until somebody reads them all at once."""
+"""The ring on the device in which samples wait until the host reads them all at once."""
 
 from __future__ import annotations
 
@@ -45,10 +45,13 @@ class Buffer(struct.PyTreeNode):
         return self.steps.shape[0] - 1
 
     def push(self, step: Int[Array, ""], row: Float[Array, " width"], taken: Any) -> Buffer:
-        """A buffer with one more sample, in place of the oldest where there is no room.
+        """A buffer with one more sample, which replaces the oldest if there is no room.
 
-        One that was not taken is written all the same, where no sample is: of a buffer that goes
-        through a branch, compilers make a copy at every step.
+        Args:
+            step: the step of the sample, int32 of shape ().
+            row: the numbers of the sample, float32 of shape (width,).
+            taken: False if there is no sample. The row is written all the same, where no sample
+                is: compilers copy a buffer that goes through a branch, at every step.
         """
         place = self.written % self.steps.shape[0]
         return self.replace(
@@ -58,9 +61,13 @@ class Buffer(struct.PyTreeNode):
         )
 
     def read(self, since: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
-        """Samples from the `since`-th on: their steps, their rows, and how many were overwritten.
+        """Read the samples from the `since`-th on.
 
-        Waits for the device, and copies all at once.
+        It waits for the device, and copies all samples at once.
+
+        Returns:
+            Their steps, int32 of shape (samples,); their rows, float32 of shape (samples, width);
+            and the number of samples that were overwritten.
         """
         written = int(_here(self.written))
         first = max(since, written - self.capacity)
@@ -69,7 +76,7 @@ class Buffer(struct.PyTreeNode):
 
 
 def _here(array: Array) -> np.ndarray:
-    """An array that is whole on every device, of which this process may see but some."""
+    """Copy to the host an array that is whole on every device, whoever owns the other devices."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = array.addressable_data(0)
     return np.asarray(array)

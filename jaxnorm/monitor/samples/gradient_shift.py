@@ -1,4 +1,4 @@
-"""Shift as the gradient sees it, and the shape of the loss along it (Santurkar et al. 2018)."""
+"""Internal covariate shift of gradients, and the loss along them (Santurkar et al. 2018)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxnorm._jax import Var, inner_programs
 
 Loss = Callable[[Any], Any]
-"""From parameters to a scalar, on one batch."""
+"""A function from parameters to a scalar, on one batch."""
 
 
 class GradientShift(struct.PyTreeNode):
@@ -22,15 +22,15 @@ class GradientShift(struct.PyTreeNode):
 
     Attributes:
         layers: paths of the layers, in the order in which the loss uses them.
-        l2: distance of a layer's gradient after the step of the layers before it from that before
+        l2: distance between a layer's gradients before and after the step of the layers before
             it, shape (layers,).
-        cosine: of the angle between the two, shape (layers,); 1 where the gradient keeps its
-            direction.
+        cosine: cosine of the angle between the two, shape (layers,); 1 where the gradient keeps
+            its direction.
     """
 
     layers: tuple[str, ...] = struct.field(pytree_node=False)
-    l2: Float[Array, " layers"]
-    cosine: Float[Array, " layers"]
+    l2: Float[Array, " layers"]  # float32
+    cosine: Float[Array, " layers"]  # float32
 
 
 class Landscape(NamedTuple):
@@ -38,20 +38,20 @@ class Landscape(NamedTuple):
 
     Attributes:
         step_sizes: eta, shape (steps,).
-        losses: at ``params - step_size * direction``, shape (steps,).
+        losses: the loss at ``params - step_size * direction``, shape (steps,).
         gradient_change: Euclidean distance of the gradient there from that at `params`, shape
             (steps,).
         smoothness: that distance over the length of the step, shape (steps,).
     """
 
-    step_sizes: Float[Array, " steps"]
-    losses: Float[Array, " steps"]
-    gradient_change: Float[Array, " steps"]
-    smoothness: Float[Array, " steps"]
+    step_sizes: Float[Array, " steps"]  # float32
+    losses: Float[Array, " steps"]  # dtype of the loss
+    gradient_change: Float[Array, " steps"]  # float32
+    smoothness: Float[Array, " steps"]  # float32
 
     @property
     def loss_variation(self) -> Float[Array, ""]:
-        """Largest less smallest loss."""
+        """The largest loss less the smallest."""
         return self.losses.max() - self.losses.min()
 
     @property
@@ -80,9 +80,9 @@ def internal_covariate_shift(
     The first has nothing before it, and a shift of 0.
 
     Args:
-        loss: of the parameters, on one batch, in training mode.
-        params: before the step; a pytree of floating arrays.
-        new_params: after it.
+        loss: a function of the parameters, on one batch, in training mode.
+        params: the parameters before the step; a pytree of floating arrays.
+        new_params: the parameters after it.
         batch_size: how many layers' gradients to evaluate at once; None for all.
 
     Returns:
@@ -113,14 +113,17 @@ def shift_of(
     *,
     batch_size: int | None = None,
 ) -> GradientShift:
-    """`internal_covariate_shift` of a function that returns the gradient.
+    """Measure `internal_covariate_shift` with a function that returns the gradient.
 
     Args:
         gradient: from parameters to the gradient of a loss, on one batch.
-        params: before a step.
-        new_params: after it.
+        params: the parameters before a step.
+        new_params: the parameters after it.
         here: the gradient at `params`; None to compute it.
         batch_size: as in `internal_covariate_shift`.
+
+    Returns:
+        As `internal_covariate_shift`.
     """
     order, layers = _layers(gradient, params)
     old, structure = jax.tree.flatten(params)
@@ -145,13 +148,13 @@ def shift_of(
     together = batch_size or len(index)
     # One by one without a vmap of size one, which would make convolutions grouped ones.
     found = lax.map(of_layer, index, batch_size=None if together == 1 else together)
-    aa, bb, ab, apart = found.T
+    aa, bb, ab, squared_distance = found.T
     length = jnp.sqrt(aa) * jnp.sqrt(bb)
     none = (aa == 0) & (bb == 0)
     cosine = jnp.where(none, 1.0, ab / jnp.where(length > 0, length, 1))
     return GradientShift(
         tuple(layers),
-        jnp.pad(jnp.sqrt(apart), (1, 0)),
+        jnp.pad(jnp.sqrt(squared_distance), (1, 0)),
         jnp.pad(jnp.clip(cosine, -1, 1), (1, 0), constant_values=1),
     )
 
@@ -171,11 +174,11 @@ def loss_landscape(
         \frac{\|\nabla L(W) - \nabla L(W - \eta g)\|_2}{\|\eta g\|_2}
 
     Args:
-        loss: of the parameters, on one batch, in training mode.
+        loss: a function of the parameters, on one batch, in training mode.
         params: a pytree of floating arrays.
         step_sizes: the values of eta, shape (steps,); none of them 0.
         direction: g, of the structure of the parameters; None for the gradient itself.
-        batch_size: how many of them to evaluate at once; None for all, in one vmapped program.
+        batch_size: how many step sizes to evaluate at once; None for all, in one vmapped program.
 
     Returns:
         A `Landscape`.
@@ -231,7 +234,7 @@ def _check_alike(op: str, params: Any, others: Any) -> None:
 
 
 def _layers(gradient: Callable[[Any], Any], params: Any) -> tuple[list[int], list[str]]:
-    """For each array of parameters the number of its layer, and the layers' paths in order."""
+    """The number of the layer of each array of parameters, and the layers' paths in order."""
     # An NNX variable is an array of its layer, and no layer.
     variables = jax.tree_util.tree_leaves_with_path(
         params, is_leaf=lambda node: isinstance(node, nnx.Variable)

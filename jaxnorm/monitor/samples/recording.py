@@ -1,7 +1,7 @@
-"""A run's samples on disk: a folder that can be read while it grows, and after a crash.
+"""The samples of a run on disk: a folder that can be read while it grows, and after a crash.
 
-`recording.json` says what was observed; each flush adds one file of NumPy arrays. Files are there
-whole or not at all, so a run that is killed keeps all but what it had not flushed.
+`recording.json` says what was observed; each `append` adds one file of NumPy arrays. A file is
+written whole or not at all, so a run that is killed loses only the samples since the last `append`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from jaxnorm.files import write_whole
-from jaxnorm.monitor.display import Displayed
 from jaxnorm.monitor.probe.marks import Place
 from jaxnorm.monitor.probe.observations import Observation
 from jaxnorm.monitor.samples.buffer import Buffer
+from jaxnorm.monitor.samples.figures import figures, last_sample
 from jaxnorm.monitor.samples.gradient_shift import GradientShift
 from jaxnorm.monitor.samples.schema import ParameterSummary, Schema
 from jaxnorm.monitor.samples.tensorboard import add_scalars
@@ -33,14 +33,14 @@ class RecordingError(ValueError):
     """A recording that cannot be read or written; the message says why, and what to do."""
 
 
-class Recording(Displayed):
+class Recording:
     """The samples of a monitor, step by step, in a folder.
 
     Args:
-        folder: where it lies. A new one is made by the first `append`; one that holds a recording
-            is gone on with, if it is of the same model.
-        settings: of the run, for the report: a dict of what JSON can hold. None: those stored.
-        anew: begin a recording anew; the first `append` deletes one that is there.
+        folder: the folder of the recording. The first `append` makes a new one; a recording that
+            is there is continued, if it is of the same model.
+        settings: settings of the run for the report, a dict that JSON can hold. None: those stored.
+        anew: True to begin anew; the first `append` deletes a recording that is there.
 
     Raises:
         RecordingError: the folder holds something else, or a recording of another version; a file
@@ -75,7 +75,7 @@ class Recording(Displayed):
     ) -> None:
         self.folder = Path(folder)
         self.schema: Schema | None = None
-        """What the numbers are; None before the first sample."""
+        """The meaning of the numbers; None before the first sample."""
         self.lost = 0
         """Samples that were overwritten on the device before they were read."""
         self._settings = dict(settings or {})
@@ -163,14 +163,18 @@ class Recording(Displayed):
         assert self.schema is not None
         return self.schema.observation(self._arrays(), name)
 
+    def _repr_html_(self) -> str:
+        observations = {name: self[name] for name in self}
+        return last_sample(self.folder.name, self.steps, self.metrics, observations, self.lost)
+
     def append(self, state: Any) -> int:
-        """Read what waits on the device, and write it down.
+        """Read the samples that wait on the device, and write them down.
 
         Args:
             state: a `TrainState` with a monitor, or its buffer.
 
         Returns:
-            How many samples there were.
+            The number of new samples.
 
         Raises:
             TypeError: there is no buffer in it.
@@ -198,7 +202,7 @@ class Recording(Displayed):
         new = ~self._has(steps, rows)
         if not new.any():
             return 0
-        # Those overwritten are here too, if they were read in time.
+        # A sample that was read before it was overwritten is not lost.
         earlier = int((self._steps < steps[0]).sum())
         lost = max(0, overwritten - earlier - self.lost)
         self.lost += lost
@@ -215,7 +219,7 @@ class Recording(Displayed):
         """
         table: dict[str, Any] = {f"metrics/{name}": a for name, a in self.metrics.items()}
         for name in self:
-            table |= {f"{name}/{field}": array for field, array in _figures(self[name])}
+            table |= {f"{name}/{field}": array for field, array in figures(self[name])}
         for path, norms in self.parameters.items():
             for field, array in zip(ParameterSummary._fields, norms):
                 table[f"{path}/{field}_norm"] = array
@@ -246,7 +250,7 @@ class Recording(Displayed):
         for place in self.places:
             columns = {"step": self.steps, "place": place.name, "layer": place.layer}
             columns |= {"kind": place.kind, "side": place.side}
-            columns |= dict(_figures(self[place.name]))
+            columns |= dict(figures(self[place.name]))
             frames.append(pandas.DataFrame(columns))
         return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
 
@@ -257,18 +261,18 @@ class Recording(Displayed):
 
         Args:
             callback: such as ``lambda step, numbers: wandb.log(numbers, step=step)``.
-            after: the last step that the tracker has. Called again, while the run goes on or after
-                a restart, only what follows is handed over.
+            after: the last step that the tracker has; only later samples are handed over. Use it
+                in a further call, while the run goes on or after a restart.
         """
         for step, numbers in self.numbers():
             if step > after:
                 callback(step, numbers)
 
     def to_tensorboard(self, folder: str | os.PathLike[str]) -> None:
-        """Every number of every sample as a scalar that TensorBoard shows.
+        """Write every number of every sample as a scalar that TensorBoard shows.
 
-        Called again, while the run goes on or after a restart, it adds what is new; steps that
-        were made again replace the earlier ones.
+        A further call, while the run goes on or after a restart, adds new samples; repeated steps
+        replace the earlier ones.
 
         Args:
             folder: for this recording's event files, such as "runs/first". Those of other
@@ -284,16 +288,16 @@ class Recording(Displayed):
         return {} if self.schema is None else self.schema.split(self._rows)
 
     def _has(self, steps: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """A mask of the samples that are here, not by a count, which a restart sets back."""
+        """A mask of the samples that are recorded already, whether before or after a restart."""
         if not len(self._steps):
             return np.zeros(len(steps), bool)
         at = np.searchsorted(self._steps, steps).clip(max=len(self._steps) - 1)
-        # By their bits, since what is not a number equals nothing.
+        # Compared by their bits, since what is not a number equals nothing.
         same = (self._rows[at].view(np.uint32) == rows.view(np.uint32)).all(1)
         return same & (self._steps[at] == steps)
 
     def _add(self, steps: np.ndarray, rows: np.ndarray) -> None:
-        """In order of steps; of a step that was made twice, after a restart, the later one."""
+        """Add samples in order of steps; a repeated step, after a restart, replaces the earlier."""
         if not self._rows.size:
             self._rows = np.zeros((0, rows.shape[1]), np.float32)
         rows = rows.astype(np.float32, copy=False)
@@ -356,19 +360,6 @@ def _packed(steps: np.ndarray, rows: np.ndarray, lost: int) -> bytes:
     file = io.BytesIO()
     np.savez(file, steps=steps, rows=rows, lost=np.int64(lost))
     return file.getvalue()
-
-
-def _figures(observation: Observation) -> Iterator[tuple[str, np.ndarray]]:
-    """Each figure of a place that is one number."""
-    summary = observation.value
-    yield "mean", np.asarray(summary.moments.mean)
-    yield "variance", np.asarray(summary.moments.m2) / np.maximum(summary.moments.count, 1)
-    for field in ("minimum", "maximum", "nonfinite", "zeros", "saturated", "dead"):
-        value = getattr(summary, field)
-        if value is not None:
-            yield field, np.asarray(value)
-    if observation.gradient is not None:
-        yield "gradient_norm", np.asarray(observation.gradient.norm)
 
 
 def _damaged(path: Path, error: Exception) -> RecordingError:

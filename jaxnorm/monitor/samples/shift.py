@@ -1,8 +1,7 @@
 """Measures of how far a distribution has moved, as pure functions.
 
-They take what there is of a distribution: its numbers, its `Moments` (or a `Summary`, which holds
-them), or counts in bins that both share. Whatever has leading axes (layers, channels, steps) is
-compared one by one.
+They take the numbers of a distribution, its `Moments` (or a `Summary`, which holds them), or counts
+in shared bins. With leading axes (layers, channels, steps) each entry is compared by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Samples as the scalars of TensorBoard, in event files that grow with the run."""
+"""Event files of TensorBoard with the numbers of samples as scalars."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SUFFIX = ".jaxnorm"  # of the event files that are written here; others are lef
 def add_scalars(folder: str | os.PathLike[str], samples: Sequence[tuple[int, Numbers]]) -> None:
     """Add to a folder the samples that its event files do not hold yet.
 
-    Where a step that is there has other numbers now, since a restart made it again, all samples
-    are written anew and the earlier files are deleted.
+    If a step has other numbers now, since a restart repeated it, all samples are written anew and
+    the earlier files are deleted.
 
     Args:
-        folder: of one run; event files of other programs in it are left alone.
+        folder: the folder of one run; event files of other programs in it are left alone.
         samples: pairs of a step and its numbers, in order of steps.
 
     Raises:
@@ -65,7 +65,7 @@ def add_scalars(folder: str | os.PathLike[str], samples: Sequence[tuple[int, Num
 
 
 def _read(files: Sequence[Path]) -> dict[int, dict[str, np.ndarray]]:
-    """Numbers by step and name."""
+    """Read event files: step -> name -> number."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
 

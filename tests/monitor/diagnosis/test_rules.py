@@ -439,7 +439,7 @@ def test_the_divergence_is_the_closed_form_without_what_chance_brings():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("runs/first",), "diagnose: what is looked at must be"),
+        (("runs/first",), "diagnose: the first argument must be"),
         ((Net(),), "comes with its variables and a batch; got neither"),
         ((Net(), X), "comes with its variables and a batch; got ndarray"),
         ((Net(), {"params": {}}), "comes with its variables and a batch; got dict"),

@@ -113,7 +113,7 @@ def dead_units(evidence: Evidence) -> Iterator[Finding]:
     for name, series in evidence.measures.get("dead", {}).items():
         # What is dead stays so: the least of the samples.
         place, share = _place(evidence, name), float(evidence.late(series).min(initial=1))
-        # So many are looked at of every channel, if there are as many.
+        # The numbers in a channel; the subsample has FEWEST_EXAMPLES of them if there are as many.
         rows = math.prod(evidence.facts[name].get("shape", (1,))[:-1])
         if place.kind.startswith("relu") and rows >= FEWEST_EXAMPLES and share > DEAD:
             found.append((share, place.layer))
