@@ -86,6 +86,31 @@ def test_what_was_written_is_what_was_seen(states, tmp_path):
     assert dict(again.places[0].facts)["momentum"] == 0.99
 
 
+def test_the_names_on_disk_are_those_of_format_1(states, tmp_path):
+    """Written down here, since recordings of other versions of jaxnorm have them."""
+    recorded(tmp_path / "run", states[-1:])
+    head = json.loads((tmp_path / "run" / "recording.json").read_text())
+    assert head["format"] == 1 and set(head["schema"]) == {
+        "columns", "places", "with_gradient", "parameters", "shift_layers"
+    }  # fmt: skip
+    stored = [path for path, _ in head["schema"]["columns"]]
+    moments = ["moments|count", "moments|mean", "moments|m2"]
+    summary = ["size", *moments, "minimum", "maximum", "nonfinite"]
+    values = [*summary, "zeros", "saturated", "dead", "histogram"]
+    batch = [*moments, "running_mean", "running_var", "examples", "independent"]
+    assert stored == [
+        *(f"sights|values|{field}" for field in values),
+        *(f"sights|gradients|{field}" for field in summary),
+        *(f"sights|batches|{NORM}|{field}" for field in batch),
+        *(f"parameters|{field}" for field in ("weight", "gradient", "update")),
+        *("metrics|loss",),
+    ]
+    assert set(head["schema"]["places"][0]) == {
+        "layer", "kind", "side", "order", "is_norm", "scans", "facts"
+    }  # fmt: skip
+    assert Recording(tmp_path / "run").schema == states[-1].monitor.schema
+
+
 def test_what_was_overwritten_is_counted(states, tmp_path):
     recording = recorded(tmp_path, states[-1:])
     assert recording.steps.tolist() == [2, 4, 6] and recording.lost == 1
