@@ -120,17 +120,17 @@ class Monitor:
             bare = state.replace(monitor=None)
             traced = _Traced(made, bare, batch)
 
-            def plain(bare: Any, row: Any) -> Any:
+            def unmonitored(bare: Any, row: Any) -> Any:
                 new, metrics, _ = traced.run(jax.tree.leaves((bare, batch)))
                 return new, metrics, row
 
-            def looking(bare: Any, row: Any) -> Any:
+            def sampling(bare: Any, row: Any) -> Any:
                 return self._row(traced, bare, batch, state.monitor)
 
             now = state.step if members is None else lax.pmax(state.step, members)
             taken = now % self.every == 0
             row = jnp.zeros(state.monitor.schema.width, jnp.float32)
-            new, metrics, row = _either(taken, looking, plain, bare, row)
+            new, metrics, row = _either(taken, sampling, unmonitored, bare, row)
             return new.replace(monitor=state.monitor.push(state.step, row, taken)), metrics
 
         return step
@@ -173,8 +173,8 @@ class Monitor:
 class _Traced:
     """The program of a step, and the structure of its results."""
 
-    def __init__(self, made: Callable, *args: Any):
-        self.program, shape = jax.make_jaxpr(made, return_shape=True)(*args)
+    def __init__(self, step: Callable, *args: Any):
+        self.program, shape = jax.make_jaxpr(step, return_shape=True)(*args)
         self.results = jax.tree.structure(shape)
 
     def run(self, leaves: list[Any]) -> Any:
@@ -182,24 +182,24 @@ class _Traced:
         return jax.tree.unflatten(self.results, run_program(self.program, leaves))
 
 
-def _either(taken: Any, looking: Callable, plain: Callable, state: Any, row: Any) -> Any:
+def _either(taken: Any, sampling: Callable, unmonitored: Callable, state: Any, row: Any) -> Any:
     """The results of one of two steps, chosen on the device."""
 
     def branch(state: Any, row: Any) -> Any:
-        return lax.cond(taken, looking, plain, state, row)
+        return lax.cond(taken, sampling, unmonitored, state, row)
 
-    def turns(state: Any, row: Any) -> Any:
-        metrics = jax.eval_shape(plain, state, row)[1]
-        made = state, jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics), row
-        for step, times in ((plain, ~taken), (looking, taken)):
-            made = lax.fori_loop(
-                0, times.astype(jnp.int32), lambda _, m, step=step: step(m[0], m[2]), made
+    def iterations(state: Any, row: Any) -> Any:
+        metrics = jax.eval_shape(unmonitored, state, row)[1]
+        results = state, jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics), row
+        for step, times in ((unmonitored, ~taken), (sampling, taken)):
+            results = lax.fori_loop(
+                0, times.astype(jnp.int32), lambda _, r, step=step: step(r[0], r[2]), results
             )
-        return made
+        return results
 
     # On CPUs the results of a branch are copied to where the state was: thirty small copies are a
-    # few percent of a small step. A loop of one turn, or of none, changes the state in place.
-    return lax.platform_dependent(state, row, cpu=turns, default=branch)
+    # few percent of a small step. A loop of one iteration, or of none, changes the state in place.
+    return lax.platform_dependent(state, row, cpu=iterations, default=branch)
 
 
 def _norms(*trees: Any) -> ParameterSummary:

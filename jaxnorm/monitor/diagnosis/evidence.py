@@ -88,10 +88,10 @@ class Evidence:
         return [place for place in self.places if place.name in self.batches]
 
     @cached_property
-    def train_eval_divergence(self) -> dict[str, Series]:
+    def train_eval_divergence(self) -> Series:
         """The divergence of each sample's batch from the running statistics, less `noise`.
 
-        By the name of the place, float64 of shape (samples,), in nats. It is 0 where there are too
+        By the name of the place, shape (samples,), in nats. It is 0 where there are too
         few numbers to tell.
         """
         found = {}
@@ -103,7 +103,7 @@ class Evidence:
         return found
 
     @cached_property
-    def noise(self) -> dict[str, Series]:
+    def noise(self) -> Series:
         """The divergence that chance alone brings: two over the number of independent numbers."""
         found = {}
         for name, batch in self.batches.items():

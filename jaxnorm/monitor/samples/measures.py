@@ -55,6 +55,7 @@ NEAR_EPSILON = 10.0
 """At this many times epsilon a normalized channel's deviation is 5 % short of one."""
 
 Series = dict[str, np.ndarray]
+"""Name of a place -> one number for each sample, float64 of shape (samples,)."""
 
 
 def measure(recording: Recording) -> dict[str, Series]:

@@ -53,8 +53,8 @@ class Net(nn.Module):
         return nn.Dense(4)(x)
 
 
-def look(model, x=X, change=lambda variables: variables):
-    """Findings of one look, by rule, with running statistics that fit."""
+def findings_of(model, x=X, change=lambda variables: variables):
+    """Findings of one pass, by rule, with running statistics that fit."""
     return by_rule(diagnose(model, change(fitted(model, x)), x))
 
 
@@ -116,19 +116,19 @@ def batches():
     return np.random.default_rng(1).normal(size=(40, 64, 8)).astype(np.float32)
 
 
-class TestOneLook:
+class TestOnePass:
     def test_a_healthy_network_has_nothing(self):
-        assert look(Net()) == {}
-        assert look(Net(norm="layer")) == {}
-        assert look(Net(norm="none", use_bias=True)) == {}
+        assert findings_of(Net()) == {}
+        assert findings_of(Net(norm="layer")) == {}
+        assert findings_of(Net(norm="none", use_bias=True)) == {}
 
     @pytest.mark.sample
     def test_a_small_batch(self):
-        found = look(Net(depth=2), X[:4])["small-batch"]
+        found = findings_of(Net(depth=2), X[:4])["small-batch"]
         assert found.evidence["independent numbers per channel"] == 4
         assert found.where == ("BatchNorm_0", "BatchNorm_1")
-        assert look(Net(), X[:2])["small-batch"].severity == "critical"
-        assert "small-batch" not in look(Net(norm="layer"), X[:4])
+        assert findings_of(Net(), X[:2])["small-batch"].severity == "critical"
+        assert "small-batch" not in findings_of(Net(norm="layer"), X[:4])
 
     def test_a_virtual_batch_counts_as_the_batch(self):
         whole = nn.Sequential(
@@ -141,19 +141,19 @@ class TestOneLook:
                 nn.relu,
             ]
         )
-        assert look(whole) == {}
-        assert look(parts)["small-batch"].evidence["independent numbers per channel"] == 4
+        assert findings_of(whole) == {}
+        assert findings_of(parts)["small-batch"].evidence["independent numbers per channel"] == 4
 
     def test_positions_of_an_image_that_are_all_alike_count_once(self):
         model = nn.Sequential([nn.BatchNorm(False, momentum=0.9), nn.relu])
         alike = np.broadcast_to(X[:8, None, None, :], (8, 6, 6, 8))
-        found = look(model, alike)["small-batch"]
+        found = findings_of(model, alike)["small-batch"]
         assert found.evidence["independent numbers per channel"] == pytest.approx(8, rel=1e-3)
         anew = RNG.normal(size=(8, 6, 6, 8)).astype(np.float32)
-        assert look(model, anew) == {}
+        assert findings_of(model, anew) == {}
 
     def test_an_imported_momentum(self):
-        found = look(Net(momentum=0.1))["imported-momentum"]
+        found = findings_of(Net(momentum=0.1))["imported-momentum"]
         assert "momentum=0.9" in found.remedy and found.evidence["momentum"] == 0.1
 
     def test_statistics_in_half_precision(self):
@@ -161,7 +161,7 @@ class TestOneLook:
             stats = jax.tree.map(lambda a: np.asarray(a, jnp.bfloat16), variables["batch_stats"])
             return {**variables, "batch_stats": stats}
 
-        found = look(Net(), change=cast)["half-precision"]
+        found = findings_of(Net(), change=cast)["half-precision"]
         assert found.evidence["rounding error"] == 2.0**-8
 
     def test_statistics_computed_in_half_precision(self):
@@ -172,45 +172,45 @@ class TestOneLook:
             return nn.Sequential([norm, nn.relu])
 
         x = jnp.asarray(X, jnp.bfloat16)
-        assert "half-precision" in look(model(False), x)
-        assert look(model(True), x) == {}
+        assert "half-precision" in findings_of(model(False), x)
+        assert findings_of(model(True), x) == {}
 
     def test_constant_channels(self):
         x = np.where(np.arange(8) < 2, np.float32(3), X)
         model = nn.Sequential([nn.BatchNorm(False, momentum=0.9), nn.relu])
-        found = look(model, x)["near-epsilon"]
+        found = findings_of(model, x)["near-epsilon"]
         assert found.evidence["share of channels"] == 0.25
-        assert look(model, X * 1e-4)["near-epsilon"].evidence["share of channels"] == 1
-        assert "near-epsilon" in look(nn.Sequential([nn.LayerNorm(), nn.relu]), X * 1e-5)
+        assert findings_of(model, X * 1e-4)["near-epsilon"].evidence["share of channels"] == 1
+        assert "near-epsilon" in findings_of(nn.Sequential([nn.LayerNorm(), nn.relu]), X * 1e-5)
         # What a root mean square is taken of need not vary.
-        assert look(nn.Sequential([nn.RMSNorm(), nn.relu]), X * 1e-5 + 3) == {}
+        assert findings_of(nn.Sequential([nn.RMSNorm(), nn.relu]), X * 1e-5 + 3) == {}
 
     def test_dead_units(self):
-        assert look(Net(shift=-20.0))["dead-units"].severity == "critical"
-        assert "dead-units" not in look(Net(shift=1.0))
+        assert findings_of(Net(shift=-20.0))["dead-units"].severity == "critical"
+        assert "dead-units" not in findings_of(Net(shift=1.0))
 
     def test_few_examples_do_not_make_a_unit_dead(self):
-        found = look(Net(norm="none", use_bias=True, features=64), X[:1])
+        found = findings_of(Net(norm="none", use_bias=True, features=64), X[:1])
         assert "dead-units" not in found  # half of them are zero for any one example
 
     def test_saturated_sigmoids_and_tanhs(self):
         for function in ("sigmoid", "tanh"):
-            found = look(Net(depth=2, function=function, shift=12.0))["saturated"]
+            found = findings_of(Net(depth=2, function=function, shift=12.0))["saturated"]
             assert found.where == (f"{function}_0", f"{function}_1")
-            assert look(Net(function=function)) == {}
+            assert findings_of(Net(function=function)) == {}
 
     def test_activations_that_grow_or_vanish_with_depth(self):
         for wide in (3.0, 1 / 3):
             model = Net(depth=6, norm="none", wide=wide, features=128)
-            found = look(model)["depth-activations"]
+            found = findings_of(model)["depth-activations"]
             assert found.evidence["factor per layer"] == pytest.approx(wide, rel=0.1)
             assert found.where == tuple(f"relu_{i}" for i in range(6))
-        assert look(Net(depth=6, norm="none", features=128)) == {}
-        assert look(Net(depth=6, norm="layer", wide=3.0, features=128)) == {}
+        assert findings_of(Net(depth=6, norm="none", features=128)) == {}
+        assert findings_of(Net(depth=6, norm="layer", wide=3.0, features=128)) == {}
 
     def test_frozen_statistics_on_shifted_data(self):
         frozen = Net(frozen=True)
-        assert look(frozen) == {}
+        assert findings_of(frozen) == {}
         variables = fitted(frozen)
         found = by_rule(diagnose(frozen, variables, X + 2))["frozen-on-shifted"]
         assert found.severity == "critical" and "BatchNorm_0" in found.where
@@ -218,9 +218,9 @@ class TestOneLook:
         assert "frozen-on-shifted" in by_rule(diagnose(Net(), variables, 3 * X, train=False))
 
     def test_a_bias_before_a_batch_norm(self):
-        found = look(Net(depth=2, use_bias=True))["idle-bias"]
+        found = findings_of(Net(depth=2, use_bias=True))["idle-bias"]
         assert found.where == ("Dense_0", "Dense_1") and found.severity == "advice"
-        assert "idle-bias" not in look(Net(use_bias=True, norm="layer"))
+        assert "idle-bias" not in findings_of(Net(use_bias=True, norm="layer"))
 
     def test_statistics_that_were_never_updated(self):
         model = Net(depth=2)
@@ -231,7 +231,7 @@ class TestOneLook:
     def test_nan_in_the_data(self):
         x = X.copy()
         x[3, 2] = np.nan
-        found = look(Net(norm="layer"), x)["nonfinite"]
+        found = findings_of(Net(norm="layer"), x)["nonfinite"]
         assert found.where == ("LayerNorm_0:input",) and found.evidence["share"] == 1 / 64
         assert "data" in found.remedy
 
@@ -253,7 +253,7 @@ class TestOneLook:
         averaging = nn.Sequential([jnn.BatchNorm(False, momentum=None), nn.relu])
         assert diagnose(averaging, initial(averaging, X), X) == ()
         strange = nn.BatchNorm(np.bool_(False), momentum=0.9, epsilon=np.float32(1e-5))
-        assert look(nn.Sequential([strange, nn.relu])) == {}
+        assert findings_of(nn.Sequential([strange, nn.relu])) == {}
 
     def test_the_mode_may_come_by_position(self):
         class Positional(nn.Module):
@@ -284,7 +284,7 @@ class TestOneLook:
 
         x = X.copy()
         x[32:] = 100
-        assert look(Masked(), x) == {}
+        assert findings_of(Masked(), x) == {}
 
     def test_channels_that_are_seldom_other_than_zero(self):
         rng = np.random.default_rng(3)
@@ -302,7 +302,7 @@ class TestOneLook:
     def test_several_feature_axes_in_any_order(self):
         x = (RNG.normal(size=(32, 2, 4, 8)) * np.arange(1, 9)).astype(np.float32)
         norm = nn.BatchNorm(False, axis=(-1, 1), momentum=0.9)
-        assert look(nn.Sequential([norm, nn.relu]), x) == {}
+        assert findings_of(nn.Sequential([norm, nn.relu]), x) == {}
 
     def test_a_probability_at_the_end_may_be_near_one(self):
         class Classifier(nn.Module):
@@ -311,7 +311,7 @@ class TestOneLook:
                 x = nn.Dense(4, bias_init=nn.initializers.constant(8.0))(nn.LayerNorm()(x))
                 return nn.sigmoid(x)
 
-        assert look(Classifier()) == {}
+        assert findings_of(Classifier()) == {}
 
     def test_a_vmap_inside_what_is_looked_at(self):
         model = nn.BatchNorm(False, momentum=0.9, axis_name="b")

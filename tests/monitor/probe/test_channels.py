@@ -121,7 +121,7 @@ def test_gradients_show_their_channels_too(variables):
         np.testing.assert_allclose(of_channels, seen[name].gradient.norm, rtol=1e-3)
 
 
-def test_all_channels_are_looked_at_however_few_elements_are(variables):
+def test_all_channels_are_sampled_however_few_elements_are(variables):
     _, seen = jax.jit(observe(apply, channels=True, elements=64))(variables, X)
     channels = seen["tanh_0:input"].channels
     assert channels.moments.mean.shape == (5,)

@@ -1,4 +1,4 @@
-"""What a look at a batch that is spread over chips costs on the network, as the compiler has it."""
+"""Collectives that the observation of a sharded batch costs, counted in the compiled program."""
 
 import re
 
@@ -55,7 +55,7 @@ def compiled_for(topology, monitor, **options):
     return traced.lower(lowering_platforms=("tpu",)).compile().as_text()
 
 
-@pytest.mark.seconds(90, "it compiles for TPUs with a look and without")
+@pytest.mark.seconds(90, "it compiles for TPUs with a sample and without")
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     ("topology", "options"),
@@ -64,17 +64,17 @@ def compiled_for(topology, monitor, **options):
 )
 def test_a_sample_adds_one_collective(topology, options):
     pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
-    plain, looking = (
+    plain, observing = (
         collectives(compiled_for(topology, monitor, **options))
         for monitor in (None, Monitor(every=1, channels=True))
     )
     assert plain and set(plain) == {"all-reduce"}
-    assert sorted(looking) == sorted([*plain, "all-gather"])
+    assert sorted(observing) == sorted([*plain, "all-gather"])
 
 
 @pytest.fixture(scope="module")
 def cubes():
-    """Two batches with channels first, what is to be looked at, and what one device shows."""
+    """Two batches with channels first, a function to observe, and what one device shows."""
     rng = np.random.default_rng(0)
     x = rng.normal(1.0, 2.0, (16, 6, 5)).astype(np.float32)
     model = nn.Sequential([nn.BatchNorm(use_running_average=False, axis=1), nn.relu])
@@ -97,10 +97,10 @@ def test_any_mesh_shows_what_one_device_shows_in_one_gather(cubes, kind, mapped)
         x, expected = x[:, 0], jax.tree.map(lambda a: a[0], expected)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     spread = jax.device_put(x, NamedSharding(mesh, P("data")))
-    looking = jax.jit(run).lower(spread).compile()
+    observing = jax.jit(run).lower(spread).compile()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-        looking(spread)[1], expected,
+        observing(spread)[1], expected,
     )  # fmt: skip
-    assert collectives(looking.as_text()).count("all-gather") == 1
-    assert not {"all-to-all", "collective-permute"} & set(collectives(looking.as_text()))
+    assert collectives(observing.as_text()).count("all-gather") == 1
+    assert not {"all-to-all", "collective-permute"} & set(collectives(observing.as_text()))

@@ -238,7 +238,7 @@ def test_summaries_are_a_monoid():
     np.testing.assert_allclose(pooled.moments.var, expected.moments.var, rtol=1e-5)
 
 
-def test_of_a_wide_layer_enough_rows_are_looked_at():
+def test_enough_rows_of_a_wide_layer_are_sampled():
     """With few, units that are zero half of the time look dead, and variances are wild."""
     x = np.random.default_rng(0).normal(size=(512, 4096)).astype(np.float32)
     model = nn.Sequential([nn.BatchNorm(use_running_average=False), nn.relu])

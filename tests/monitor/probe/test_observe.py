@@ -94,10 +94,10 @@ def training(model):
 observed = jax.jit(observe(training(attach(Net()))))
 
 
-def assert_sees(sight, value, gradient):
+def assert_sees(observation, value, gradient):
     value, gradient = np.asarray(value, np.float64), np.asarray(gradient, np.float64)
     near = {"rtol": 1e-4, "atol": 1e-5}
-    seen = sight.value
+    seen = observation.value
     assert seen.size == seen.moments.count == value.size
     np.testing.assert_allclose(seen.moments.mean, value.mean(), **near)
     np.testing.assert_allclose(seen.moments.var, value.var(), **near)
@@ -106,8 +106,10 @@ def assert_sees(sight, value, gradient):
     np.testing.assert_allclose(seen.zeros, (value == 0).mean(), atol=1e-6)
     counts = np.histogram(value, [-np.inf, *EDGES, np.inf])[0]
     assert abs(np.asarray(seen.histogram) - counts).sum() <= 4  # those that lie on an edge
-    np.testing.assert_allclose(sight.gradient.norm, np.linalg.norm(gradient), rtol=1e-3)
-    np.testing.assert_allclose(sight.gradient.moments.mean, gradient.mean(), rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(observation.gradient.norm, np.linalg.norm(gradient), rtol=1e-3)
+    np.testing.assert_allclose(
+        observation.gradient.moments.mean, gradient.mean(), rtol=1e-2, atol=1e-4
+    )
 
 
 @pytest.mark.sample

@@ -61,7 +61,7 @@ def test_what_was_written_is_what_was_seen(states, tmp_path):
     recording = recorded(tmp_path / "run", states, settings={"rate": 0.1})
     assert recording.steps.tolist() == [0, 2, 4, 6] and recording.lost == 0
     assert [place.layer for place in recording.places] == ["layers_1"] * 2 + ["relu_0"] * 2
-    # Of the last sample, against a look of its own at that step.
+    # The last sample, against an observation of that step by itself.
     before = states[5]
     model = attach(MODEL)
 

@@ -123,7 +123,7 @@ def dead_units(evidence: Evidence) -> Iterator[Finding]:
             "dead-units",
             _severity(share > 0.9),
             tuple(layer for _, layer in found),
-            "Units are dead: zero for every example looked at, and without a gradient.",
+            "Units are dead: zero for every sampled example, and without a gradient.",
             "A step that was too large, or a bias that is far below zero, moved them where no "
             "example reaches.",
             "Lower or warm up the learning rate, normalize before the nonlinearity, or use one "
