@@ -263,7 +263,7 @@ def _first_uses(jaxpr: Any) -> list[Var]:
         given = [stands_for.get(v) if isinstance(v, Var) else None for v in eqn.invars]
         inner = list(inner_programs(eqn))
         if len(eqn.invars) == 1 and given[0] is not None and not inner:
-            # What reshapes or casts a parameter does not use it yet.
+            # A reshape or a cast of a parameter is not a use of it yet.
             stands_for |= dict.fromkeys(eqn.outvars, given[0])
             continue
         if len(inner) == 1 and len(inner[0].invars) == len(eqn.invars):

@@ -17,7 +17,7 @@ from jaxnorm.monitor.probe.observations import Observation, Observations
 from jaxnorm.monitor.probe.summary import BatchSummary, Summary
 from jaxnorm.monitor.samples.gradient_shift import GradientShift
 
-# What recordings of format 1 call the observations.
+# The name of the observations in recordings of format 1.
 _STORED_AS = "sights"
 
 

@@ -33,7 +33,7 @@ def mean_drift(now: Distribution, before: Distribution) -> Float[Array, ...]:
             `Summary` of any shape.
 
     Returns:
-        Of the shape of the moments; () for arrays. In the units of the data.
+        The distance in the units of the data; shape of the moments, () for arrays.
 
     Raises:
         TypeError: an array is not of floating numbers.
@@ -59,8 +59,8 @@ def variance_ratio(now: Distribution, before: Distribution) -> Float[Array, ...]
         now, before: as in `mean_drift`.
 
     Returns:
-        Of the shape of the moments; () for arrays. 1 where neither has any variance, infinite where
-        only the earlier has none.
+        The ratio; shape of the moments, () for arrays. 1 where neither has any variance, infinite
+        where only the earlier has none.
 
     Raises:
         TypeError, ValueError: as `mean_drift`.
@@ -98,12 +98,12 @@ def kl_divergence(
 
     Args:
         now, before: as in `mean_drift`; with `histograms`, counts, shape (..., bins).
-        histograms: whether these are counts.
+        histograms: True if these are counts.
         smoothing: added to each count, so that no bin is empty (1/2: Krichevsky & Trofimov 1981).
 
     Returns:
-        Of the shape of the moments, or of the counts without the axis of bins. Infinite between
-        normal distributions of which only one has no variance.
+        The divergence; shape of the moments, or of the counts without the axis of bins. Infinite
+        between normal distributions of which only one has no variance.
 
     Raises:
         TypeError, ValueError: as `mean_drift`; `smoothing` is negative; histograms have different

@@ -20,15 +20,16 @@ DEAD = 0.4
 """Share of dead units that the notes of Stanford's CS231n name as what a learning rate that is too
 high leads to."""
 FEWEST_EXAMPLES = 32
-"""That a unit must be flat for: then it is so for 9 in 10 with 95 % certainty (three over n)."""
+"""Examples for which a unit must be flat: then it is flat for 9 in 10 with 95 % certainty (the rule
+of three)."""
 
 FEWEST_LAYERS = 4
-"""Fewer do not show a law."""
+"""Layers that a law is fitted to, at least."""
 FACTOR = 2.0
-"""Per layer. He et al. 2015, section 2.2: a proper initialization keeps it at 1; batch
+"""Factor per layer. He et al. 2015, section 2.2: a proper initialization keeps it at 1; batch
 normalization alone brings that of gradients to 1.21 (Yang et al. 2019)."""
 WHOLE_FACTOR = 32.0
-"""From the first to the last layer."""
+"""Factor from the first to the last layer."""
 FIT = 0.8
 """Share of the variance of the logarithm that a straight line must explain."""
 
@@ -111,7 +112,7 @@ def dead_units(evidence: Evidence) -> Iterator[Finding]:
     """Units that are flat for every example, and get no gradient."""
     found = []
     for name, series in evidence.measures.get("dead", {}).items():
-        # What is dead stays so: the least of the samples.
+        # A dead unit stays dead, so the smallest share of all samples counts.
         place, share = _place(evidence, name), float(evidence.late(series).min(initial=1))
         # The numbers in a channel; the subsample has FEWEST_EXAMPLES of them if there are as many.
         rows = math.prod(evidence.facts[name].get("shape", (1,))[:-1])

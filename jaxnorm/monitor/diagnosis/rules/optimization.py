@@ -17,21 +17,21 @@ after twenty steps, at 1e-6 hardly after a million."""
 CS231N = "https://cs231n.github.io/neural-networks-3/"
 
 DROP = 2.5
-"""By what factor updates fall when a schedule drops the learning rate: 10 in He et al. 2016, and
-hardly ever less than this."""
+"""The least factor by which updates fall when a schedule drops the learning rate. In He et al. 2016
+it is 10, and hardly ever less than this."""
 WINDOW = 3
-"""Samples on either side of a drop, at least."""
+"""The least number of samples on either side of a drop."""
 DRIFT = 0.1
-"""Deviations by which means move between one sample and the next, beyond what chance brings."""
+"""Deviations by which means move between one sample and the next, less what chance brings."""
 
 
 def update_ratio(evidence: Evidence) -> Iterator[Finding]:
-    """Updates that are out of all proportion to what they update."""
+    """Updates that are out of proportion to the parameters."""
     large, small = [], []
     for path, norms in evidence.parameters.items():
         weight, update = np.asarray(norms.weight), np.asarray(norms.update)
         name = path.removesuffix("/value").rsplit("/", 1)[-1]  # NNX names the value, too
-        # What starts at zero has no proportion; scales and biases are few numbers.
+        # An array that starts at zero has no proportion; scales and biases are few numbers.
         if name in ("bias", "scale") or not (weight[: evidence.healthy] > 0).all():
             continue
         ratio = evidence.typical(update / np.where(weight > 0, weight, 1))

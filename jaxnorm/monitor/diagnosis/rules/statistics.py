@@ -16,18 +16,18 @@ SHIFTED = 0.25
 Scorecards, 2006, for the population stability index; `symmetric_divergence` is its form without
 bins."""
 FAR = 1.0
-"""Nats that no reading of an evaluation survives: means apart by a whole deviation."""
+"""Nats from which an evaluation means nothing: the means differ by a whole deviation."""
 
 LEAST_EXAMPLES = 8
-"""Examples of a batch: Wu & He 2018, Figure 1, find the error of a ResNet-50 to rise by 1.2 points
+"""Fewest examples of a batch. Wu & He 2018, Figure 1: the error of a ResNet-50 rises by 1.2 points
 at 8 images a worker, by 3.7 at 4 and by 11 at 2."""
 
 LOWEST_MOMENTUM = 0.5
-"""What multiplies the old value, below which only two or three batches are remembered. PyTorch
-calls one minus it momentum, 0.1 by default."""
+"""Lowest factor of the old value: with less, only two or three batches are remembered. PyTorch
+calls one minus this factor momentum, 0.1 by default."""
 
 HALF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
-"""Relative rounding errors."""
+"""Relative rounding errors of the half-precision dtypes."""
 
 DIVERGENCE = "train/eval divergence (nats)"
 """The name of the divergence in the evidence of a finding."""
@@ -64,7 +64,7 @@ def never_updated(evidence: Evidence) -> Iterator[Finding]:
 
 
 def train_serve_skew(evidence: Evidence) -> Iterator[Finding]:
-    """Running statistics that are not those of the batches they are to stand for."""
+    """Running statistics that differ from those of the batches they stand for."""
     shifted = [place for place in _shifted(evidence) if not evidence.is_frozen(place)]
     norms = [place for place in shifted if not _is_stuck(evidence, place)]
     if not norms:
@@ -102,7 +102,7 @@ def train_serve_skew(evidence: Evidence) -> Iterator[Finding]:
 
 
 def frozen_on_shifted(evidence: Evidence) -> Iterator[Finding]:
-    """Running statistics in use, on data that they are not of."""
+    """Running statistics in use on data from another distribution."""
     shifted = [place for place in _shifted(evidence) if evidence.is_frozen(place)]
     norms = [place for place in shifted if not _is_stuck(evidence, place)]
     if norms:
@@ -156,7 +156,7 @@ def small_batch(evidence: Evidence) -> Iterator[Finding]:
 
 def imported_momentum(evidence: Evidence) -> Iterator[Finding]:
     """A momentum that looks like PyTorch's."""
-    # None is an average of all batches.
+    # A momentum of None averages all batches.
     momenta = [evidence.facts[place.name].get("momentum") for place in evidence.batch_norms]
     low = [isinstance(m, int | float) and m < LOWEST_MOMENTUM for m in momenta]
     norms = [place for place, is_low in zip(evidence.batch_norms, low) if is_low]
@@ -202,7 +202,7 @@ def half_precision(evidence: Evidence) -> Iterator[Finding]:
 
 
 def idle_bias(evidence: Evidence) -> Iterator[Finding]:
-    """A bias that the mean subtracted right after it takes away again."""
+    """A bias that is subtracted again with the mean of the batch norm right after it."""
     fed = [
         str(evidence.facts[place.name]["fed_by"])
         for place in evidence.batch_norms
