@@ -52,7 +52,7 @@ class Evidence:
         return cls(
             recording.steps,
             recording.places,
-            {name: recording[name] for name in recording},
+            recording.observations,
             recording.metrics,
             recording.parameters,
         )

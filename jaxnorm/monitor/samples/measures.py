@@ -79,7 +79,7 @@ def measure(recording: Recording) -> dict[str, Series]:
         ...     measure(Recording(folder))
         {}
     """
-    return measure_observations(recording.places, {name: recording[name] for name in recording})
+    return measure_observations(recording.places, recording.observations)
 
 
 def measure_observations(

@@ -113,6 +113,12 @@ class Recording:
         return () if self.schema is None else self.schema.places
 
     @property
+    def observations(self) -> dict[str, Observation]:
+        """Name of a place -> its observation; each array has a leading axis of samples."""
+        schema, arrays = self.schema, self._arrays()
+        return {} if schema is None else {name: schema.observation(arrays, name) for name in self}
+
+    @property
     def metrics(self) -> dict[str, np.ndarray]:
         """The loss and the other metrics of the sampled steps, shape (samples,) each."""
         arrays = self._arrays()
@@ -164,8 +170,8 @@ class Recording:
         return self.schema.observation(self._arrays(), name)
 
     def _repr_html_(self) -> str:
-        observations = {name: self[name] for name in self}
-        return last_sample(self.folder.name, self.steps, self.metrics, observations, self.lost)
+        name, steps, metrics = self.folder.name, self.steps, self.metrics
+        return last_sample(name, steps, metrics, self.observations, self.lost)
 
     def append(self, state: Any) -> int:
         """Read the samples that wait on the device, and write them down.
@@ -218,8 +224,8 @@ class Recording:
             Pairs of a step and its numbers: "metrics/loss", "BatchNorm_0:input/mean", ....
         """
         table: dict[str, Any] = {f"metrics/{name}": a for name, a in self.metrics.items()}
-        for name in self:
-            table |= {f"{name}/{field}": array for field, array in figures(self[name])}
+        for name, observation in self.observations.items():
+            table |= {f"{name}/{field}": array for field, array in figures(observation)}
         for path, norms in self.parameters.items():
             for field, array in zip(ParameterSummary._fields, norms):
                 table[f"{path}/{field}_norm"] = array
@@ -246,11 +252,11 @@ class Recording:
                 "Recording: a data frame needs pandas; got an environment without it. Install it: "
                 "pip install pandas."
             ) from None
-        frames = []
+        frames, observations = [], self.observations
         for place in self.places:
             columns = {"step": self.steps, "place": place.name, "layer": place.layer}
             columns |= {"kind": place.kind, "side": place.side}
-            columns |= dict(figures(self[place.name]))
+            columns |= dict(figures(observations[place.name]))
             frames.append(pandas.DataFrame(columns))
         return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
 
