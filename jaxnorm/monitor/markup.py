@@ -26,8 +26,9 @@ _STYLE = """
   background: color-mix(in srgb, var(--tone) 6%, transparent); padding: 0.6rem 0.9rem;
   margin: 0.6rem 0; overflow-wrap: anywhere; }
 .jaxnorm .critical { --tone: #b3261e; } .jaxnorm .warning { --tone: #a15c00; }
-.jaxnorm .badge { color: var(--tone); border: 1px solid; border-radius: 999px; font-size: 0.78em;
-  font-weight: 650; padding: 0.05rem 0.5rem; margin-right: 0.4rem; }
+.jaxnorm .badge { color: color-mix(in srgb, var(--tone) 65%, currentColor); border: 1px solid;
+  border-radius: 999px; font-size: 0.78em; font-weight: 650; padding: 0.05rem 0.5rem;
+  margin-right: 0.4rem; }
 .jaxnorm a { color: inherit; }
 @media (prefers-color-scheme: dark) { .jaxnorm article { --tone: #6bb7f5; }
   .jaxnorm .critical { --tone: #ff8a80; } .jaxnorm .warning { --tone: #f0b14a; } }
