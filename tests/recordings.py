@@ -3,10 +3,10 @@
 import numpy as np
 
 from jaxnorm.monitor import Recording
-from jaxnorm.monitor.buffer import Buffer
-from jaxnorm.monitor.marks import Place
-from jaxnorm.monitor.schema import Schema
-from jaxnorm.monitor.summary import BINS, EDGES
+from jaxnorm.monitor.probe.marks import Place
+from jaxnorm.monitor.probe.summary import BINS, EDGES
+from jaxnorm.monitor.samples.buffer import Buffer
+from jaxnorm.monitor.samples.schema import Schema
 
 FIELDS = ("size", "moments|count", "moments|mean", "moments|m2", "minimum", "maximum", "nonfinite")
 VALUES = ("zeros", "saturated", "dead")
@@ -36,30 +36,30 @@ def invent(
     mean = 0.2 * np.sin(6 * time + np.arange(k)) + rng.normal(size=(n, k)) * 0.01
     deviation = (1 + time) * 1.1 ** np.arange(k)
     values = mean[..., None] + deviation[..., None] * rng.normal(size=(n, k, 256))
-    arrays = {f"sights|values|{name}": np.zeros((n, k)) for name in FIELDS + VALUES}
-    arrays["sights|values|size"] += 4096
-    arrays["sights|values|moments|count"] += 256
-    arrays["sights|values|moments|mean"] += mean
-    arrays["sights|values|moments|m2"] += 256 * deviation**2
-    arrays["sights|values|minimum"], arrays["sights|values|maximum"] = (
+    arrays = {f"observations|values|{name}": np.zeros((n, k)) for name in FIELDS + VALUES}
+    arrays["observations|values|size"] += 4096
+    arrays["observations|values|moments|count"] += 256
+    arrays["observations|values|moments|mean"] += mean
+    arrays["observations|values|moments|m2"] += 256 * deviation**2
+    arrays["observations|values|minimum"], arrays["observations|values|maximum"] = (
         values.min(-1),
         values.max(-1),
     )
     for name in VALUES:
-        arrays[f"sights|values|{name}"] += rng.uniform(size=(n, k))
+        arrays[f"observations|values|{name}"] += rng.uniform(size=(n, k))
     bins = np.searchsorted(EDGES, values)
     bins += BINS * np.arange(n * k).reshape(n, k, 1)
     counts = np.bincount(bins.ravel(), minlength=n * k * BINS).astype(float)
-    arrays["sights|values|histogram"] = counts.reshape(n, k, BINS)
+    arrays["observations|values|histogram"] = counts.reshape(n, k, BINS)
     for name in FIELDS:
-        arrays[f"sights|gradients|{name}"] = arrays[f"sights|values|{name}"] * 1e-3
+        arrays[f"observations|gradients|{name}"] = arrays[f"observations|values|{name}"] * 1e-3
     for place in places:
         if place.kind == "BatchNorm" and place.side == "input":
             for name in CHANNELS:
                 shown = np.exp(0.3 * rng.normal(size=(n, channels)))
-                arrays[f"sights|batches|{place.name}|{name}"] = shown
+                arrays[f"observations|batches|{place.name}|{name}"] = shown
             for name in ("examples", "independent"):
-                arrays[f"sights|batches|{place.name}|{name}"] = np.full(n, 64.0)
+                arrays[f"observations|batches|{place.name}|{name}"] = np.full(n, 64.0)
     for name, size in (("weight", 1.0), ("gradient", 0.1), ("update", 1e-3)):
         shown = size * np.exp(rng.normal(size=(n, len(parameters))))
         arrays[f"parameters|{name}"] = shown

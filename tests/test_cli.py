@@ -176,7 +176,7 @@ def test_no_command_shows_the_help(capsys):
 @pytest.mark.sample
 def test_doctor_tells_what_is_wrong_and_exits_with_one(tmp_path, capsys):
     def spoil(arrays):
-        arrays["sights|values|nonfinite"][8:, 4] = 0.5
+        arrays["observations|values|nonfinite"][8:, 4] = 0.5
 
     invent(tmp_path / "sick", norm="LayerNorm", spoil=spoil)
     assert cli.main(["doctor", str(tmp_path / "sick")]) == cli.FOUND
@@ -188,7 +188,7 @@ def test_doctor_tells_what_is_wrong_and_exits_with_one(tmp_path, capsys):
 def test_doctor_of_a_healthy_run(tmp_path, capsys):
     def spoil(arrays):
         for name in ("dead", "saturated", "nonfinite"):
-            arrays[f"sights|values|{name}"][:] = 0
+            arrays[f"observations|values|{name}"][:] = 0
 
     invent(tmp_path / "well", norm="LayerNorm", spoil=spoil)
     assert cli.main(["doctor", str(tmp_path / "well")]) == 0

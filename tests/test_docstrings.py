@@ -20,14 +20,14 @@ RESULTS = {
     "jaxnorm.monitor.BatchSummary",
     "jaxnorm.monitor.GradientShift",
     "jaxnorm.monitor.Landscape",
-    "jaxnorm.monitor.Sight",
-    "jaxnorm.monitor.Sights",
+    "jaxnorm.monitor.Observation",
+    "jaxnorm.monitor.Observations",
     "jaxnorm.monitor.Summary",
 }
 # The charts' code takes seconds to put together; `tests/report` renders both.
 SLOW = {"jaxnorm.report.render_page", "jaxnorm.report.render_runs"}
 # A package that gathers names for the package above it, and is nobody's address.
-INTERNAL = {"jaxnorm.monitor.rules"}
+INTERNAL = {"jaxnorm.monitor.diagnosis.rules"}
 # A first line stands alone in an index: a noun phrase or an imperative.
 OPENERS = ("By ", "Of ", "What ", "How ", "Whether ", "Where ", "Which ", "From ", "With ")
 

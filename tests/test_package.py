@@ -28,8 +28,8 @@ ROOMS = (
     "tools", "monitor", "lab", "report", "testing", "examples", "cli",
 )  # fmt: skip
 APART = {("linen", "nnx"), ("nnx", "linen")}
-# What a notebook asks to show itself asks the report, when it is asked: nothing is imported before.
-DISPLAY = {("monitor/display.py", "jaxnorm.report.notebook")}
+# Within the monitor: from what goes into a program to what is judged on the host.
+MONITOR = ("markup", "probe", "samples", "diagnosis")
 
 
 def room(path: Path) -> str:
@@ -53,12 +53,18 @@ def test_imports_go_upward():
             parts = name.split(".")
             if parts[0] != "jaxnorm" or len(parts) < 2 or parts[1] not in ROOMS:
                 continue
-            if (path.relative_to(ROOT).as_posix(), name) in DISPLAY:
-                continue
             assert ROOMS.index(parts[1]) <= ROOMS.index(here), f"{path}: {name}"
             assert (here, parts[1]) not in APART, f"{path}: {name}"
         flax_free = here in ("_jax", "core", "distributed", "functional", "kernels")
         assert not (flax_free and any(n.split(".")[0] == "flax" for n in imported(path))), path
+
+
+def test_the_rooms_of_the_monitor_import_one_way():
+    for number, here in enumerate(MONITOR):
+        for path in (ROOT / "monitor" / here).rglob("*.py"):
+            for name in imported(path):
+                if name.startswith("jaxnorm.monitor."):
+                    assert name.split(".")[2] in MONITOR[: number + 1], f"{path}: {name}"
 
 
 def test_the_oracle_shares_no_code_with_what_it_judges():

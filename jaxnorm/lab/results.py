@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxnorm.monitor import Recording
-from jaxnorm.monitor.buffer import Buffer
+from jaxnorm.monitor.samples.buffer import Buffer
 
 TARGET_SHARE = 0.9  # of the network's best accuracy, to be reached
 STABLE_SHARE = 0.9  # of the normalization's own best accuracy, to be kept by every seed

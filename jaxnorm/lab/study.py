@@ -32,7 +32,7 @@ from jaxnorm.lab.networks import (
 )
 from jaxnorm.lab.results import Curves, Recorded, StudyResult, summarize
 from jaxnorm.monitor import Monitor
-from jaxnorm.monitor.buffer import Buffer
+from jaxnorm.monitor.samples.buffer import Buffer
 
 VALIDATION_IMAGES = 300  # at most, of the validation part
 EVALUATION_BATCH = 60  # images per call: the patches of all runs stay in the cache

@@ -1,26 +1,28 @@
-"""Instruments: what happens inside a network as it trains.
+"""Instruments that show what happens inside a network as it trains.
 
     step = make_train_step(model, optimizer, loss, monitor=Monitor(every=64))
 
-looks at every normalization layer and every nonlinearity of a model that is left as it is, inside
-the compiled step. For training loops of one's own there are `attach` and `observe`. The measures of
-shift are pure functions.
+observes every normalization layer and every nonlinearity of a model that is left as it is, inside
+the compiled step. `attach` and `observe` are for other training loops. The measures of shift are
+pure functions. README.md in this folder shows how the numbers flow.
 """
 
-from jaxnorm.monitor.attach import attach
-from jaxnorm.monitor.diagnose import diagnose
-from jaxnorm.monitor.findings import Finding, Findings
-from jaxnorm.monitor.gradients import (
+from jaxnorm.monitor.diagnosis.diagnose import diagnose
+from jaxnorm.monitor.diagnosis.findings import Finding, Findings
+from jaxnorm.monitor.monitor import Monitor
+from jaxnorm.monitor.probe.attach import attach
+from jaxnorm.monitor.probe.observations import Observation, Observations
+from jaxnorm.monitor.probe.observe import observe
+from jaxnorm.monitor.probe.summary import EDGES, BatchSummary, Summary
+from jaxnorm.monitor.samples.gradient_shift import (
     GradientShift,
     Landscape,
     internal_covariate_shift,
     loss_landscape,
 )
-from jaxnorm.monitor.measures import MEASURES, measure, quantiles
-from jaxnorm.monitor.monitor import Monitor
-from jaxnorm.monitor.observe import observe
-from jaxnorm.monitor.recording import Recording, RecordingError
-from jaxnorm.monitor.shift import (
+from jaxnorm.monitor.samples.measures import MEASURES, measure, quantiles
+from jaxnorm.monitor.samples.recording import Recording, RecordingError
+from jaxnorm.monitor.samples.shift import (
     excess_kurtosis,
     kl_divergence,
     mean_drift,
@@ -29,8 +31,6 @@ from jaxnorm.monitor.shift import (
     track_covariate_shift,
     variance_ratio,
 )
-from jaxnorm.monitor.sights import Sight, Sights
-from jaxnorm.monitor.summary import EDGES, BatchSummary, Summary
 
 __all__ = [
     "EDGES",
@@ -41,10 +41,10 @@ __all__ = [
     "GradientShift",
     "Landscape",
     "Monitor",
+    "Observation",
+    "Observations",
     "Recording",
     "RecordingError",
-    "Sight",
-    "Sights",
     "Summary",
     "attach",
     "diagnose",

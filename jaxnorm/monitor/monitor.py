@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm._jax import run_program
-from jaxnorm.monitor.attach import Selection, adapted
-from jaxnorm.monitor.buffer import Buffer, row_of
-from jaxnorm.monitor.gradients import shift_of
-from jaxnorm.monitor.observe import look
-from jaxnorm.monitor.schema import ParameterSummary, Sample, Schema
+from jaxnorm.monitor.probe.attach import Selection, adapted
+from jaxnorm.monitor.probe.observe import observe_program
+from jaxnorm.monitor.samples.buffer import Buffer
+from jaxnorm.monitor.samples.gradient_shift import shift_of
+from jaxnorm.monitor.samples.schema import ParameterSummary, Sample, Schema
 from jaxnorm.training.models import Model
 
 
@@ -24,19 +24,19 @@ class Monitor:
     """Settings of a monitor: which layers it samples, and at which steps.
 
     Args:
-        every: look at each step whose number is a multiple of this. The other steps run the
+        every: sample each step whose number is a multiple of this. The other steps run the
             program that they would run without a monitor.
         capacity: samples that wait on the device until they are read; older ones are lost.
-        layers: which layers and nonlinearities to look at: a pattern of their paths with * for
+        layers: the layers and nonlinearities to observe: a pattern of their paths with * for
             anything, a class of layers, several of these, or a function of a path and the name of
             a class or nonlinearity. None: all normalization layers and all nonlinearities.
-        elements: about how many elements of an array to look at, evenly spread; None for all.
-            Of a batch norm's input all channels are looked at, at a thousand positions or more.
-        gradients: whether to look at gradients.
-        shift: whether to take `internal_covariate_shift` from each step that is looked at to the
-            parameters after it, on its own batch. That costs a gradient for each layer.
-        channels: whether to look at each channel too, at every place: of the feature axes of a
-            batch norm, of the last axis elsewhere. Of a channel there is no histogram.
+        elements: about how many elements of an array to sample, evenly distributed; None for all.
+            All channels of a batch norm's input are sampled, at a thousand positions or more.
+        gradients: True to observe gradients, too.
+        shift: True to measure `internal_covariate_shift` from each sampled step to the parameters
+            after it, on its own batch. That costs a gradient for each layer.
+        channels: True to observe each channel, too, at every place: along the feature axes of a
+            batch norm, along the last axis elsewhere. A channel has no histogram.
 
     Raises:
         TypeError, ValueError: an argument is none of those above.
@@ -120,17 +120,17 @@ class Monitor:
             bare = state.replace(monitor=None)
             traced = _Traced(made, bare, batch)
 
-            def plain(bare: Any, row: Any) -> Any:
+            def unmonitored(bare: Any, row: Any) -> Any:
                 new, metrics, _ = traced.run(jax.tree.leaves((bare, batch)))
                 return new, metrics, row
 
-            def looking(bare: Any, row: Any) -> Any:
+            def sampling(bare: Any, row: Any) -> Any:
                 return self._row(traced, bare, batch, state.monitor)
 
             now = state.step if members is None else lax.pmax(state.step, members)
             taken = now % self.every == 0
             row = jnp.zeros(state.monitor.schema.width, jnp.float32)
-            new, metrics, row = _either(taken, looking, plain, bare, row)
+            new, metrics, row = _either(taken, sampling, unmonitored, bare, row)
             return new.replace(monitor=state.monitor.push(state.step, row, taken)), metrics
 
         return step
@@ -138,41 +138,43 @@ class Monitor:
     def buffer(self, made: Callable, state: Any, batch: Any) -> Buffer:
         """An empty buffer for the samples of a step; nothing is computed."""
 
-        def look(state: Any, batch: Any) -> Sample:
-            return self._look(_Traced(made, state, batch), state, batch)[2]
+        def sampled(state: Any, batch: Any) -> Sample:
+            return self._sample(_Traced(made, state, batch), state, batch)[2]
 
-        sample = jax.eval_shape(look, state, batch)
+        sample = jax.eval_shape(sampled, state, batch)
         return Buffer.empty(Schema.of(sample, state.params), self.capacity)
 
     def _row(self, traced: _Traced, bare: Any, batch: Any, buffer: Buffer) -> tuple[Any, Any, Any]:
-        """The step's results, and a sample of what went on in it as the buffer takes it."""
-        new, metrics, sample = self._look(traced, bare, batch)
+        """The step's results, and the row of a sample of it."""
+        new, metrics, sample = self._sample(traced, bare, batch)
         _check_same(buffer.schema, Schema.of(sample, bare.params))
-        return new, metrics, row_of(sample)
+        return new, metrics, sample.row
 
-    def _look(self, traced: _Traced, state: Any, batch: Any) -> tuple[Any, Any, Sample]:
-        """The step's results, and a sample of what went on in it."""
+    def _sample(self, traced: _Traced, state: Any, batch: Any) -> tuple[Any, Any, Sample]:
+        """The step's results, and a sample of it."""
         leaves = jax.tree.leaves((state, batch))
-        made, sights = look(traced.program, leaves, self.elements, self.gradients, self.channels)
-        new, metrics, (gradient, update) = jax.tree.unflatten(traced.results, made)
+        results, observations = observe_program(
+            traced.program, leaves, self.elements, self.gradients, self.channels
+        )
+        new, metrics, (gradient, update) = jax.tree.unflatten(traced.results, results)
         numbers = {name: m for name, m in metrics.items() if jnp.ndim(m) == 0}
 
         def gradient_at(params: Any) -> Any:
-            # The rest of the step nobody asks for, and the compiler leaves out.
+            # The compiler leaves out the rest of the step, which nothing uses.
             return traced.run(jax.tree.leaves((state.replace(params=params), batch)))[2][0]
 
         shift = None
         if self.shift:  # one by one, in the memory of one
             shift = shift_of(gradient_at, state.params, new.params, gradient, batch_size=1)
         norms = _norms(state.params, gradient, update)
-        return new, metrics, Sample(sights, norms, numbers, shift)
+        return new, metrics, Sample(observations, norms, numbers, shift)
 
 
 class _Traced:
     """The program of a step, and the structure of its results."""
 
-    def __init__(self, made: Callable, *args: Any):
-        self.program, shape = jax.make_jaxpr(made, return_shape=True)(*args)
+    def __init__(self, step: Callable, *args: Any):
+        self.program, shape = jax.make_jaxpr(step, return_shape=True)(*args)
         self.results = jax.tree.structure(shape)
 
     def run(self, leaves: list[Any]) -> Any:
@@ -180,24 +182,24 @@ class _Traced:
         return jax.tree.unflatten(self.results, run_program(self.program, leaves))
 
 
-def _either(taken: Any, looking: Callable, plain: Callable, state: Any, row: Any) -> Any:
+def _either(taken: Any, sampling: Callable, unmonitored: Callable, state: Any, row: Any) -> Any:
     """The results of one of two steps, chosen on the device."""
 
     def branch(state: Any, row: Any) -> Any:
-        return lax.cond(taken, looking, plain, state, row)
+        return lax.cond(taken, sampling, unmonitored, state, row)
 
-    def turns(state: Any, row: Any) -> Any:
-        metrics = jax.eval_shape(plain, state, row)[1]
-        made = state, jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics), row
-        for step, times in ((plain, ~taken), (looking, taken)):
-            made = lax.fori_loop(
-                0, times.astype(jnp.int32), lambda _, m, step=step: step(m[0], m[2]), made
+    def iterations(state: Any, row: Any) -> Any:
+        metrics = jax.eval_shape(unmonitored, state, row)[1]
+        results = state, jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics), row
+        for step, times in ((unmonitored, ~taken), (sampling, taken)):
+            results = lax.fori_loop(
+                0, times.astype(jnp.int32), lambda _, r, step=step: step(r[0], r[2]), results
             )
-        return made
+        return results
 
     # On CPUs the results of a branch are copied to where the state was: thirty small copies are a
-    # few percent of a small step. A loop of one turn, or of none, changes the state in place.
-    return lax.platform_dependent(state, row, cpu=turns, default=branch)
+    # few percent of a small step. A loop of one iteration, or of none, changes the state in place.
+    return lax.platform_dependent(state, row, cpu=iterations, default=branch)
 
 
 def _norms(*trees: Any) -> ParameterSummary:

@@ -5,6 +5,7 @@ This package reads results and recordings, and computes nothing. It needs the pa
 """
 
 from jaxnorm.report.files import OutputError, check_folder, write_files
+from jaxnorm.report.notebook import show
 from jaxnorm.report.page import render_findings, render_page, render_runs
 from jaxnorm.report.runs import Run
 from jaxnorm.report.terminal import build_tables
@@ -17,5 +18,6 @@ __all__ = [
     "render_findings",
     "render_page",
     "render_runs",
+    "show",
     "write_files",
 ]

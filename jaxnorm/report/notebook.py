@@ -1,4 +1,4 @@
-"""The views of the report in a notebook: recordings and findings show themselves there."""
+"""The views of the report in a notebook."""
 
 from collections.abc import Sequence
 from importlib import metadata
@@ -8,28 +8,41 @@ import markupsafe
 
 from jaxnorm import __version__
 from jaxnorm.monitor import Recording, diagnose
-from jaxnorm.monitor.findings import Finding
+from jaxnorm.monitor.diagnosis.findings import Finding
 from jaxnorm.report.page import render_findings, render_runs
 from jaxnorm.report.runs import Run
 
 HEIGHT = 640  # pixels: a frame that leaves room for the cells around it
 
 
-def show(thing: Any) -> str:
-    """The HTML that a notebook shows of a recording, of a finding, or of several.
+class Shown(str):
+    """HTML that a notebook displays as it is."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
+def show(thing: Any) -> Shown:
+    """Show a recording, a finding or several findings in a notebook, as the report does.
 
     Args:
-      thing: a `Recording`, a `Finding`, or a sequence of findings.
+        thing: a `Recording`, a `Finding`, or a sequence of findings.
 
     Returns:
-      HTML that needs nothing from the network.
+        HTML that needs nothing from the network, and that a notebook displays.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
+
+    Example:
+        >>> from jaxnorm.monitor import Findings
+        >>> from jaxnorm.report import show
+        >>> "Nothing found" in show(Findings())
+        True
     """
     if isinstance(thing, Recording):
-        return show_recording(thing)
-    return show_findings([thing] if isinstance(thing, Finding) else thing)
+        return Shown(show_recording(thing))
+    return Shown(show_findings([thing] if isinstance(thing, Finding) else thing))
 
 
 def show_recording(recording: Recording) -> str:

@@ -14,7 +14,7 @@ import markupsafe
 import vl_convert
 
 from jaxnorm.lab.results import DEFINITIONS, StudyResult
-from jaxnorm.monitor.findings import Finding
+from jaxnorm.monitor.diagnosis.findings import Finding
 from jaxnorm.report.charts import build_charts
 from jaxnorm.report.run_charts import PANELS, build_run_charts
 from jaxnorm.report.runs import Run, collect

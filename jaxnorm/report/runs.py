@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxnorm.monitor.findings import SEVERITIES, Finding, listed
-from jaxnorm.monitor.marks import Place
-from jaxnorm.monitor.measures import MEASURES, Series, measure, quantiles, running_kl
-from jaxnorm.monitor.nonlinearities import NAMES, PRIMITIVES
-from jaxnorm.monitor.recording import Recording
-from jaxnorm.monitor.summary import BINS, EDGES
+from jaxnorm.monitor.diagnosis.findings import SEVERITIES, Finding, listed
+from jaxnorm.monitor.probe.marks import Place
+from jaxnorm.monitor.probe.nonlinearities import NAMES, PRIMITIVES
+from jaxnorm.monitor.probe.summary import BINS, EDGES
+from jaxnorm.monitor.samples.measures import MEASURES, Series, measure, quantiles, running_kl
+from jaxnorm.monitor.samples.recording import Recording
 from jaxnorm.report.pack import Packer
 from jaxnorm.report.scales import CHANNELS, FREE, LOOKS, UPDATES
 
@@ -42,7 +42,7 @@ class Run:
         name: such as the normalization, or the name of the folder.
         group: the runs that it is compared with, such as those of one network; "" where all are.
         recording: what the monitor saw.
-        findings: of `jaxnorm.monitor.diagnose`, for the page to list.
+        findings: of `jaxnorm.monitor.diagnosis.diagnose`, for the page to list.
 
     Example:
         >>> import tempfile

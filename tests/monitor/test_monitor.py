@@ -1,4 +1,4 @@
-"""The monitor inside a training step: it looks when it should, and changes nothing."""
+"""The monitor inside a training step: it takes samples when it should, and changes nothing."""
 
 import flax.linen as nn
 import jax
@@ -66,7 +66,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def everything():
-    """Seven steps of which each is looked at, by channel too."""
+    """Seven steps with a sample of each, by channel too."""
     return run(7, Monitor(every=1, channels=True), donate=False)
 
 
@@ -82,7 +82,7 @@ def same(a, b, rtol=1e-4, atol=1e-5):
 
 @pytest.mark.sample
 @pytest.mark.parametrize("every", [1, 3])
-def test_it_looks_every_so_often_and_changes_nothing(plain, everything, every):
+def test_it_samples_every_so_often_and_changes_nothing(plain, everything, every):
     states, metrics = everything if every == 1 else run(7, Monitor(every=every))
     same(plain[0][-1].params, states[-1].params, rtol=1e-6, atol=1e-7)
     same(plain[1], metrics, rtol=1e-6)
@@ -98,11 +98,11 @@ def test_the_other_steps_run_the_plain_program():
     cpu, others = platforms.params["branches"]
     (eqn,) = [e for e in others.jaxpr.eqns if e.primitive.name == "cond"]
     loops = [e.params["body_jaxpr"] for e in cpu.jaxpr.eqns if e.primitive.name == "while"]
-    for plain, looking in (eqn.params["branches"], loops):
-        plain, looking = ([e.primitive.name for e in b.jaxpr.eqns] for b in (plain, looking))
+    for plain, sampling in (eqn.params["branches"], loops):
+        plain, sampling = ([e.primitive.name for e in b.jaxpr.eqns] for b in (plain, sampling))
         # And the loop counts its turns.
         assert [n for n in plain if n != "jaxnorm_mark"] in (names, ["add", *names])
-        assert len(looking) > len(names) + 20
+        assert len(sampling) > len(names) + 20
 
 
 def test_a_full_ring_loses_the_oldest_and_says_so(everything):
@@ -138,14 +138,16 @@ def test_micro_batches_show_what_the_whole_batch_shows(everything):
     halves, _ = run(2, Monitor(every=1, channels=True), accumulate=2)
     a, b = columns(everything[0][1])[0], columns(halves[-1])[0]
     for name in a:
-        if name.startswith("sights|") or name == "metrics|loss":
+        if name.startswith("observations|") or name == "metrics|loss":
             close = (
                 {"rtol": 1e-3, "atol": 1e-6}
                 if "gradients" in name
                 else {"rtol": 1e-4, "atol": 1e-5}
             )
             np.testing.assert_allclose(a[name], b[name], **close, err_msg=name)
-    assert np.abs(a["sights|gradients|moments|m2"]).min() > 1e-4  # so that a factor would be seen
+    assert (
+        np.abs(a["observations|gradients|moments|m2"]).min() > 1e-4
+    )  # so that a factor would be seen
 
 
 @pytest.mark.sample
@@ -158,7 +160,7 @@ def test_a_mesh_shows_what_one_device_shows(everything, norm):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_every_member_of_a_sweep_is_looked_at(everything, scan):
+def test_every_member_of_a_sweep_is_sampled(everything, scan):
     rates, monitor = {"learning_rate": [0.1, 0.3]}, Monitor(every=2, channels=True)
     state = create_sweep_state(Net(), optax.sgd, [0, 0], rates, BATCH["x"])
     step = make_sweep_step(Net(), optax.sgd, loss, monitor=monitor, scan=scan)
@@ -172,7 +174,7 @@ def test_every_member_of_a_sweep_is_looked_at(everything, scan):
     same(member[0], alone[0], rtol=1e-3)
     other, _, _ = columns(sweep_member(state, 1))
     assert not np.allclose(other["metrics|loss"][1], member[0]["metrics|loss"][1])
-    # What is looked at is looked at in a branch, and not thrown away afterwards.
+    # A sample is taken in a branch, and not taken at each step and thrown away.
     text = str(jax.make_jaxpr(step.compiled)(state, BATCH)) if not scan else "cond["
     assert "cond[" in text
 

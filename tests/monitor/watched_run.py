@@ -27,7 +27,7 @@ class Net(nn.Module):
 
 
 def train(folder: Path) -> None:
-    """Eight steps, of which each third is looked at."""
+    """Eight steps with a sample of each third."""
     layout, optimizer = Layout.data_parallel(), optax.sgd(0.1)
     share = len(X) // jax.process_count()
     own = X[jax.process_index() * share :][:share]

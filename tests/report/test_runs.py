@@ -11,7 +11,7 @@ from browser import Browser, needs_chromium
 from recordings import invent
 
 from jaxnorm.monitor import MEASURES, Recording
-from jaxnorm.monitor.findings import Finding
+from jaxnorm.monitor.diagnosis.findings import Finding
 from jaxnorm.report import Run, render_runs
 from jaxnorm.report.pack import LEVELS, MODES, NEAR, Packer
 from jaxnorm.report.runs import KINDS, collect
