@@ -157,7 +157,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     _check_packages("demo")
-    from jaxnorm.report.files import OutputError, check_folder
+    from jaxnorm.report.output import OutputError, check_folder
 
     try:
         folder = check_folder(arguments.out, (REPORT, RESULTS))
@@ -243,7 +243,7 @@ def _run(config: "StudyConfig", data: object) -> "StudyResult":
 
 def _report(arguments: argparse.Namespace) -> int:
     _check_packages("report")
-    from jaxnorm.report.files import OutputError, check_folder, write_files
+    from jaxnorm.report.output import OutputError, check_folder, write_files
 
     out = Path(os.path.abspath(arguments.out))  # of "." the name is that of the folder
     try:

@@ -21,7 +21,7 @@ def never_trains(monkeypatch):
 
 def small(seed, steps, quick):
     assert (seed, steps, quick) == (3, 20, True)
-    plan = study.Plan("mlp", 4, 20, (0.1,), ("none", "instance"))
+    plan = study.TrainingPlan("mlp", 4, 20, (0.1,), ("none", "instance"))
     return study.StudyConfig(plans=(plan,), seed=seed, seeds=2, samples=2)
 
 

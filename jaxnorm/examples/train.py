@@ -24,7 +24,7 @@ import optax
 from flax import linen as nn
 
 from jaxnorm.distributed import initialize, launch, launched
-from jaxnorm.lab.data import Dataset, Part, load_digits
+from jaxnorm.lab.data import Dataset, LabeledImages, load_digits
 from jaxnorm.linen import BatchNorm
 from jaxnorm.training import (
     Checkpoints,
@@ -68,7 +68,7 @@ def share(rows: np.ndarray) -> np.ndarray:
     return rows[jax.process_index() :: jax.process_count()]
 
 
-def training_batch(part: Part, seed: int, step: int, size: int) -> dict[str, np.ndarray]:
+def training_batch(part: LabeledImages, seed: int, step: int, size: int) -> dict[str, np.ndarray]:
     """This process's share of a step's batch, which follows from the seed and the step alone."""
     epoch, index = divmod(step, len(part.labels) // size)
     order = np.random.default_rng((seed, epoch)).permutation(len(part.labels))
@@ -76,7 +76,7 @@ def training_batch(part: Part, seed: int, step: int, size: int) -> dict[str, np.
     return {"x": part.images[rows], "label": part.labels[rows]}
 
 
-def whole_part(part: Part) -> dict[str, np.ndarray]:
+def whole_part(part: LabeledImages) -> dict[str, np.ndarray]:
     """This process's share of all images, filled up so that every device has as many."""
     count = len(part.labels)
     rows = share(np.arange(count + -count % jax.device_count()))

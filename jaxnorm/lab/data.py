@@ -34,7 +34,7 @@ class DataError(ValueError):
     """Data that cannot be used; the message says which, why, and what to do."""
 
 
-class Part(NamedTuple):
+class LabeledImages(NamedTuple):
     """Images with their labels."""
 
     images: np.ndarray  # float32 (count, rows, columns, 1)
@@ -47,9 +47,9 @@ class Dataset:
 
     name: str
     classes: int
-    train: Part
-    validation: Part  # for choosing: curves, learning rates, stability
-    test: Part  # for the accuracy that is reported, looked at once
+    train: LabeledImages
+    validation: LabeledImages  # for choosing: curves, learning rates, stability
+    test: LabeledImages  # for the accuracy that is reported, looked at once
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -227,7 +227,9 @@ def _dataset(name: str, parts: list[tuple[np.ndarray, np.ndarray]]) -> Dataset:
         )
     shift, factor = np.float32(mean), np.float32(1 / deviation)
     train, validation, test = (
-        Part((images[..., None].astype(np.float32) - shift) * factor, labels.astype(np.int32))
+        LabeledImages(
+            (images[..., None].astype(np.float32) - shift) * factor, labels.astype(np.int32)
+        )
         for images, labels in parts
     )
     classes = 1 + max(int(labels.max()) for _, labels in parts)

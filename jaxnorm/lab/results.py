@@ -55,7 +55,7 @@ class Curves:
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class StudySummary:
     """One line of the table. All but the names are None where the pair makes no sense."""
 
     network: str
@@ -92,7 +92,7 @@ class StudyResult:
     settings: dict[str, Any]
     data: dict[str, Any]
     curves: tuple[Curves, ...]
-    summaries: tuple[Summary, ...]
+    summaries: tuple[StudySummary, ...]
     recorded: tuple[Recorded, ...]
     seconds: float
 
@@ -137,7 +137,7 @@ class StudyResult:
         return _plain(plain)
 
 
-def summarize(curves: Sequence[Curves], normalizations: Sequence[str]) -> list[Summary]:
+def summarize_curves(curves: Sequence[Curves], normalizations: Sequence[str]) -> list[StudySummary]:
     """The table's lines for one network, by the `DEFINITIONS` above.
 
     Args:
@@ -145,7 +145,7 @@ def summarize(curves: Sequence[Curves], normalizations: Sequence[str]) -> list[S
       normalizations: the lines, in order; those without curves do not apply.
 
     Returns:
-      One `Summary` for each of `normalizations`.
+      One `StudySummary` for each of `normalizations`.
 
     Raises:
       Nothing of its own.
@@ -155,7 +155,7 @@ def summarize(curves: Sequence[Curves], normalizations: Sequence[str]) -> list[S
     highest = max(float(each.validation_accuracy[each.best, :, -1].mean()) for each in curves)
     found = {each.normalization: each for each in curves}
     return [
-        _summary(found[name], highest) if name in found else Summary(curves[0].network, name)
+        _summary(found[name], highest) if name in found else StudySummary(curves[0].network, name)
         for name in normalizations
     ]
 
@@ -201,7 +201,7 @@ def highest_stable(
     return max((rate for rate, ok in zip(rates, stable, strict=True) if ok), default=None)
 
 
-def _summary(curves: Curves, highest: float) -> Summary:
+def _summary(curves: Curves, highest: float) -> StudySummary:
     target = TARGET_SHARE * highest
     test = curves.test_accuracy[curves.best]
     reached = [
@@ -218,7 +218,7 @@ def _summary(curves: Curves, highest: float) -> Summary:
         curves.validation_accuracy[:, :, -1],
         LEARNED_SHARE * highest,
     )
-    return Summary(
+    return StudySummary(
         network=curves.network,
         normalization=curves.normalization,
         best_rate=curves.learning_rates[curves.best],

@@ -23,14 +23,14 @@ import numpy as np
 import optax
 
 from jaxnorm import training
-from jaxnorm.lab.data import Dataset, Part, batch_rows
+from jaxnorm.lab.data import Dataset, LabeledImages, batch_rows
 from jaxnorm.lab.networks import (
     NORMALIZATIONS,
     build_network,
     draw_kernels,
     is_applicable,
 )
-from jaxnorm.lab.results import Curves, Recorded, StudyResult, summarize
+from jaxnorm.lab.results import Curves, Recorded, StudyResult, summarize_curves
 from jaxnorm.monitor import Monitor
 from jaxnorm.monitor.buffer import Buffer
 
@@ -42,7 +42,7 @@ SHIFT_OF = ("none", "batch")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """The training of one network: steps, batch size, rates, normalizations."""
 
     network: str
@@ -57,15 +57,15 @@ class Plan:
 class StudyConfig:
     """Everything that determines a study, apart from the data."""
 
-    plans: tuple[Plan, ...] = (
-        Plan(
+    plans: tuple[TrainingPlan, ...] = (
+        TrainingPlan(
             "mlp",
             steps=400,
             batch_size=60,
             learning_rates=(0.3, 1.0, 3.0, 10.0, 30.0),
             normalizations=("none", "batch", "layer", "rms"),
         ),
-        Plan(
+        TrainingPlan(
             "conv",
             steps=80,
             batch_size=32,
@@ -79,7 +79,7 @@ class StudyConfig:
     seeds: int = 3
     samples: int = 12  # measurements per run, about
 
-    def pairs(self) -> dict[Plan, list[str]]:
+    def pairs(self) -> dict[TrainingPlan, list[str]]:
         """For each plan those of its normalizations that its network can have."""
         return {
             plan: [name for name in plan.normalizations if is_applicable(plan.network, name)]
@@ -193,7 +193,7 @@ def run_study(
         summaries=tuple(
             row
             for plan in config.plans
-            for row in summarize(
+            for row in summarize_curves(
                 [curves for curves in trained if curves.network == plan.network],
                 plan.normalizations,
             )
@@ -205,7 +205,7 @@ def run_study(
 
 def _train(
     config: StudyConfig,
-    plan: Plan,
+    plan: TrainingPlan,
     normalization: str,
     data: Dataset,
     report: Callable[[Progress], None],
@@ -307,11 +307,11 @@ def _quick_options() -> dict[str, Any]:
     return options
 
 
-def _validation(data: Dataset) -> Part:
-    return Part(*(array[:VALIDATION_IMAGES] for array in data.validation))
+def _validation(data: Dataset) -> LabeledImages:
+    return LabeledImages(*(array[:VALIDATION_IMAGES] for array in data.validation))
 
 
-def _batches(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _batches(part: LabeledImages) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Images, labels and which of them count, in pieces of one size: one program serves all."""
     total = len(part.labels)
     size = math.ceil(total / math.ceil(total / EVALUATION_BATCH))

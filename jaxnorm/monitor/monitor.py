@@ -88,7 +88,7 @@ class Monitor:
         selection = Selection.of("Monitor", self.layers)
         return adapted(operation, selection, model, mode_kwargs, compute_dtype)
 
-    def looking(self, made: Callable) -> Callable:
+    def sampling(self, made: Callable) -> Callable:
         """A step that takes a sample.
 
         Args:
@@ -105,15 +105,15 @@ class Monitor:
 
         return step
 
-    def choosing(self, made: Callable, members: str | None = None) -> Callable:
+    def conditional(self, made: Callable, members: str | None = None) -> Callable:
         """A step that takes a sample when it is time.
 
         Args:
-            made: as for `looking`.
+            made: as for `sampling`.
             members: the axis of a `vmap` around it whose members all make the same step.
 
         Returns:
-            As `looking`.
+            As `sampling`.
         """
 
         def step(state: Any, batch: Any) -> Any:

@@ -10,7 +10,7 @@ import altair as alt
 import numpy as np
 
 from jaxnorm.lab.results import Curves, StudyResult
-from jaxnorm.report.heat import steps
+from jaxnorm.report.heatmap import steps
 from jaxnorm.report.words import LINES, NORMALIZATIONS, Line
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import altair as alt
 
-from jaxnorm.report.heat import SHORT, heatmap, steps
-from jaxnorm.report.scales import CHANNELS, LOOKS, NOT_FINITE, UPDATES, Look
+from jaxnorm.report.heatmap import SHORT, heatmap, steps
+from jaxnorm.report.scales import CHANNELS, NOT_FINITE, STYLES, UPDATES, MeasureStyle
 from jaxnorm.report.words import LINES, NORMALIZATIONS, Line
 
 LINE, MARKER = LINES["batch"].light, "#888888"
@@ -46,7 +46,7 @@ def build_run_charts(
     Raises:
       Nothing of its own.
     """
-    charts = {f"heat-{name}": _cells(LOOKS[name], colours) for name, colours in measures.items()}
+    charts = {f"heat-{name}": _cells(STYLES[name], colours) for name, colours in measures.items()}
     for name, look in {"channels": CHANNELS, "updates": UPDATES}.items():
         assert look.colours is not None
         charts[name] = _cells(look, look.colours, "channel" if name == "channels" else "parameter")
@@ -69,7 +69,7 @@ def _now() -> alt.Chart:
     )
 
 
-def _cells(look: Look, colours: Mapping[float, str], row: str = "layer") -> Any:
+def _cells(look: MeasureStyle, colours: Mapping[float, str], row: str = "layer") -> Any:
     heat = heatmap(
         _data("cells"), row, look.label, colours, look.kind,
         title=None, labelExpr=_TAIL, labelLimit=200, labelOverlap=True, labelFontSize=11,

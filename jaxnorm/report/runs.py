@@ -16,7 +16,7 @@ from jaxnorm.monitor.nonlinearities import NAMES, PRIMITIVES
 from jaxnorm.monitor.recording import Recording
 from jaxnorm.monitor.summary import BINS, EDGES
 from jaxnorm.report.pack import Packer
-from jaxnorm.report.scales import CHANNELS, FREE, LOOKS, UPDATES
+from jaxnorm.report.scales import CHANNELS, FREE, STYLES, UPDATES
 
 KINDS = {
     "norm-input": "into normalizations",
@@ -101,11 +101,11 @@ def collect(runs: Sequence[Run]) -> Collected:
             "edges": [float(f"{edge:.5g}") for edge in EDGES],
             "measures": {
                 name: {
-                    "label": LOOKS[name].label,
+                    "label": STYLES[name].label,
                     "definition": MEASURES[name],
-                    "good": LOOKS[name].good,
-                    "bad": LOOKS[name].bad,
-                    "compares": LOOKS[name].compares,
+                    "good": STYLES[name].good,
+                    "bad": STYLES[name].bad,
+                    "compares": STYLES[name].compares,
                 }
                 for name in present
             },
@@ -147,7 +147,7 @@ def _packed(run: Run, measured: dict[str, Series], most: int, stops: int) -> dic
             for place in recording.places
         ],
         "measures": {
-            name: {index[place]: packer.add(a[kept], LOOKS[name].mode) for place, a in of.items()}
+            name: {index[place]: packer.add(a[kept], STYLES[name].mode) for place, a in of.items()}
             for name, of in measured.items()
         },
         "bands": bands,
@@ -196,7 +196,7 @@ def _kind(place: Place) -> str:
 
 def _colours(name: str, measured: Sequence[dict[str, Series]]) -> dict[float, str]:
     """Those of the measure; where no value is the good one, from the least to the largest."""
-    colours = LOOKS[name].colours
+    colours = STYLES[name].colours
     if colours is not None:
         return colours
     values = [a for found in measured for a in found.get(name, {}).values()]

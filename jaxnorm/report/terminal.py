@@ -20,8 +20,8 @@ def build_tables(result: StudyResult) -> list[Table]:
       Nothing of its own.
 
     Example:
-      >>> from jaxnorm.lab.results import Summary
-      >>> row = Summary("mlp", "batch", 0.3, accuracy_mean=0.976, accuracy_deviation=0.005)
+      >>> from jaxnorm.lab.results import StudySummary
+      >>> row = StudySummary("mlp", "batch", 0.3, accuracy_mean=0.976, accuracy_deviation=0.005)
       >>> result = StudyResult({}, {}, curves=(), summaries=(row,), recorded=(), seconds=0.0)
       >>> [(table.title, table.row_count) for table in build_tables(result)]
       [('Deep sigmoid MLP', 1)]

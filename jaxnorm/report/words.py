@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxnorm.lab.results import Summary
+from jaxnorm.lab.results import StudySummary
 
 NETWORKS = {"mlp": "Deep sigmoid MLP", "conv": "Small convolutional net"}
 
@@ -42,13 +42,13 @@ LINES = {
 }
 
 
-def cells(row: Summary) -> tuple[str, str, str, str]:
+def cells(row: StudySummary) -> tuple[str, str, str, str]:
     """One line of the table, without its name, in the order of `COLUMNS`.
 
     Example:
-      >>> cells(Summary("mlp", "batch", 0.3, 0.976, 0.005, 0.88, 40, 1.0, 30.0, True))
+      >>> cells(StudySummary("mlp", "batch", 0.3, 0.976, 0.005, 0.88, 40, 1.0, 30.0, True))
       ('97.6 ± 0.5 %', '0.3', '40', '≥ 30')
-      >>> cells(Summary("mlp", "instance"))
+      >>> cells(StudySummary("mlp", "instance"))
       ('-', '-', '-', '-')
     """
     if row.best_rate is None or row.accuracy_mean is None or row.accuracy_deviation is None:

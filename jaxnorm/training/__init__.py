@@ -18,13 +18,9 @@ This package imports Flax and Optax; `import jaxnorm` does not import it.
 """
 
 from jaxnorm.training.checkpoint import Checkpoints, DamagedCheckpointError
+from jaxnorm.training.create import create_train_state
 from jaxnorm.training.layout import Layout
-from jaxnorm.training.state import (
-    NonFiniteLossError,
-    TrainState,
-    check_finite,
-    create_train_state,
-)
+from jaxnorm.training.state import NonFiniteLossError, TrainState, check_finite
 from jaxnorm.training.steps import make_eval_step, make_train_step
 from jaxnorm.training.sweep import (
     create_sweep_state,

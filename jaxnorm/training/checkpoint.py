@@ -39,9 +39,9 @@ from jaxnorm.training.record import (
     check_places,
     check_values,
     differences,
+    first_of,
     from_plain,
     has_values,
-    listed,
     make_record,
     named_leaves,
     not_stored,
@@ -358,7 +358,7 @@ def _read(
     found = checksums(operation, values)
     wrong = [name for name in values if found[name] != record["leaves"][name]["checksum"]]
     if wrong:
-        raise damaged(f"{listed(wrong)} came back with other bits than were saved")
+        raise damaged(f"{first_of(wrong)} came back with other bits than were saved")
     state = [
         zeros_for(leaves[name])
         if name in empty

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-if TYPE_CHECKING:
-    from jaxnorm.training.state import TrainState
+from jaxnorm.training.state import TrainState
 
 AxisNames = str | tuple[str, ...]
 Tree = TypeVar("Tree")
@@ -118,7 +117,7 @@ class Layout:
         Raises:
           TypeError: `state` is not the TrainState of one run.
         """
-        is_state = hasattr(state, "opt_state") and hasattr(state, "step")
+        is_state = isinstance(state, TrainState)
         if not is_state or state.step.ndim:
             given = "a sweep" if is_state else type(state).__name__
             raise TypeError(

@@ -2,7 +2,7 @@
 
 The rest of this package never asks which framework a model comes from. It sees
 
-* `initialize(operation, model, key, args, kwargs)`, the first variables of a model, and
+* `initial_variables(operation, model, key, args, kwargs)`, the first variables of a model, and
 * `adapt(operation, model)`, an object with two methods: `train`, which returns the outputs and the
   variables after the call, and `evaluate`, which returns the outputs alone, so that nothing an
   evaluation writes has a way out.
@@ -84,7 +84,7 @@ def adapt(
     return _NNXModel(operation, model, mode_kwargs, compute_dtype)
 
 
-def initialize(
+def initial_variables(
     operation: str, model: Any, key: jax.Array, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Variables:
     """The first variables of a model; traceable, so that it can be jitted and vmapped over keys.

@@ -18,7 +18,7 @@ from jax import lax
 from jaxnorm.training.layout import Layout, keep_batch, keep_parameters
 from jaxnorm.training.models import Model, Variables
 from jaxnorm.training.precision import narrowed, widened
-from jaxnorm.training.rematerialize import in_stretches
+from jaxnorm.training.rematerialize import in_segments
 from jaxnorm.training.state import same_kind, strong
 
 Batch = Any
@@ -146,7 +146,7 @@ class Objective:
             return outputs, written._replace(params=None)
 
         if self.remat is True:
-            forward = in_stretches(forward)
+            forward = in_segments(forward)
         elif self.remat:
             forward = jax.checkpoint(forward, policy=self.remat)
         outputs, written = forward(params)

@@ -180,10 +180,10 @@ def differences(record: Mapping[str, Any], leaves: Leaves) -> str:
         wants = _type(leaves[name]) if name in leaves else None
         if has != wants:
             found.append(f"{name} is stored as {_shown(has)} and wanted as {_shown(wants)}")
-    return listed(found)
+    return first_of(found)
 
 
-def listed(items: list[str], limit: int = 4) -> str:
+def first_of(items: list[str], limit: int = 4) -> str:
     """The first of many, and how many more."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return "; ".join(items[:limit]) + more

@@ -1,7 +1,7 @@
 """Less memory for the backward pass of any function: keep a few values, compute the rest again.
 
 `jax.checkpoint` around a whole forward pass lowers nothing: the backward pass begins by computing
-all of it again, and then holds what it would have kept. It has to be applied to stretches of the
+all of it again, and then holds what it would have kept. It has to be applied to segments of the
 function, one after another, and most models do not say where theirs begin and end. So this module
 looks for itself: the function is traced, and cut where least is alive.
 """
@@ -21,7 +21,7 @@ from jaxnorm.core.standardize import MOMENTS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Within a stretch too, statistics are kept: they are small, and over a mesh each is a collective.
+# Within a segment too, statistics are kept: they are small, and over a mesh each is a collective.
 _REDUCTIONS = {
     *("reduce_sum", "reduce_max", "reduce_min", "argmax", "argmin"),
     *("psum", "psum_invariant", "pmin", "pmax"),
@@ -32,10 +32,10 @@ _statistics = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
-def in_stretches(function: Function) -> Function:
-    """`function`, its backward pass keeping the values between stretches of it, and statistics.
+def in_segments(function: Function) -> Function:
+    """`function`, its backward pass keeping the values between segments of it, and statistics.
 
-    With n layers there are about sqrt(n) stretches, so that the values between them and those
+    With n layers there are about sqrt(n) segments, so that the values between them and those
     within one take about as much (Chen et al. 2016, arXiv:1604.06174, section 4).
     """
 
@@ -44,17 +44,17 @@ def in_stretches(function: Function) -> Function:
         jaxpr = closed.jaxpr
         values = dict(zip(jaxpr.invars, jax.tree.leaves(args)))
         values |= dict(zip(jaxpr.constvars, closed.consts))
-        for stretch in _stretches(jaxpr):
-            compute = jax.checkpoint(stretch.compute, policy=_statistics)
-            results = compute(*(values[v] for v in stretch.inputs))
-            values |= dict(zip(stretch.outputs, results))
+        for segment in _segments(jaxpr):
+            compute = jax.checkpoint(segment.compute, policy=_statistics)
+            results = compute(*(values[v] for v in segment.inputs))
+            values |= dict(zip(segment.outputs, results))
         outputs = read(values, jaxpr.outvars)
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return run  # type: ignore[return-value]
 
 
-class _Stretch(NamedTuple):
+class _Segment(NamedTuple):
     """Consecutive equations, as a function of what earlier ones left."""
 
     equations: list[JaxprEqn]
@@ -69,20 +69,20 @@ class _Stretch(NamedTuple):
         return [values[v] for v in self.outputs]
 
 
-def _stretches(jaxpr: Jaxpr) -> list[_Stretch]:
-    """All equations of `jaxpr`, in stretches."""
+def _segments(jaxpr: Jaxpr) -> list[_Segment]:
+    """All equations of `jaxpr`, in segments."""
     cuts = [0, *_cuts(jaxpr), len(jaxpr.eqns)]
     needed = _variables(jaxpr.outvars)
-    stretches: list[_Stretch] = []
+    segments: list[_Segment] = []
     for start, end in reversed(list(itertools.pairwise(cuts))):
         eqns = jaxpr.eqns[start:end]
         made = _variables(v for eqn in eqns for v in eqn.outvars)
         used = _variables(v for eqn in eqns for v in eqn.invars)
         inputs = [v for v in used if v not in made]
         outputs = [v for v in made if v in needed]
-        stretches.insert(0, _Stretch(eqns, inputs, outputs))
+        segments.insert(0, _Segment(eqns, inputs, outputs))
         needed = dict.fromkeys([*(v for v in needed if v not in made), *inputs])
-    return stretches
+    return segments
 
 
 def _cuts(jaxpr: Jaxpr) -> list[int]:
@@ -97,7 +97,7 @@ def _cuts(jaxpr: Jaxpr) -> list[int]:
             alive[i + 1 : last.get(v, i) + 1] += size
     layers = sum(map(_products, jaxpr.eqns))
     count = max(1, math.ceil(math.sqrt(layers)))
-    share = np.cumsum(made) / max(made.sum(), 1) * count  # of the stretches, after each equation
+    share = np.cumsum(made) / max(made.sum(), 1) * count  # of the segments, after each equation
     cuts = []
     for middle in range(1, count):
         near = np.flatnonzero(abs(share - middle) < 0.5) + 1

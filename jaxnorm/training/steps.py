@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import optax
 
+from jaxnorm.training.alternating import compile_step
+from jaxnorm.training.create import check_optimizer
 from jaxnorm.training.layout import Layout, check_layout
 from jaxnorm.training.models import adapt
 from jaxnorm.training.objective import InputsFn, LossFn, Objective, Policy
@@ -17,13 +19,11 @@ from jaxnorm.training.prepared import PreparedStep
 from jaxnorm.training.programs import (
     EvalStep,
     MetricsFn,
-    Monitor,
     Step,
+    StepMonitor,
     build_eval_step,
     build_train_step,
 )
-from jaxnorm.training.state import check_optimizer
-from jaxnorm.training.turns import compile_step
 
 
 def make_train_step(
@@ -41,7 +41,7 @@ def make_train_step(
     statistics: str = "micro_batch",
     remat: bool | Policy = False,
     compute_dtype: Any = None,
-    monitor: Monitor | None = None,
+    monitor: StepMonitor | None = None,
 ) -> Step:
     """A compiled training step: `step(state, batch) -> (state, metrics)`.
 
@@ -157,11 +157,11 @@ def make_train_step(
         remat=remat,
         compute_dtype=compute_dtype,
     )
-    made = build_train_step(objective, optimizer, skip_nonfinite)
-    compiled = compile_step(operation, made, monitor, scan=scan, donate=donate, layout=layout)
+    step = build_train_step(objective, optimizer, skip_nonfinite)
+    compiled = compile_step(operation, step, monitor, scan=scan, donate=donate, layout=layout)
     if layout is None and monitor is None:
         return compiled
-    buffer = functools.partial(monitor.buffer, made) if monitor else None
+    buffer = functools.partial(monitor.buffer, step) if monitor else None
     return PreparedStep(operation, compiled, layout, scan=scan, buffer=buffer)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxnorm.training.record import listed, place, plain_type
+from jaxnorm.training.record import first_of, place, plain_type
 
 SIZES = "_SIZES"  # a file beside them
 
@@ -37,7 +37,7 @@ def read_values(path: Any, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
     sizes = json.loads((path / SIZES).read_text())
     lost = [name for name, size in sizes.items() if found.get(name) != size]
     if lost:
-        raise ValueError(f"{listed(lost)} missing or of another size")
+        raise ValueError(f"{first_of(lost)} missing or of another size")
     # The handler rather than a manager: it waits for no other process, so that one which cannot
     # read its part does not leave the others waiting for it.
     handler = ocp.PyTreeCheckpointHandler()

@@ -19,28 +19,21 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxnorm.training.alternating import compile_step
+from jaxnorm.training.create import as_key, check_optimizer, concrete, initial_state
 from jaxnorm.training.models import adapt
 from jaxnorm.training.objective import Batch, InputsFn, LossFn, Metrics, Objective
 from jaxnorm.training.prepared import PreparedStep
 from jaxnorm.training.programs import (
     EvalStep,
     MetricsFn,
-    Monitor,
     Step,
+    StepMonitor,
     build_eval_step,
     build_train_step,
     leading_size,
 )
-from jaxnorm.training.state import (
-    TrainState,
-    as_key,
-    check_optimizer,
-    concrete,
-    initial_state,
-    own,
-    strong,
-)
-from jaxnorm.training.turns import compile_step
+from jaxnorm.training.state import TrainState, own, strong
 
 MakeOptimizer = Callable[..., optax.GradientTransformation]
 _MEMBERS = "jaxnorm_members"  # the mapped axis
@@ -147,7 +140,7 @@ def make_sweep_step(
     skip_nonfinite: bool = False,
     scan: bool = False,
     donate: bool = True,
-    monitor: Monitor | None = None,
+    monitor: StepMonitor | None = None,
 ) -> Step:
     """A compiled step of all runs of a sweep: `step(state, batch) -> (state, metrics)`.
 
@@ -191,7 +184,7 @@ def make_sweep_step(
     adapted = (monitor.adapt if monitor else adapt)(operation, model, train_kwargs)
     objective = Objective(operation, adapted, loss_fn, inputs)
 
-    def made(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Any]:
+    def full_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Any]:
         swept = dict.fromkeys(state.opt_state.hyperparams, 0.0)  # type: ignore[union-attr]
         optimizer = _injected(operation, make_optimizer, swept)
         return build_train_step(objective, optimizer, skip_nonfinite)(state, batch)
@@ -200,7 +193,13 @@ def make_sweep_step(
         return _over_members(operation, step, batch_per_member)
 
     compiled = compile_step(
-        operation, made, monitor, scan=scan, donate=donate, mapped=mapped, members=_MEMBERS
+        operation,
+        full_step,
+        monitor,
+        scan=scan,
+        donate=donate,
+        mapped=mapped,
+        members=_MEMBERS,
     )
     if monitor is None:
         return compiled
@@ -210,7 +209,7 @@ def make_sweep_step(
 
         def buffer(state: TrainState, batch: Batch) -> Any:
             first = jax.tree.map(lambda x: x[0], batch) if scan else batch
-            return monitor.buffer(made, state, first)
+            return monitor.buffer(full_step, state, first)
 
         return jax.vmap(buffer, in_axes=_axes(batch_per_member))(state, batch)
 

@@ -18,7 +18,7 @@ from compiling import QUICK_FLAGS
 from launching import ENVIRONMENT, gone
 
 from jaxnorm.examples import train
-from jaxnorm.lab.data import Part
+from jaxnorm.lab.data import LabeledImages
 from jaxnorm.training import create_train_state
 from jaxnorm.training.checkpoint import Checkpoints
 
@@ -179,7 +179,7 @@ def test_the_shares_of_all_processes_are_the_batch(monkeypatch):
 
 
 def test_every_epoch_has_every_image_once_in_an_order_of_its_own():
-    numbered = Part(np.arange(64), np.arange(64))
+    numbered = LabeledImages(np.arange(64), np.arange(64))
     epochs = [
         [train.training_batch(numbered, 3, epoch * 4 + i, 16)["x"] for i in range(4)]
         for epoch in (0, 1)

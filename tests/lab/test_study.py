@@ -15,8 +15,8 @@ from jaxnorm.monitor import Recording
 NAMES = ("none", "batch", "instance")
 TINY = study.StudyConfig(
     plans=(
-        study.Plan("mlp", 7, 20, (0.1, 1e38), NAMES),
-        study.Plan("conv", 2, 10, (0.1,), ("instance",)),
+        study.TrainingPlan("mlp", 7, 20, (0.1, 1e38), NAMES),
+        study.TrainingPlan("conv", 2, 10, (0.1,), ("instance",)),
     ),
     seeds=2,
     samples=3,

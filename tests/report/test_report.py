@@ -63,8 +63,8 @@ def result():
         },
         curves=found,
         summaries=(
-            *results.summarize(found[:2], names),
-            *results.summarize(found[2:], names),
+            *results.summarize_curves(found[:2], names),
+            *results.summarize_curves(found[2:], names),
         ),
         recorded=(),
         seconds=1.5,

@@ -15,7 +15,7 @@ from jaxnorm.monitor.findings import Finding
 from jaxnorm.report import Run, render_runs
 from jaxnorm.report.pack import LEVELS, MODES, NEAR, Packer
 from jaxnorm.report.runs import KINDS, collect
-from jaxnorm.report.scales import LOOKS, NOT_FINITE, THEME
+from jaxnorm.report.scales import NOT_FINITE, STYLES, THEME
 
 HOSTILE = "<img src=x onerror=window.hacked=1></script><b>&\"'"
 VERSIONS = {"jaxnorm": "0.1.0", HOSTILE: HOSTILE}
@@ -115,8 +115,8 @@ def test_what_is_not_finite_is_packed_as_what_it_is():
 
 
 def test_every_measure_has_a_look():
-    assert set(LOOKS) == set(MEASURES)
-    for look in LOOKS.values():
+    assert set(STYLES) == set(MEASURES)
+    for look in STYLES.values():
         assert look.good.startswith("Good is ")
         for colour in (look.colours or {}).values():
             assert colour in THEME  # else it would be invisible in the dark, or glare
@@ -220,7 +220,7 @@ def test_each_choice_changes_what_is_drawn(show, of_pair):
         browser.choose(selector, value)
         assert browser.drawn(chart) != before, (selector, value)
     caption = browser.run("document.querySelector('#measure-good').textContent")
-    assert caption == LOOKS["skewness"].good
+    assert caption == STYLES["skewness"].good
 
 
 @needs_chromium

@@ -14,7 +14,7 @@ import jaxnorm.linen
 from jaxnorm.training import Layout, create_train_state, make_eval_step, make_train_step
 from jaxnorm.training.models import adapt
 from jaxnorm.training.objective import Objective
-from jaxnorm.training.rematerialize import in_stretches
+from jaxnorm.training.rematerialize import in_segments
 
 OPTIMIZER = optax.sgd(RATE)
 
@@ -181,7 +181,7 @@ def test_what_remat_keeps_grows_with_the_root_of_the_depth():
         return (sum(leaf.size for leaf in jax.tree.leaves(residuals)) - given) / x.size
 
     assert kept(False) > 9 * 6  # of each block the input, two hidden layers of twice its width, ...
-    assert kept(True) < 7  # the inputs of five stretches, the outputs, and statistics
+    assert kept(True) < 7  # the inputs of five segments, the outputs, and statistics
 
 
 def test_stretches_are_the_function():
@@ -207,9 +207,9 @@ def test_stretches_are_the_function():
         return outputs, (grad, hessian)
 
     x, key = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32), jax.random.key(1)
-    got, want = jax.jit(
-        lambda *a: [derivatives(f, *a) for f in (in_stretches(function), function)]
-    )(x, key)
+    got, want = jax.jit(lambda *a: [derivatives(f, *a) for f in (in_segments(function), function)])(
+        x, key
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got[0], want[0])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got[1], want[1]

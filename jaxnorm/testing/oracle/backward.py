@@ -1,6 +1,7 @@
 """Backward passes, derived by hand.
 
-With g = dy * scale, the cotangent of xhat, every family's dx is `standardize_vjp` of its layout,
+Let g = dy * scale be the cotangent of xhat. Every family's dx is `standardize_slices_vjp` of its
+layout,
 
     dx_j = rstd * (g_j - m_j/n * sum(g) - m_j/n * conj(xhat_j) * Re sum(g * xhat)),
 
@@ -19,8 +20,8 @@ from numpy.typing import ArrayLike
 from jaxnorm.testing.oracle.slices import (
     Array,
     Axes,
-    Layout,
     Precision,
+    SliceLayout,
     full_gain,
     like_primal,
     reciprocal_deviation,
@@ -28,8 +29,8 @@ from jaxnorm.testing.oracle.slices import (
     slices_but,
     slices_of_groups,
     slices_over,
-    standardize,
-    standardize_vjp,
+    standardize_slices,
+    standardize_slices_vjp,
     weight_layout,
 )
 
@@ -303,7 +304,7 @@ def standardize_weight_vjp(
 
 
 def _backward(
-    layout: Layout,
+    layout: SliceLayout,
     precision: Precision,
     dy: ArrayLike,
     x: ArrayLike,
@@ -316,15 +317,15 @@ def _backward(
     offset: float = 0.0,
 ) -> Cotangents:
     wide = precision.widen(x)
-    found = standardize(layout, wide, mask, epsilon=epsilon, centered=centered)
+    found = standardize_slices(layout, wide, mask, epsilon=epsilon, centered=centered)
     xhat = found.xhat.reshape(layout.shape)
     g, dscale, dbias = _affine_vjp(layout, precision, dy, xhat, scale, bias, offset)
-    dx = standardize_vjp(layout, g, found, centered=centered)
+    dx = standardize_slices_vjp(layout, g, found, centered=centered)
     return precision.narrow(like_primal(dx, wide)), dscale, dbias
 
 
 def _affine_vjp(
-    layout: Layout,
+    layout: SliceLayout,
     precision: Precision,
     dy: ArrayLike,
     xhat: Array,

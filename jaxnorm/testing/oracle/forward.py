@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike
 from jaxnorm.testing.oracle.slices import (
     Array,
     Axes,
-    Layout,
     Precision,
+    SliceLayout,
     batch_weight,
     full_gain,
     reciprocal_deviation,
@@ -19,7 +19,7 @@ from jaxnorm.testing.oracle.slices import (
     slices_but,
     slices_of_groups,
     slices_over,
-    standardize,
+    standardize_slices,
     weight_layout,
 )
 
@@ -110,7 +110,7 @@ def batch_norm(
         rstd = reciprocal_deviation("batch_norm", layout.expand("var", old_var), epsilon)
         y = _affine(layout, precision, scaled(residual, rstd), scale, bias)
         return y, RunningStats(precision.narrow(old_mean), precision.narrow(old_var), count)
-    found = standardize(layout, wide, mask, epsilon=epsilon)
+    found = standardize_slices(layout, wide, mask, epsilon=epsilon)
     y = _affine(layout, precision, found.xhat, scale, bias)
     divisor = np.maximum(found.count - unbiased, 1)
     weight = batch_weight(decay, count, debias).astype(precision.work)
@@ -321,7 +321,7 @@ def standardize_weight(
 
 
 def _normalize(
-    layout: Layout,
+    layout: SliceLayout,
     x: ArrayLike,
     scale: ArrayLike | None,
     bias: ArrayLike | None,
@@ -332,12 +332,12 @@ def _normalize(
     offset: float = 0.0,
 ) -> Array:
     precision = Precision.of(layout.operation, x, scale, bias)
-    found = standardize(layout, precision.widen(x), mask, epsilon=epsilon, centered=centered)
+    found = standardize_slices(layout, precision.widen(x), mask, epsilon=epsilon, centered=centered)
     return _affine(layout, precision, found.xhat, scale, bias, offset)
 
 
 def _affine(
-    layout: Layout,
+    layout: SliceLayout,
     precision: Precision,
     xhat: Array,
     scale: ArrayLike | None,

@@ -1,7 +1,7 @@
 """The common part of all oracles: working precision, layout of slices, their statistics.
 
 A normalization is a layout (which elements form a slice, which axes carry parameters) and two
-formulas: `standardize` forward and `standardize_vjp` backward. The families
+formulas: `standardize_slices` forward and `standardize_slices_vjp` backward. The families
 differ only in the layout that they build here.
 """
 
@@ -70,7 +70,7 @@ def canonical_axes(operation: str, name: str, axis: Axes, ndim: int) -> tuple[in
     return tuple(sorted(int(a) % ndim for a in given))
 
 
-class Layout(NamedTuple):
+class SliceLayout(NamedTuple):
     """The axes of the slices and the parameters of one normalization.
 
     `x` is reshaped to `view` and reduced there over `axes`; `scale` and `bias` lie on the axes
@@ -133,22 +133,22 @@ class Layout(NamedTuple):
 
 def slices_over(
     operation: str, shape: tuple[int, ...], axes: Axes, features: Axes | None
-) -> Layout:
+) -> SliceLayout:
     """The layout that reduces `axes` of `x` itself; `features=None` means the same axes."""
     reduced = canonical_axes(operation, "axis", axes, len(shape))
     if features is None:
-        return Layout(operation, shape, shape, reduced, reduced)
+        return SliceLayout(operation, shape, shape, reduced, reduced)
     carried = canonical_axes(operation, "feature_axis", features, len(shape))
-    return Layout(operation, shape, shape, reduced, carried)
+    return SliceLayout(operation, shape, shape, reduced, carried)
 
 
 def slices_but(
     operation: str, shape: tuple[int, ...], kept: tuple[int, ...], features: Axes
-) -> Layout:
+) -> SliceLayout:
     """The layout that reduces every axis but those `kept` and the feature axes."""
     carried = canonical_axes(operation, "feature_axis", features, len(shape))
     reduced = tuple(a for a in range(len(shape)) if a not in kept and a not in carried)
-    return Layout(operation, shape, shape, reduced, carried)
+    return SliceLayout(operation, shape, shape, reduced, carried)
 
 
 def slices_of_groups(
@@ -157,7 +157,7 @@ def slices_of_groups(
     num_groups: int,
     feature_axis: int,
     axis: Axes | None,
-) -> Layout:
+) -> SliceLayout:
     """The layout of group normalization: the feature axis split into (groups, channels)."""
     (feature,) = canonical_axes(operation, "feature_axis", feature_axis, len(shape))
     channels = shape[feature]
@@ -175,10 +175,10 @@ def slices_of_groups(
         )
     view = (*shape[:feature], num_groups, channels // num_groups, *shape[feature + 1 :])
     inside = tuple(a if a < feature else a + 1 for a in reduced)
-    return Layout(operation, shape, view, inside, (feature,))
+    return SliceLayout(operation, shape, view, inside, (feature,))
 
 
-def weight_layout(operation: str, shape: tuple[int, ...], axis: Axes | None) -> Layout:
+def weight_layout(operation: str, shape: tuple[int, ...], axis: Axes | None) -> SliceLayout:
     """The layout of weight standardization: the gain lies on the axes that are not reduced."""
     if axis is None:
         return slices_but(operation, shape, (), -1)
@@ -187,7 +187,7 @@ def weight_layout(operation: str, shape: tuple[int, ...], axis: Axes | None) -> 
     return slices_but(operation, shape, (), kept)
 
 
-def full_gain(layout: Layout, gain: ArrayLike | None) -> Array | None:
+def full_gain(layout: SliceLayout, gain: ArrayLike | None) -> Array | None:
     """`gain` broadcast to the axes that are not reduced."""
     if gain is None:
         return None
@@ -216,7 +216,9 @@ class Slices:
     xhat: Array  # shape of the view
 
 
-def gather(layout: Layout, x: Array, mask: ArrayLike | None, *, centered: bool = True) -> Slices:
+def gather(
+    layout: SliceLayout, x: Array, mask: ArrayLike | None, *, centered: bool = True
+) -> Slices:
     """The moments of each slice; `xhat` holds `x - mean`, and `rstd` ones.
 
     The mean is taken in two steps, a mean and then the mean of the residuals, so that nothing is
@@ -263,8 +265,8 @@ def reciprocal_deviation(operation: str, var: Array, epsilon: float) -> Array:
     return np.where(shifted == 0, 0, 1 / np.sqrt(np.where(shifted == 0, 1, shifted)))
 
 
-def standardize(
-    layout: Layout, x: Array, mask: ArrayLike | None, *, epsilon: float, centered: bool = True
+def standardize_slices(
+    layout: SliceLayout, x: Array, mask: ArrayLike | None, *, epsilon: float, centered: bool = True
 ) -> Slices:
     """xhat = (x - mean) * rstd for every element, masked out or not.
 
@@ -283,7 +285,9 @@ def scaled(residual: Array, rstd: Array) -> Array:
     return np.multiply(residual, rstd, out=out, where=rstd != 0)
 
 
-def standardize_vjp(layout: Layout, g: Array, found: Slices, *, centered: bool = True) -> Array:
+def standardize_slices_vjp(
+    layout: SliceLayout, g: Array, found: Slices, *, centered: bool = True
+) -> Array:
     """The cotangent of `x`, from `g`, the cotangent of `xhat` (shape of `x`).
 
     With n included elements, m_j = 1 for an included element and else 0,
