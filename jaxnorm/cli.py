@@ -40,18 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command of the command line.
 
     Args:
-      argv: arguments without the program's name; those of the process by default.
+        argv: arguments without the program's name; those of the process by default.
 
     Returns:
-      The exit status: 0; 1 where the doctor has found something; 2 for input that cannot be used;
-      130 after an interrupt.
+        The exit status: 0; 1 where the doctor has found something; 2 for input that cannot be used;
+        130 after an interrupt.
 
     Raises:
-      SystemExit: from argparse, after `--help`, `--version` or an unknown argument.
+        SystemExit: from argparse, after `--help`, `--version` or an unknown argument.
 
     Example:
-      >>> main([])
-      2
+        >>> main([])
+        2
     """
     parser = _parser()
     arguments = parser.parse_args(argv)

@@ -11,20 +11,20 @@ def write_whole(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
     """Write files into a folder; all of them are on disk before any gets its name.
 
     Args:
-      folder: made where it does not exist, with its parents.
-      contents: file name -> content. A file of the same name is replaced; no other is touched.
+        folder: made where it does not exist, with its parents.
+        contents: file name -> content. A file of the same name is replaced; no other is touched.
 
     Returns:
-      The paths, in the order of `contents`.
+        The paths, in the order of `contents`.
 
     Raises:
-      OSError: the folder cannot be made or written. What was there before is still there.
+        OSError: the folder cannot be made or written. What was there before is still there.
 
     Example:
-      >>> with tempfile.TemporaryDirectory() as parent:
-      ...     [path] = write_whole(Path(parent) / "new", {"a.txt": b"hello"})
-      ...     path.read_bytes()
-      b'hello'
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     [path] = write_whole(Path(parent) / "new", {"a.txt": b"hello"})
+        ...     path.read_bytes()
+        b'hello'
     """
     written: list[tuple[str, Path]] = []
     try:

@@ -28,21 +28,21 @@ def launch(arguments: Sequence[str], processes: int, *, devices_per_process: int
     GPUs so many of them each. A TPU host needs no launcher: one process drives all of its chips.
 
     Args:
-      arguments: those of the Python interpreter: `["train.py", "--steps", "100"]`, or
-        `["-m", "package.train"]`.
-      processes: how many, 1 or more.
-      devices_per_process: 1 or more.
+        arguments: those of the Python interpreter: `["train.py", "--steps", "100"]`, or
+            `["-m", "package.train"]`.
+        processes: how many, 1 or more.
+        devices_per_process: 1 or more.
 
     Returns:
-      0 if all succeeded; else the status of the first to fail, 128 + n if signal n killed it; 130
-      after an interrupt.
+        0 if all succeeded; else the status of the first to fail, 128 + n if signal n killed it; 130
+        after an interrupt.
 
     Raises:
-      ProcessError: a number that is not 1 or more, or a call from a launched process.
+        ProcessError: a number that is not 1 or more, or a call from a launched process.
 
     Example:
-      >>> launch(["-c", "from jaxnorm.distributed import initialize; initialize()"], processes=2)
-      0
+        >>> launch(["-c", "from jaxnorm.distributed import initialize; initialize()"], processes=2)
+        0
     """
     _check(processes, devices_per_process)
     try:

@@ -41,21 +41,21 @@ def initialize(*, timeout: float = 300) -> bool:
     processes which wait in a collective for this one.
 
     Args:
-      timeout: seconds to wait for the other processes.
+        timeout: seconds to wait for the other processes.
 
     Returns:
-      Whether JAX's distributed runtime runs in this program.
+        Whether JAX's distributed runtime runs in this program.
 
     Raises:
-      ProcessError: JAX has started its backend already; the variables are incomplete or make no
-        sense; process 0 cannot be reached or cannot open its port. If processes of the run are
-        missing when the time is over, JAX ends this one, after a line in the log that says so.
+        ProcessError: JAX has started its backend already; the variables are incomplete or make no
+            sense; process 0 cannot be reached or cannot open its port. If processes of the run are
+            missing when the time is over, JAX ends this one, after a line in the log that says so.
 
     Example:
-      >>> import subprocess, sys
-      >>> program = "from jaxnorm.distributed import initialize; print(initialize())"
-      >>> subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-      'False\\n'
+        >>> import subprocess, sys
+        >>> program = "from jaxnorm.distributed import initialize; print(initialize())"
+        >>> subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+        'False\\n'
     """
     global _alone
     if _alone or jax.distributed.is_initialized():
@@ -84,14 +84,14 @@ def launched() -> bool:
     """Tell whether `launch` started this process.
 
     Returns:
-      True in a process of `launch`, as its environment says; False in any other.
+        True in a process of `launch`, as its environment says; False in any other.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example:
-      >>> launched()
-      False
+        >>> launched()
+        False
     """
     return LIFELINE in os.environ
 

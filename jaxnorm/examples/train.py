@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit status.
 
     Args:
-      argv: arguments without the program's name; those of the process by default.
+        argv: arguments without the program's name; those of the process by default.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()

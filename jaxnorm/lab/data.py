@@ -62,15 +62,15 @@ def load_digits(seed: int = 0) -> Dataset:
     """scikit-learn's 1797 handwritten digits of 8x8 pixels, split 2/3, 1/6, 1/6 by class.
 
     Args:
-      seed: draws the split; the same seed gives the same split.
+        seed: draws the split; the same seed gives the same split.
 
     Returns:
-      A `Dataset` of ten classes.
+        A `Dataset` of ten classes.
 
     Example:
-      >>> digits = load_digits(seed=0)
-      >>> digits.train.images.shape, digits.validation.labels.shape, digits.test.labels.shape
-      ((1197, 8, 8, 1), (300,), (300,))
+        >>> digits = load_digits(seed=0)
+        >>> digits.train.images.shape, digits.validation.labels.shape, digits.test.labels.shape
+        ((1197, 8, 8, 1), (300,), (300,))
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
@@ -95,16 +95,16 @@ def load_idx(folder: str | os.PathLike[str], seed: int = 0) -> Dataset:
     One sixth of the training images, 2000 at most, drawn by `seed`, become the validation part.
 
     Args:
-      folder: holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`
-        and `t10k-labels-idx1-ubyte`, each plain or with `.gz`; the plain file wins.
-      seed: draws the validation part.
+        folder: holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`
+            and `t10k-labels-idx1-ubyte`, each plain or with `.gz`; the plain file wins.
+        seed: draws the validation part.
 
     Returns:
-      A `Dataset` with as many classes as the largest training label asks for.
+        A `Dataset` with as many classes as the largest training label asks for.
 
     Raises:
-      DataError: a file is missing, is not what its name says, or is shorter or longer than its
-        header says; or images and labels do not fit each other.
+        DataError: a file is missing, is not what its name says, or is shorter or longer than its
+            header says; or images and labels do not fit each other.
 
     Source: Y. LeCun, C. Cortes, C. Burges, "The MNIST database of handwritten digits", file format.
     """
@@ -145,23 +145,23 @@ def read_idx(path: str | os.PathLike[str], magic: int) -> np.ndarray:
     """Read one IDX file of unsigned bytes and check it against its header.
 
     Args:
-      path: the file; gzip is recognized by its first two bytes, whatever the name.
-      magic: what the first four bytes must say, `IMAGES_MAGIC` or `LABELS_MAGIC`.
+        path: the file; gzip is recognized by its first two bytes, whatever the name.
+        magic: what the first four bytes must say, `IMAGES_MAGIC` or `LABELS_MAGIC`.
 
     Returns:
-      uint8, in the shape that the header gives.
+        uint8, in the shape that the header gives.
 
     Raises:
-      DataError: the file cannot be read, has another magic number, or is shorter or longer than
-        its header says.
+        DataError: the file cannot be read, has another magic number, or is shorter or longer than
+            its header says.
 
     Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     path = Path(folder) / "labels"
-      ...     _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 2, 1]))
-      ...     read_idx(path, LABELS_MAGIC)
-      array([7, 2, 1], dtype=uint8)
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "labels"
+        ...     _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 2, 1]))
+        ...     read_idx(path, LABELS_MAGIC)
+        array([7, 2, 1], dtype=uint8)
     """
     path = Path(path)
     again = "Fetch the file again."
@@ -187,21 +187,21 @@ def batch_rows(count: int, batch_size: int, steps: int, seed: int) -> np.ndarray
     """The images that each step of a training sees: shuffled epochs, one after another.
 
     Args:
-      count: images to draw from.
-      batch_size: images per step, `count` at most.
-      steps: steps of the training.
-      seed: draws the order.
+        count: images to draw from.
+        batch_size: images per step, `count` at most.
+        steps: steps of the training.
+        seed: draws the order.
 
     Returns:
-      int32 (steps, batch_size), rows of the training part. No image comes twice within an epoch;
-      what is left over at its end is dropped.
+        int32 (steps, batch_size), rows of the training part. No image comes twice within an epoch;
+        what is left over at its end is dropped.
 
     Raises:
-      DataError: a batch is larger than the training part.
+        DataError: a batch is larger than the training part.
 
     Example:
-      >>> batch_rows(5, 2, 3, seed=0).shape
-      (3, 2)
+        >>> batch_rows(5, 2, 3, seed=0).shape
+        (3, 2)
     """
     if not 1 <= batch_size <= count:
         raise DataError(

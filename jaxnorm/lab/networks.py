@@ -119,8 +119,8 @@ def is_applicable(network: str, normalization: str) -> bool:
     """True if a network has the axes that a normalization averages over.
 
     Example:
-      >>> is_applicable("mlp", "instance"), is_applicable("conv", "instance")
-      (False, True)
+        >>> is_applicable("mlp", "instance"), is_applicable("conv", "instance")
+        (False, True)
     """
     return network != "mlp" or not NORMALIZATIONS[normalization].spatial
 
@@ -129,15 +129,15 @@ def build_network(network: str, normalization: str, classes: int) -> DeepMLP | S
     """The network of this name with the normalization of this name.
 
     Args:
-      network: a key of `NETWORKS`.
-      normalization: a key of `NORMALIZATIONS`.
-      classes: logits per image.
+        network: a key of `NETWORKS`.
+        normalization: a key of `NORMALIZATIONS`.
+        classes: logits per image.
 
     Returns:
-      A Linen module, called as `(images, training)`.
+        A Linen module, called as `(images, training)`.
 
     Raises:
-      ValueError: a name is unknown, or the normalization has no axes in this network.
+        ValueError: a name is unknown, or the normalization has no axes in this network.
     """
     for name, known, what in (
         (network, NETWORKS, "network"),
@@ -164,17 +164,17 @@ def draw_kernels(params: Any, seeds: Sequence[int]) -> Any:
     second of compilation for each kernel of each network: 40 s of a demo of 60.
 
     Args:
-      params: of `create_sweep_state`, a leading axis of members on every leaf.
-      seeds: one for each member.
+        params: of `create_sweep_state`, a leading axis of members on every leaf.
+        seeds: one for each member.
 
     Returns:
-      The same tree; every leaf called "kernel" is new (2 / fan-in, for ReLU, where it is a
-      convolution's), the others are as they were.
+        The same tree; every leaf called "kernel" is new (2 / fan-in, for ReLU, where it is a
+        convolution's), the others are as they were.
 
     Example:
-      >>> drawn = draw_kernels({"Dense_0": {"kernel": jnp.zeros((2, 4, 3))}}, [7, 7])
-      >>> bool((drawn["Dense_0"]["kernel"][0] == drawn["Dense_0"]["kernel"][1]).all())
-      True
+        >>> drawn = draw_kernels({"Dense_0": {"kernel": jnp.zeros((2, 4, 3))}}, [7, 7])
+        >>> bool((drawn["Dense_0"]["kernel"][0] == drawn["Dense_0"]["kernel"][1]).all())
+        True
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     filled = []
@@ -215,14 +215,14 @@ def convolve_patches(
     the CPU: 14 times slower than this, measured on 18 of these networks at once.
 
     Args:
-      inputs: (count, rows, columns, channels).
-      kernel: (kernel rows, kernel columns, channels, features).
-      strides: of the rows and the columns.
-      padding: as `lax.conv_general_dilated` takes it.
-      unused: what Flax's layer passes besides, at its defaults.
+        inputs: (count, rows, columns, channels).
+        kernel: (kernel rows, kernel columns, channels, features).
+        strides: of the rows and the columns.
+        padding: as `lax.conv_general_dilated` takes it.
+        unused: what Flax's layer passes besides, at its defaults.
 
     Returns:
-      (count, new rows, new columns, features).
+        (count, new rows, new columns, features).
     """
     rows, columns, channels, features = kernel.shape
     if isinstance(padding, str):

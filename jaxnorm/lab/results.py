@@ -100,13 +100,13 @@ class StudyResult:
         """Write the monitor's samples, each run in a folder of its own.
 
         Args:
-          folder: for them; those of the same names in it are replaced.
+            folder: for them; those of the same names in it are replaced.
 
         Returns:
-          (network, normalization) -> recording, in the order of the curves.
+            (network, normalization) -> recording, in the order of the curves.
 
         Raises:
-          RecordingError: the folder cannot be written.
+            RecordingError: the folder cannot be written.
         """
         recordings = {}
         for each in self.recorded:
@@ -141,14 +141,14 @@ def summarize_curves(curves: Sequence[Curves], normalizations: Sequence[str]) ->
     """The table's lines for one network, by the `DEFINITIONS` above.
 
     Args:
-      curves: of one network, one for each normalization that applies to it.
-      normalizations: the lines, in order; those without curves do not apply.
+        curves: of one network, one for each normalization that applies to it.
+        normalizations: the lines, in order; those without curves do not apply.
 
     Returns:
-      One `StudySummary` for each of `normalizations`.
+        One `StudySummary` for each of `normalizations`.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
     if not curves:
         return []
@@ -164,8 +164,8 @@ def steps_to_reach(steps: Sequence[int], accuracy: np.ndarray, target: float) ->
     """The first measured step with this accuracy, or None.
 
     Example:
-      >>> steps_to_reach([0, 10, 20], np.array([0.1, 0.8, 0.9]), 0.8)
-      10
+        >>> steps_to_reach([0, 10, 20], np.array([0.1, 0.8, 0.9]), 0.8)
+        10
     """
     reached = np.flatnonzero(accuracy >= target)
     return int(steps[reached[0]]) if len(reached) else None
@@ -177,21 +177,21 @@ def highest_stable(
     """The largest rate at which every seed ends with a finite loss and 90 % of the best accuracy.
 
     Args:
-      rates: r learning rates, in any order.
-      final_loss: (r, seeds).
-      final_accuracy: (r, seeds).
-      least: the mean accuracy that the best rate must end with.
+        rates: r learning rates, in any order.
+        final_loss: (r, seeds).
+        final_accuracy: (r, seeds).
+        least: the mean accuracy that the best rate must end with.
 
     Returns:
-      The rate; None if the best rate ends with less than `least`, or if no rate qualifies.
+        The rate; None if the best rate ends with less than `least`, or if no rate qualifies.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example:
-      >>> losses, accuracy = np.array([[0.2], [0.1], [np.nan]]), np.array([[0.9], [0.95], [0.95]])
-      >>> highest_stable([0.1, 0.3, 1.0], losses, accuracy, least=0.5)
-      0.3
+        >>> losses, accuracy = np.array([[0.2], [0.1], [np.nan]]), np.array([[0.9], [0.95], [0.95]])
+        >>> highest_stable([0.1, 0.3, 1.0], losses, accuracy, least=0.5)
+        0.3
     """
     best = float(final_accuracy.mean(1).max())
     if best < least:

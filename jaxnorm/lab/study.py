@@ -95,19 +95,19 @@ def demo_config(seed: int = 0, steps: int | None = None, quick: bool = False) ->
     """The study of `jaxnorm demo`.
 
     Args:
-      seed: of all randomness.
-      steps: of the MLP; the convolutional net makes a fifth as many.
-      quick: two seeds, fewer learning rates and steps; every normalization all the same.
+        seed: of all randomness.
+        steps: of the MLP; the convolutional net makes a fifth as many.
+        quick: two seeds, fewer learning rates and steps; every normalization all the same.
 
     Returns:
-      A `StudyConfig`.
+        A `StudyConfig`.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example:
-      >>> [plan.steps for plan in demo_config(steps=400).plans]
-      [400, 80]
+        >>> [plan.steps for plan in demo_config(steps=400).plans]
+        [400, 80]
     """
     config = StudyConfig(seed=seed)
     mlp, conv = config.plans
@@ -141,18 +141,18 @@ def run_study(
     """Train every network under each of its normalizations, on this data.
 
     Args:
-      config: what to train, and from which seed.
-      data: what to train on.
-      progress: called, by one thread at a time, whenever a program has made some steps.
-      workers: programs that are compiled and run side by side; two by default, where there are two
-        cores. The numbers do not depend on it.
+        config: what to train, and from which seed.
+        data: what to train on.
+        progress: called, by one thread at a time, whenever a program has made some steps.
+        workers: programs that are compiled and run side by side; two by default, where there are
+            two cores. The numbers do not depend on it.
 
     Returns:
-      Curves, their summary, and what the monitor saw of the first seed at the best rate, for every
-      pair of network and normalization that fit.
+        Curves, their summary, and what the monitor saw of the first seed at the best rate, for
+        every pair of network and normalization that fit.
 
     Raises:
-      ValueError: a name in `config` is unknown, or a batch does not fit the data.
+        ValueError: a name in `config` is unknown, or a batch does not fit the data.
 
     Source: S. Ioffe and C. Szegedy, Batch Normalization, ICML 2015, section 4.1 and Figure 1.
     """

@@ -18,13 +18,13 @@ def build_charts(result: StudyResult) -> dict[str, dict[str, Any]]:
     """Every chart of a study's own.
 
     Args:
-      result: a finished study.
+        result: a finished study.
 
     Returns:
-      Name -> Vega-Lite specification: "curves-N" and "rates-N" for each network N.
+        Name -> Vega-Lite specification: "curves-N" and "rates-N" for each network N.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
     networks = list(dict.fromkeys(curves.network for curves in result.curves))
     charts: dict[str, Any] = {}

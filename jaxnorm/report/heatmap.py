@@ -25,18 +25,18 @@ def heatmap(
     """Rows by step, in colours.
 
     Args:
-      data: of Altair, with the fields "step", "end", "value" and `row`.
-      row: the field that names a row.
-      of: what the value is of, for people.
-      colours: value -> colour; beyond the first and the last the colour stays.
-      kind: of the colours' scale.
-      row_axis: options of the axis of the rows.
+        data: of Altair, with the fields "step", "end", "value" and `row`.
+        row: the field that names a row.
+        of: what the value is of, for people.
+        colours: value -> colour; beyond the first and the last the colour stays.
+        kind: of the colours' scale.
+        row_axis: options of the axis of the rows.
 
     Returns:
-      A chart without a size.
+        A chart without a size.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
     scale = alt.Scale(
         type=kind,

@@ -19,13 +19,13 @@ def show(thing: Any) -> str:
     """The HTML that a notebook shows of a recording, of a finding, or of several.
 
     Args:
-      thing: a `Recording`, a `Finding`, or a sequence of findings.
+        thing: a `Recording`, a `Finding`, or a sequence of findings.
 
     Returns:
-      HTML that needs nothing from the network.
+        HTML that needs nothing from the network.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
     if isinstance(thing, Recording):
         return show_recording(thing)
@@ -36,13 +36,13 @@ def show_recording(recording: Recording) -> str:
     """The page of a run, in a frame of its own.
 
     Args:
-      recording: of one run, with as many samples as it has.
+        recording: of one run, with as many samples as it has.
 
     Returns:
-      HTML. In a frame the page keeps its own styles and scripts, and the notebook its own.
+        HTML. In a frame the page keeps its own styles and scripts, and the notebook its own.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
     findings = diagnose(recording) if len(recording) else ()
     run = Run(recording.folder.name, "", recording, findings)
@@ -60,12 +60,12 @@ def show_findings(findings: Sequence[Finding]) -> str:
     """Findings, as the report shows them.
 
     Args:
-      findings: of one run.
+        findings: of one run.
 
     Returns:
-      HTML without scripts, which any notebook shows.
+        HTML without scripts, which any notebook shows.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
     return render_findings(findings)

@@ -19,19 +19,19 @@ def check_folder(folder: str | os.PathLike[str], names: tuple[str, ...] = ()) ->
     that exists is tried.
 
     Args:
-      folder: where the files are to go.
-      names: of the files; none of them may be a folder.
+        folder: where the files are to go.
+        names: of the files; none of them may be a folder.
 
     Returns:
-      The folder as a path.
+        The folder as a path.
 
     Raises:
-      OutputError: it, or a parent, is a file, or it cannot be written.
+        OutputError: it, or a parent, is a file, or it cannot be written.
 
     Example:
-      >>> with tempfile.TemporaryDirectory() as parent:
-      ...     check_folder(Path(parent) / "new").name
-      'new'
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     check_folder(Path(parent) / "new").name
+        'new'
     """
     folder = Path(folder)
     existing = folder.absolute()
@@ -60,20 +60,20 @@ def write_files(folder: str | os.PathLike[str], texts: Mapping[str, str]) -> lis
     """Write text files next to whatever a folder holds; all are written before any is renamed.
 
     Args:
-      folder: made where it does not exist, with its parents.
-      texts: file name -> content. A file of the same name is replaced; no other is touched.
+        folder: made where it does not exist, with its parents.
+        texts: file name -> content. A file of the same name is replaced; no other is touched.
 
     Returns:
-      The paths, in the order of `texts`.
+        The paths, in the order of `texts`.
 
     Raises:
-      OutputError: the folder cannot be made or written. What was there before is still there.
+        OutputError: the folder cannot be made or written. What was there before is still there.
 
     Example:
-      >>> with tempfile.TemporaryDirectory() as parent:
-      ...     [path] = write_files(parent, {"a.txt": "hello"})
-      ...     path.read_text()
-      'hello'
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     [path] = write_files(parent, {"a.txt": "hello"})
+        ...     path.read_text()
+        'hello'
     """
     try:
         return write_whole(

@@ -29,11 +29,11 @@ class Packer:
     The page has the way back, in `runs.js`.
 
     Example:
-      >>> packer = Packer()
-      >>> packer.add(np.array([0.0, 1.0, 2.5, np.nan]), "linear")
-      [0, 0.0, 2.5, 0]
-      >>> list(zlib.decompress(base64.b64decode(packer.text())))
-      [0, 100, 250, 255]
+        >>> packer = Packer()
+        >>> packer.add(np.array([0.0, 1.0, 2.5, np.nan]), "linear")
+        [0, 0.0, 2.5, 0]
+        >>> list(zlib.decompress(base64.b64decode(packer.text())))
+        [0, 100, 250, 255]
     """
 
     def __init__(self) -> None:
@@ -44,14 +44,14 @@ class Packer:
         """Take an array in.
 
         Args:
-          values: of any shape and range.
-          mode: how its levels are spread; "log" and "sqrt" are for what is nowhere negative.
+            values: of any shape and range.
+            mode: how its levels are spread; "log" and "sqrt" are for what is nowhere negative.
 
         Returns:
-          Where it begins, the ends of its levels, and the number of its mode.
+            Where it begins, the ends of its levels, and the number of its mode.
 
         Raises:
-          Nothing of its own.
+            Nothing of its own.
         """
         values = np.asarray(values, np.float64).ravel()
         codes = np.full(values.shape, NOTHING, np.uint8)

@@ -26,16 +26,16 @@ def render_page(result: StudyResult, versions: Mapping[str, str], runs: Sequence
     """The report of a study: one file that asks the network for nothing.
 
     Args:
-      result: a finished study.
-      versions: library -> version, shown at the end.
-      runs: recordings made in the study, grouped by network.
+        result: a finished study.
+        versions: library -> version, shown at the end.
+        runs: recordings made in the study, grouped by network.
 
     Returns:
-      HTML. Every name and number in it is escaped; a content security policy forbids it to load
-      anything from anywhere.
+        HTML. Every name and number in it is escaped; a content security policy forbids it to load
+        anything from anywhere.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example, which takes seconds and so is not run here::
 
@@ -78,14 +78,14 @@ def render_runs(runs: Sequence[Run], versions: Mapping[str, str]) -> str:
     """The report of one run, or of several side by side: one file as `render_page` makes it.
 
     Args:
-      runs: of any models, with as many samples as they have.
-      versions: library -> version, shown at the end.
+        runs: of any models, with as many samples as they have.
+        versions: library -> version, shown at the end.
 
     Returns:
-      HTML. Findings come first; then what the layers saw, on one scale for all runs.
+        HTML. Findings come first; then what the layers saw, on one scale for all runs.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example, which takes seconds and so is not run here::
 
@@ -99,20 +99,20 @@ def render_findings(findings: Sequence[Finding]) -> str:
     """Findings alone, as a piece of HTML without scripts that stands in any page.
 
     Args:
-      findings: of one run.
+        findings: of one run.
 
     Returns:
-      HTML, escaped.
+        HTML, escaped.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example:
-      >>> from jaxnorm.monitor import Finding
-      >>> finding = Finding("dead-units", "warning", ("relu_0",), "Units are < 0.", "", "", "")
-      >>> html = render_findings([finding])
-      >>> "Units are &lt; 0." in html, "<script" in html
-      (True, False)
+        >>> from jaxnorm.monitor import Finding
+        >>> finding = Finding("dead-units", "warning", ("relu_0",), "Units are < 0.", "", "", "")
+        >>> html = render_findings([finding])
+        >>> "Units are &lt; 0." in html, "<script" in html
+        (True, False)
     """
     template = _environment().get_template("findings.html")
     ill = [{"name": "", "findings": findings}] if findings else []

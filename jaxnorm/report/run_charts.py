@@ -37,16 +37,18 @@ def build_run_charts(
     """Every chart of the sections on runs.
 
     Args:
-      measures: name of each measure that a run has -> value -> colour.
-      names: of the runs.
+        measures: name of each measure that a run has -> value -> colour.
+        names: of the runs.
 
     Returns:
-      Name -> Vega-Lite specification.
+        Name -> Vega-Lite specification.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
-    charts = {f"heat-{name}": _cells(STYLES[name], colours) for name, colours in measures.items()}
+    charts = {
+        f"heatmap-{name}": _cells(STYLES[name], colours) for name, colours in measures.items()
+    }
     for name, look in {"channels": CHANNELS, "updates": UPDATES}.items():
         assert look.colours is not None
         charts[name] = _cells(look, look.colours, "channel" if name == "channels" else "parameter")
@@ -70,11 +72,11 @@ def _now() -> alt.Chart:
 
 
 def _cells(look: MeasureStyle, colours: Mapping[float, str], row: str = "layer") -> Any:
-    heat = heatmap(
+    rectangles = heatmap(
         _data("cells"), row, look.label, colours, look.kind,
         title=None, labelExpr=_TAIL, labelLimit=200, labelOverlap=True, labelFontSize=11,
     )  # fmt: skip
-    heat.encoding.tooltip = [
+    rectangles.encoding.tooltip = [
         alt.Tooltip(f"{row}:N"),
         alt.Tooltip("step:Q"),
         alt.Tooltip("said:N", title=look.label),
@@ -85,10 +87,13 @@ def _cells(look: MeasureStyle, colours: Mapping[float, str], row: str = "layer")
         alt.Chart(_data("broken"))
         .mark_rect(color=NOT_FINITE, aria=False, height=alt.RelativeBandSize(band=0.4))
         .encode(
-            x="step:Q", x2="end:Q", y=alt.Y(f"{row}:O", sort=None), tooltip=heat.encoding.tooltip
+            x="step:Q",
+            x2="end:Q",
+            y=alt.Y(f"{row}:O", sort=None),
+            tooltip=rectangles.encoding.tooltip,
         )
     )
-    return _sized(heat + broken + _now())
+    return _sized(rectangles + broken + _now())
 
 
 def _sized(chart: Any, **options: Any) -> Any:

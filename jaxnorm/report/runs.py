@@ -79,13 +79,13 @@ def collect(runs: Sequence[Run]) -> Collected:
     """All that a page shows of runs.
 
     Args:
-      runs: any number of them, of any models.
+        runs: any number of them, of any models.
 
     Returns:
-      `Collected`.
+        `Collected`.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
     measured = [measure(run.recording) for run in runs]
     series = sum(len(places) for found in measured for places in found.values())

@@ -46,10 +46,10 @@ def cells(row: StudySummary) -> tuple[str, str, str, str]:
     """One line of the table, without its name, in the order of `COLUMNS`.
 
     Example:
-      >>> cells(StudySummary("mlp", "batch", 0.3, 0.976, 0.005, 0.88, 40, 1.0, 30.0, True))
-      ('97.6 ± 0.5 %', '0.3', '40', '≥ 30')
-      >>> cells(StudySummary("mlp", "instance"))
-      ('-', '-', '-', '-')
+        >>> cells(StudySummary("mlp", "batch", 0.3, 0.976, 0.005, 0.88, 40, 1.0, 30.0, True))
+        ('97.6 ± 0.5 %', '0.3', '40', '≥ 30')
+        >>> cells(StudySummary("mlp", "instance"))
+        ('-', '-', '-', '-')
     """
     if row.best_rate is None or row.accuracy_mean is None or row.accuracy_deviation is None:
         return "-", "-", "-", "-"

@@ -79,11 +79,11 @@ def tolerance(
     result of magnitude m > floor, pass `floor=m`.
 
     Args:
-        dtype: The dtype of the result: floating, or complex (judged by its parts).
+        dtype: the dtype of the result: floating, or complex (judged by its parts).
         what: "value" (budget 32) or "derivative" (budget 64).
-        conditioning: Factor by which the problem magnifies rounding; at least 1.
-        floor: The magnitude relative to which rounding counts.
-        roundings: How often the result is rounded to a dtype narrower than float32; more than 1
+        conditioning: factor by which the problem magnifies rounding; at least 1.
+        floor: the magnitude relative to which rounding counts.
+        roundings: how often the result is rounded to a dtype narrower than float32; more than 1
             where it passes through several operations, each of which returns that dtype.
 
     Returns:
@@ -91,15 +91,16 @@ def tolerance(
 
     Raises:
         TypeError: dtype is not floating or complex.
-        ValueError: Unknown `what`, or a conditioning below 1 or NaN.
+        ValueError: unknown `what`, or a conditioning below 1 or NaN.
 
     Source: Higham 2002, "Accuracy and Stability of Numerical Algorithms", chapters 2 and 3 (the
     model of rounding); the budgets are this library's own.
 
-    >>> tolerance("float32") == 32 * 2.0**-23
-    True
-    >>> tolerance("bfloat16") == 2.0**-8 + 32 * 2.0**-23
-    True
+    Example:
+        >>> tolerance("float32") == 32 * 2.0**-23
+        True
+        >>> tolerance("bfloat16") == 2.0**-8 + 32 * 2.0**-23
+        True
     """
     if what not in BUDGETS:
         raise ValueError(f"tolerance: what must be one of {list(BUDGETS)}; got {what!r}.")
@@ -179,27 +180,28 @@ def rounding_units(
     infinity; an infinity counts as right where the desired value rounds to it.
 
     Args:
-        actual: What was computed, of any dtype that NumPy reads (bfloat16 too).
-        desired: What is right, same shape.
-        dtype: The dtype whose rounding is the unit; None: that of `actual`.
+        actual: what was computed, of any dtype that NumPy reads (bfloat16 too).
+        desired: what is right, same shape.
+        dtype: the dtype whose rounding is the unit; None: that of `actual`.
         what: "value" or "derivative".
-        axis: For derivatives, the axes over which the largest |desired| is taken: one scale for
+        axis: for derivatives, the axes over which the largest |desired| is taken: one scale for
             each slice. None: one for the whole array.
-        floor: Smallest magnitude that counts; 1 unless results are known to be small throughout.
+        floor: smallest magnitude that counts; 1 unless results are known to be small throughout.
 
     Returns:
         A Python float; zero for empty arrays.
 
     Raises:
-        AssertionError: Shapes differ.
+        AssertionError: shapes differ.
         TypeError: dtype is not floating or complex.
 
     Source: Higham 2002, chapter 2.
 
-    >>> rounding_units([1.0 + 2.0**-22], [1.0], "float32")
-    2.0
-    >>> rounding_units([float("nan")], [1.0], "float32")
-    inf
+    Example:
+        >>> rounding_units([1.0 + 2.0**-22], [1.0], "float32")
+        2.0
+        >>> rounding_units([float("nan")], [1.0], "float32")
+        inf
     """
     return _measure(actual, desired, dtype, what, axis, floor).units
 
@@ -219,36 +221,37 @@ def assert_close(
     """Assert that no element errs by more than its dtype and conditioning allow.
 
     Args:
-        actual: What was computed.
-        desired: What is right, same shape; usually from `jaxnorm.testing.oracle`.
-        dtype: The dtype whose rounding is the unit; None: that of `actual`.
+        actual: what was computed.
+        desired: what is right, same shape; usually from `jaxnorm.testing.oracle`.
+        dtype: the dtype whose rounding is the unit; None: that of `actual`.
         what: "value" or "derivative".
-        conditioning: Factor on the budget; see `condition_number`.
-        axis: For derivatives, the axes of one scale; see `rounding_units`.
-        floor: Smallest magnitude that counts; see `rounding_units`.
-        roundings: How often the result is rounded to a narrow dtype; see `tolerance`.
-        name: What the failure calls the array.
+        conditioning: factor on the budget; see `condition_number`.
+        axis: for derivatives, the axes of one scale; see `rounding_units`.
+        floor: smallest magnitude that counts; see `rounding_units`.
+        roundings: how often the result is rounded to a narrow dtype; see `tolerance`.
+        name: what the failure calls the array.
 
     Returns:
         None.
 
     Raises:
-        AssertionError: An element is beyond its budget, or the shapes differ; the message tells
+        AssertionError: an element is beyond its budget, or the shapes differ; the message tells
             the worst element, what it is, what it should be, and the error in units.
         TypeError: dtype is not floating or complex.
         ValueError: `what` or `conditioning` is not valid; see `tolerance`.
 
     Source: the module's docstring.
 
-    >>> assert_close([1.0, 2.0], [1.0, 2.0 + 1e-6], "float32")
-    >>> assert_close([1.0, 2.0], [1.0, 2.1], "float32", name="y")
-    Traceback (most recent call last):
-    AssertionError: y: 1 of 2 elements beyond the budget (value, float32)
-      worst at  (1,)
-      got       2.0
-      wanted    2.1
-      error     0.1 = 3.99e+05 units of 2.5e-07
-      budget    32 units (conditioning 1)
+    Example:
+        >>> assert_close([1.0, 2.0], [1.0, 2.0 + 1e-6], "float32")
+        >>> assert_close([1.0, 2.0], [1.0, 2.1], "float32", name="y")
+        Traceback (most recent call last):
+        AssertionError: y: 1 of 2 elements beyond the budget (value, float32)
+          worst at  (1,)
+          got       2.0
+          wanted    2.1
+          error     0.1 = 3.99e+05 units of 2.5e-07
+          budget    32 units (conditioning 1)
     """
     judged = np.asarray(actual).dtype if dtype is None else np.dtype(dtype)
     allowed = tolerance(judged, what=what, conditioning=conditioning, roundings=roundings)
@@ -279,7 +282,7 @@ def sum_conditioning(terms: int) -> float:
     m = 1024. It applies to values (their variance is such a sum) and to derivatives.
 
     Args:
-        terms: The number of elements that are added up.
+        terms: the number of elements that are added up.
 
     Returns:
         A Python float, at least 1.
@@ -289,8 +292,9 @@ def sum_conditioning(terms: int) -> float:
 
     Source: Higham and Mary 2019, "A New Approach to Probabilistic Rounding Error Analysis".
 
-    >>> sum_conditioning(100), sum_conditioning(4096)
-    (1.0, 2.0)
+    Example:
+        >>> sum_conditioning(100), sum_conditioning(4096)
+        (1.0, 2.0)
     """
     return math.sqrt(max(1.0, terms / TERMS_IN_BUDGET))
 
@@ -328,27 +332,28 @@ def condition_number(
     for a constant cotangent the derivative is zero and its error is not.
 
     Args:
-        x: Real or complex, any shape.
-        axis: The axes of the moments; None: all.
-        epsilon: The one of the normalization.
-        mask: Broadcastable to x, nonzero means included.
+        x: real or complex, any shape.
+        axis: the axes of the moments; None: all.
+        epsilon: the one of the normalization.
+        mask: broadcastable to x, nonzero means included.
         centered: False for RMS norm.
-        terms: Length of the longest sum, if not the slice's.
+        terms: length of the longest sum, if not the slice's.
 
     Returns:
         A Python float, at least 1: the largest over the slices.
 
     Raises:
-        ValueError: Axes or mask do not fit x.
+        ValueError: axes or mask do not fit x.
 
     Source: Higham 2002, section 1.7 (cancellation); the norms of A are derived above.
 
-    >>> condition_number([[0.0, 1.0, 5.0]], -1, 1e-6)
-    1.0
-    >>> round(condition_number([[0.0, 2e-3]], -1, 1e-6))
-    2
-    >>> condition_number([[7.0]], -1, 1e-6)
-    1000.0
+    Example:
+        >>> condition_number([[0.0, 1.0, 5.0]], -1, 1e-6)
+        1.0
+        >>> round(condition_number([[0.0, 2e-3]], -1, 1e-6))
+        2
+        >>> condition_number([[7.0]], -1, 1e-6)
+        1000.0
     """
     values = _wide(np.asarray(x))
     axes = tuple(range(values.ndim)) if axis is None else axis

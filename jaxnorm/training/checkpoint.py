@@ -60,7 +60,7 @@ class DamagedCheckpointError(ValueError):
     """A checkpoint cannot be read whole: truncated, with files missing, or with other bits.
 
     Attributes:
-      step: the step of the checkpoint.
+        step: the step of the checkpoint.
     """
 
     def __init__(self, message: str, step: int) -> None:
@@ -80,23 +80,23 @@ class Checkpoints:
     saving and again after restoring, so damage to the files is found too.
 
     Args:
-      folder: where. Made by the first `save`; nothing is written before that. A path, or a URL
-        that Orbax can write to, such as `gs://bucket/run`.
-      keep: how many checkpoints to keep, the newest; None keeps all.
+        folder: where. Made by the first `save`; nothing is written before that. A path, or a URL
+            that Orbax can write to, such as `gs://bucket/run`.
+        keep: how many checkpoints to keep, the newest; None keeps all.
 
     Raises:
-      NotADirectoryError: `folder` is a file.
-      ValueError: `keep` is not a positive integer or None.
+        NotADirectoryError: `folder` is a file.
+        ValueError: `keep` is not a positive integer or None.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax, tempfile
-      >>> from jaxnorm.training import create_train_state
-      >>> state = create_train_state(nn.BatchNorm(), optax.sgd(0.1), 0, jnp.ones((4, 3)))
-      >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
-      ...     checkpoints.save(state, data={"epoch": 2})
-      ...     restored, data = checkpoints.restore(state)
-      >>> restored.batch_stats["var"], data
-      (Array([1., 1., 1.], dtype=float32), {'epoch': 2})
+        >>> import flax.linen as nn, jax.numpy as jnp, optax, tempfile
+        >>> from jaxnorm.training import create_train_state
+        >>> state = create_train_state(nn.BatchNorm(), optax.sgd(0.1), 0, jnp.ones((4, 3)))
+        >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
+        ...     checkpoints.save(state, data={"epoch": 2})
+        ...     restored, data = checkpoints.restore(state)
+        >>> restored.batch_stats["var"], data
+        (Array([1., 1., 1.], dtype=float32), {'epoch': 2})
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int | None = 3) -> None:
@@ -128,16 +128,16 @@ class Checkpoints:
         the devices for the checksums.
 
         Args:
-          state: of a run, or of a sweep. Over several processes: every leaf over a mesh of all
-            devices.
-          data: what else the run must remember, such as the position in the data. A dict that
-            JSON gives back unchanged.
+            state: of a run, or of a sweep. Over several processes: every leaf over a mesh of all
+                devices.
+            data: what else the run must remember, such as the position in the data. A dict that
+                JSON gives back unchanged.
 
         Raises:
-          TypeError: `state` is not a TrainState of arrays with values, or `data` not such a dict.
-          ValueError: the folder has this step or a later one already; copies of a replicated
-            array differ between devices; the state's buffers were donated.
-          OSError: the previous checkpoint could not be written.
+            TypeError: `state` is not a TrainState of arrays with values, or `data` not such a dict.
+            ValueError: the folder has this step or a later one already; copies of a replicated
+                array differ between devices; the state's buffers were donated.
+            OSError: the previous checkpoint could not be written.
         """
         operation = "Checkpoints.save"
         leaves = named_leaves(operation, "state", state)
@@ -179,19 +179,19 @@ class Checkpoints:
         Nothing else changes on disk, and nothing at all by restoring.
 
         Args:
-          template: a TrainState of arrays, such as a fresh one, whose values are not used; or of
-            `jax.ShapeDtypeStruct`s with shardings.
-          step: which checkpoint. Default: the newest whole one.
+            template: a TrainState of arrays, such as a fresh one, whose values are not used; or of
+                `jax.ShapeDtypeStruct`s with shardings.
+            step: which checkpoint. Default: the newest whole one.
 
         Returns:
-          `(state, data)`; `data` is `{}` where none was saved.
+            `(state, data)`; `data` is `{}` where none was saved.
 
         Raises:
-          TypeError: `template` is not a TrainState of arrays or ShapeDtypeStructs.
-          FileNotFoundError: there is no folder, no checkpoint, or none of that step.
-          ValueError: the checkpoint is of another model (other leaves, shapes or dtypes); copies
-            of a replicated array of the template differ between devices.
-          DamagedCheckpointError: the checkpoint of `step`, or every checkpoint, is damaged.
+            TypeError: `template` is not a TrainState of arrays or ShapeDtypeStructs.
+            FileNotFoundError: there is no folder, no checkpoint, or none of that step.
+            ValueError: the checkpoint is of another model (other leaves, shapes or dtypes); copies
+                of a replicated array of the template differ between devices.
+            DamagedCheckpointError: the checkpoint of `step`, or every checkpoint, is damaged.
         """
         operation = "Checkpoints.restore"
         leaves = named_leaves(operation, "template", template)
@@ -246,7 +246,7 @@ class Checkpoints:
         """Waits until the last `save` is on disk.
 
         Raises:
-          OSError: it could not be written. Earlier checkpoints are untouched.
+            OSError: it could not be written. Earlier checkpoints are untouched.
         """
         if self._manager is not None:
             with _writing("Checkpoints.wait", self._folder):

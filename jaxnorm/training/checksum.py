@@ -26,16 +26,16 @@ def checksums(operation: str, arrays: Mapping[str, jax.Array]) -> dict[str, int]
     """The checksum of every array.
 
     Args:
-      operation: the public function that is being called; it opens every error.
-      arrays: name -> array of any dtype but a random key's, on one device or a mesh. Over several
-        processes every process must call with the same names.
+        operation: the public function that is being called; it opens every error.
+        arrays: name -> array of any dtype but a random key's, on one device or a mesh. Over several
+            processes every process must call with the same names.
 
     Returns:
-      name -> checksum, a Python integer below 2^32.
+        name -> checksum, a Python integer below 2^32.
 
     Raises:
-      TypeError: an array is laid out over devices in another way than by a mesh.
-      ValueError: devices that should hold the same values hold different ones.
+        TypeError: an array is laid out over devices in another way than by a mesh.
+        ValueError: devices that should hold the same values hold different ones.
     """
     # All are on their way before the first is waited for.
     sums = [_over_devices(operation, name, array) for name, array in arrays.items()]

@@ -36,29 +36,29 @@ def create_train_state(
     instance, which is not changed in any way.
 
     Args:
-      model: a `flax.linen.Module`; a `flax.nnx.Module`, whose present values are the initial ones;
-        or a function `rngs -> flax.nnx.Module`.
-      optimizer: any `optax.GradientTransformation`.
-      rng: a seed, or a random key, typed of shape () or old-style uint32 of shape (2,).
-      *inputs: example inputs of a Linen module, arrays or `jax.ShapeDtypeStruct`s; only shapes
-        and dtypes matter to most models. NNX models need none.
-      layout: where the state is to lie on a mesh. The values are the same as without one; every
-        device computes its part of them, and none holds a whole copy on the way.
-      **call_kwargs: further keyword arguments of a Linen module's call. The mode is set to
-        training without being asked (see `make_train_step`).
+        model: a `flax.linen.Module`; a `flax.nnx.Module`, whose present values are the initial
+            ones; or a function `rngs -> flax.nnx.Module`.
+        optimizer: any `optax.GradientTransformation`.
+        rng: a seed, or a random key, typed of shape () or old-style uint32 of shape (2,).
+        *inputs: example inputs of a Linen module, arrays or `jax.ShapeDtypeStruct`s; only shapes
+            and dtypes matter to most models. NNX models need none.
+        layout: where the state is to lie on a mesh. The values are the same as without one; every
+            device computes its part of them, and none holds a whole copy on the way.
+        **call_kwargs: further keyword arguments of a Linen module's call. The mode is set to
+            training without being asked (see `make_train_step`).
 
     Returns:
-      TrainState at step 0.
+        TrainState at step 0.
 
     Raises:
-      TypeError: `model` is not a model, `optimizer` not an Optax optimizer, `rng` not a seed or
-        key, or the model cannot be called with the inputs.
+        TypeError: `model` is not a model, `optimizer` not an Optax optimizer, `rng` not a seed or
+            key, or the model cannot be called with the inputs.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax
-      >>> state = create_train_state(nn.Dense(2), optax.adam(1e-3), 0, jnp.ones((1, 3)))
-      >>> state.params["kernel"].shape, state.batch_stats
-      ((3, 2), {})
+        >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> state = create_train_state(nn.Dense(2), optax.adam(1e-3), 0, jnp.ones((1, 3)))
+        >>> state.params["kernel"].shape, state.batch_stats
+        ((3, 2), {})
     """
     operation = "create_train_state"
     check_optimizer(operation, optimizer)

@@ -43,29 +43,29 @@ class Layout:
     product with a split kernel does not type-check in a model that was written for one device.
 
     Attributes:
-      mesh: the devices. Its axes are Auto, whatever they were in the mesh given.
-      batch_axes: names of the axes that split the leading axis of a batch. None: all axes.
-      parameter_axes: names of the axes that split parameters and optimizer state: together one
-        dimension of each leaf, the largest that their size divides (of equals the last).
-      min_size: leaves with fewer elements stay whole, as do running statistics, counters and
-        keys: gathering a short vector costs more than storing it.
+        mesh: the devices. Its axes are Auto, whatever they were in the mesh given.
+        batch_axes: names of the axes that split the leading axis of a batch. None: all axes.
+        parameter_axes: names of the axes that split parameters and optimizer state: together one
+            dimension of each leaf, the largest that their size divides (of equals the last).
+        min_size: leaves with fewer elements stay whole, as do running statistics, counters and
+            keys: gathering a short vector costs more than storing it.
 
     Raises:
-      TypeError: `mesh` is not a `jax.sharding.Mesh`.
-      ValueError: the mesh lacks an axis that is named, or one is named twice.
+        TypeError: `mesh` is not a `jax.sharding.Mesh`.
+        ValueError: the mesh lacks an axis that is named, or one is named twice.
 
     Example:
-      >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, optax
-      >>> from jaxnorm.training import Layout, create_train_state, make_train_step
-      >>> layout = Layout.fully_sharded(jax.make_mesh((1,), ("data",)))
-      >>> model, optimizer = nn.Dense(64), optax.adam(1e-3)
-      >>> state = create_train_state(model, optimizer, 0, jnp.ones((1, 32)), layout=layout)
-      >>> state.params["kernel"].sharding == layout.parameter((32, 64))
-      True
-      >>> step = make_train_step(model, optimizer, lambda y, b: (y**2).mean(), layout=layout)
-      >>> state, metrics = step(state, layout.batch(np.ones((8, 32), np.float32)))
-      >>> state.params["kernel"].sharding == layout.parameter((32, 64))
-      True
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, optax
+        >>> from jaxnorm.training import Layout, create_train_state, make_train_step
+        >>> layout = Layout.fully_sharded(jax.make_mesh((1,), ("data",)))
+        >>> model, optimizer = nn.Dense(64), optax.adam(1e-3)
+        >>> state = create_train_state(model, optimizer, 0, jnp.ones((1, 32)), layout=layout)
+        >>> state.params["kernel"].sharding == layout.parameter((32, 64))
+        True
+        >>> step = make_train_step(model, optimizer, lambda y, b: (y**2).mean(), layout=layout)
+        >>> state, metrics = step(state, layout.batch(np.ones((8, 32), np.float32)))
+        >>> state.params["kernel"].sharding == layout.parameter((32, 64))
+        True
     """
 
     mesh: Mesh
@@ -94,7 +94,7 @@ class Layout:
         """The batch is split over all axes, the state is whole on every device.
 
         Args:
-          mesh: default: all devices, of all processes, on one axis "data".
+            mesh: default: all devices, of all processes, on one axis "data".
         """
         return cls(_all_devices() if mesh is None else mesh)
 
@@ -103,7 +103,7 @@ class Layout:
         """Batch, parameters and optimizer state are split over all axes.
 
         Args:
-          mesh: default: all devices, of all processes, on one axis "data".
+            mesh: default: all devices, of all processes, on one axis "data".
         """
         mesh = _all_devices() if mesh is None else mesh
         return cls(mesh, parameter_axes=tuple(mesh.axis_names))
@@ -112,10 +112,10 @@ class Layout:
         """The sharding of each leaf of a state: a TrainState of `jax.sharding.NamedSharding`.
 
         Args:
-          state: arrays or `jax.ShapeDtypeStruct`s (of `jax.eval_shape`); only shapes matter.
+            state: arrays or `jax.ShapeDtypeStruct`s (of `jax.eval_shape`); only shapes matter.
 
         Raises:
-          TypeError: `state` is not the TrainState of one run.
+            TypeError: `state` is not the TrainState of one run.
         """
         is_state = isinstance(state, TrainState)
         if not is_state or state.step.ndim:
@@ -133,10 +133,10 @@ class Layout:
         """A state moved to where it belongs; `jax.ShapeDtypeStruct`s are told where.
 
         Args:
-          state: a TrainState, wherever it lies now: the same on every process.
+            state: a TrainState, wherever it lies now: the same on every process.
 
         Raises:
-          TypeError: `state` is not the TrainState of one run.
+            TypeError: `state` is not the TrainState of one run.
         """
         return jax.tree.map(put, state, self.shardings(state))
 
@@ -146,17 +146,18 @@ class Layout:
         What lies on the mesh as it should is returned as it is. Arrays of shape () are for all.
 
         Args:
-          batch: pytree of arrays, NumPy's or JAX's: this process's share of the rows, in the
-            order of its devices in the mesh, which with one process is the whole batch. Or arrays
-            over all devices of the mesh already. Or `jax.ShapeDtypeStruct`s of global shape.
-          scan: the leading axis counts steps (`make_train_step(..., scan=True)`) and the second
-            one is split.
+            batch: pytree of arrays, NumPy's or JAX's: this process's share of the rows, in the
+                order of its devices in the mesh, which with one process is the whole batch. Or
+                arrays over all devices of the mesh already. Or `jax.ShapeDtypeStruct`s of global
+                shape.
+            scan: the leading axis counts steps (`make_train_step(..., scan=True)`) and the second
+                one is split.
 
         Returns:
-          The same tree of global `jax.Array`s.
+            The same tree of global `jax.Array`s.
 
         Raises:
-          ValueError: the rows cannot be split evenly over the devices.
+            ValueError: the rows cannot be split evenly over the devices.
         """
         return place_batch("Layout.batch", self, batch, scan)
 

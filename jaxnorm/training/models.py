@@ -69,15 +69,15 @@ def adapt(
     """The adapter of a Linen module, an NNX module or a factory of NNX modules.
 
     Args:
-      operation: the public function that is being called; it opens every error.
-      model: `flax.linen.Module` instance, `flax.nnx.Module` instance, or a callable that takes
-        `nnx.Rngs` and returns an `nnx.Module`.
-      mode_kwargs: keyword arguments of the model's call that the caller fixes; they win over the
-        detected mode flags, and giving them (even empty) says that the mode is taken care of.
-      compute_dtype: what parameters and inputs will be cast to, if anything.
+        operation: the public function that is being called; it opens every error.
+        model: `flax.linen.Module` instance, `flax.nnx.Module` instance, or a callable that takes
+            `nnx.Rngs` and returns an `nnx.Module`.
+        mode_kwargs: keyword arguments of the model's call that the caller fixes; they win over the
+            detected mode flags, and giving them (even empty) says that the mode is taken care of.
+        compute_dtype: what parameters and inputs will be cast to, if anything.
 
     Raises:
-      TypeError: the model is none of the three, or `mode_kwargs` names an unknown argument.
+        TypeError: the model is none of the three, or `mode_kwargs` names an unknown argument.
     """
     if isinstance(model, nn.Module):
         return _LinenModel(operation, model, mode_kwargs)
@@ -90,18 +90,18 @@ def initial_variables(
     """The first variables of a model; traceable, so that it can be jitted and vmapped over keys.
 
     Args:
-      operation: the public function that is being called; it opens every error.
-      model: as for `adapt`.
-      key: typed random key, shape (). Linen: the key of `model.init`. NNX factory: the key of
-        `nnx.Rngs`. NNX instance: unused, the instance has its values already.
-      args: example inputs of a Linen module; unused by NNX.
-      kwargs: further keyword arguments of a Linen module's call.
+        operation: the public function that is being called; it opens every error.
+        model: as for `adapt`.
+        key: typed random key, shape (). Linen: the key of `model.init`. NNX factory: the key of
+            `nnx.Rngs`. NNX instance: unused, the instance has its values already.
+        args: example inputs of a Linen module; unused by NNX.
+        kwargs: further keyword arguments of a Linen module's call.
 
     Returns:
-      Variables. For an NNX instance its arrays themselves, not copies.
+        Variables. For an NNX instance its arrays themselves, not copies.
 
     Raises:
-      TypeError: the model is none of the three, or cannot be called with these inputs.
+        TypeError: the model is none of the three, or cannot be called with these inputs.
     """
     if isinstance(model, nn.Module):
         return _LinenModel(operation, model, kwargs or None).init(key, args)

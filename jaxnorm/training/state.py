@@ -28,27 +28,27 @@ class TrainState(struct.PyTreeNode):
     is updated with `nnx.update(model, state.params, state.batch_stats, state.model_state)`.
 
     Attributes:
-      step: steps made so far, skipped ones included. int32, shape ().
-      params: what is trained. Linen: the `params` collection. NNX: the State of `nnx.Param`.
-      batch_stats: running statistics. Linen: the `batch_stats` collection, `{}` where the model
-        has none. NNX: the State of `nnx.BatchStat`.
-      model_state: all further variables that the model writes. Linen: a dict of its other
-        collections. NNX: the State of its other variables, without random state and without sown
-        intermediates.
-      opt_state: the Optax state.
-      rng: typed random key, shape (). Never changes; a step draws from `fold_in(rng, step)`, so a
-        run that resumes from a stored state continues with the numbers it would have drawn.
-      nonfinite_step: the first step whose loss was not finite, or -1. int32, shape (). See
-        `check_finite`.
-      monitor: what `jaxnorm.monitor` saw and nobody has read yet; None without a monitor.
+        step: steps made so far, skipped ones included. int32, shape ().
+        params: what is trained. Linen: the `params` collection. NNX: the State of `nnx.Param`.
+        batch_stats: running statistics. Linen: the `batch_stats` collection, `{}` where the model
+            has none. NNX: the State of `nnx.BatchStat`.
+        model_state: all further variables that the model writes. Linen: a dict of its other
+            collections. NNX: the State of its other variables, without random state and without
+            sown intermediates.
+        opt_state: the Optax state.
+        rng: typed random key, shape (). Never changes; a step draws from `fold_in(rng, step)`, so a
+            run that resumes from a stored state continues with the numbers it would have drawn.
+        nonfinite_step: the first step whose loss was not finite, or -1. int32, shape (). See
+            `check_finite`.
+        monitor: what `jaxnorm.monitor` saw and nobody has read yet; None without a monitor.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax
-      >>> state = create_train_state(nn.BatchNorm(), optax.sgd(0.1), 0, jnp.ones((4, 3)))
-      >>> int(state.step), state.batch_stats["mean"].shape
-      (0, (3,))
-      >>> state.replace(batch_stats={**state.batch_stats, "var": jnp.zeros(3)}).batch_stats["var"]
-      Array([0., 0., 0.], dtype=float32)
+        >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> state = create_train_state(nn.BatchNorm(), optax.sgd(0.1), 0, jnp.ones((4, 3)))
+        >>> int(state.step), state.batch_stats["mean"].shape
+        (0, (3,))
+        >>> state.replace(batch_stats={**state.batch_stats, "var": jnp.zeros(3)}).batch_stats["var"]
+        Array([0., 0., 0.], dtype=float32)
     """
 
     step: jax.Array  # int32, ()
@@ -70,8 +70,8 @@ class NonFiniteLossError(FloatingPointError):
     """A training loss was infinite or not a number.
 
     Attributes:
-      steps: member of the sweep -> first step with such a loss. A single run is member 0.
-      step: the earliest of these steps.
+        steps: member of the sweep -> first step with such a loss. A single run is member 0.
+        step: the earliest of these steps.
     """
 
     def __init__(self, message: str, steps: Mapping[int, int]) -> None:
@@ -87,20 +87,20 @@ def check_finite(state: TrainState) -> None:
     every so often rather than after every step. It reads one integer per member.
 
     Args:
-      state: of a single run, or of a sweep.
+        state: of a single run, or of a sweep.
 
     Raises:
-      NonFiniteLossError: with the first such step; in a sweep with the step of each such member.
+        NonFiniteLossError: with the first such step; in a sweep with the step of each such member.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax
-      >>> state = create_train_state(nn.Dense(2), optax.sgd(0.1), 0, jnp.ones((1, 3)))
-      >>> check_finite(state)
-      >>> try:
-      ...     check_finite(state.replace(step=jnp.int32(20), nonfinite_step=jnp.int32(7)))
-      ... except NonFiniteLossError as error:
-      ...     print(error.step, str(error)[:80])
-      7 training: every loss must be finite; that of step 7 (of 20 made) was not. Steps
+        >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> state = create_train_state(nn.Dense(2), optax.sgd(0.1), 0, jnp.ones((1, 3)))
+        >>> check_finite(state)
+        >>> try:
+        ...     check_finite(state.replace(step=jnp.int32(20), nonfinite_step=jnp.int32(7)))
+        ... except NonFiniteLossError as error:
+        ...     print(error.step, str(error)[:80])
+        7 training: every loss must be finite; that of step 7 (of 20 made) was not. Steps
     """
     first = np.asarray(state.nonfinite_step)
     if (first < 0).all():

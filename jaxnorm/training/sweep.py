@@ -45,18 +45,18 @@ def grid(
     """Every combination of seeds and hyperparameter values, seeds varying fastest.
 
     Args:
-      seeds: seeds or keys.
-      **hyperparams: values of each hyperparameter.
+        seeds: seeds or keys.
+        **hyperparams: values of each hyperparameter.
 
     Returns:
-      `(seeds, hyperparams)` for `create_sweep_state`, one entry for each member.
+        `(seeds, hyperparams)` for `create_sweep_state`, one entry for each member.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example:
-      >>> grid(range(2), learning_rate=[0.1, 0.3])
-      ([0, 1, 0, 1], {'learning_rate': [0.1, 0.1, 0.3, 0.3]})
+        >>> grid(range(2), learning_rate=[0.1, 0.3])
+        ([0, 1, 0, 1], {'learning_rate': [0.1, 0.1, 0.3, 0.3]})
     """
     rows = list(itertools.product(*hyperparams.values(), list(seeds)))
     columns = {name: [row[i] for row in rows] for i, name in enumerate(hyperparams)}
@@ -78,30 +78,30 @@ def create_sweep_state(
     `state.opt_state.hyperparams[name]` of shape (m,).
 
     Args:
-      model: a Linen module or a function `rngs -> nnx.Module`. An NNX instance has one set of
-        values already, so it serves only a sweep over one seed.
-      make_optimizer: takes the hyperparameters by name and returns an Optax optimizer, such as
-        `optax.sgd`, or `lambda learning_rate, weight_decay: optax.chain(...)`.
-      seeds: m seeds, or m random keys.
-      hyperparams: name -> m numbers. `{}` for a sweep over seeds alone. `grid` makes both from
-        lists to be combined.
-      *inputs: example inputs of a Linen module, the same for all members.
-      **call_kwargs: further keyword arguments of a Linen module's call.
+        model: a Linen module or a function `rngs -> nnx.Module`. An NNX instance has one set of
+            values already, so it serves only a sweep over one seed.
+        make_optimizer: takes the hyperparameters by name and returns an Optax optimizer, such as
+            `optax.sgd`, or `lambda learning_rate, weight_decay: optax.chain(...)`.
+        seeds: m seeds, or m random keys.
+        hyperparams: name -> m numbers. `{}` for a sweep over seeds alone. `grid` makes both from
+            lists to be combined.
+        *inputs: example inputs of a Linen module, the same for all members.
+        **call_kwargs: further keyword arguments of a Linen module's call.
 
     Returns:
-      TrainState with a leading axis of m members on every leaf.
+        TrainState with a leading axis of m members on every leaf.
 
     Raises:
-      TypeError: `model`, a seed, or the result of `make_optimizer` is of another kind.
-      ValueError: no members; the numbers of seeds and values differ; `make_optimizer` does not
-        take these names; an NNX instance with several seeds.
+        TypeError: `model`, a seed, or the result of `make_optimizer` is of another kind.
+        ValueError: no members; the numbers of seeds and values differ; `make_optimizer` does not
+            take these names; an NNX instance with several seeds.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax
-      >>> seeds, hyperparams = grid(range(2), learning_rate=[0.1, 0.3])
-      >>> state = create_sweep_state(nn.Dense(2), optax.sgd, seeds, hyperparams, jnp.ones((1, 3)))
-      >>> state.params["kernel"].shape, state.opt_state.hyperparams["learning_rate"]
-      ((4, 3, 2), Array([0.1, 0.1, 0.3, 0.3], dtype=float32))
+        >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> seeds, hyperparams = grid(range(2), learning_rate=[0.1, 0.3])
+        >>> state = create_sweep_state(nn.Dense(2), optax.sgd, seeds, hyperparams, jnp.ones((1, 3)))
+        >>> state.params["kernel"].shape, state.opt_state.hyperparams["learning_rate"]
+        ((4, 3, 2), Array([0.1, 0.1, 0.3, 0.3], dtype=float32))
     """
     operation = "create_sweep_state"
     seeds = list(seeds)
@@ -148,36 +148,37 @@ def make_sweep_step(
     A loss that is not finite spoils, and with `skip_nonfinite` skips, its own member only.
 
     Args:
-      model: as for `create_sweep_state`.
-      make_optimizer: the function given to `create_sweep_state`. Which of its arguments are swept,
-        and their values, the state knows.
-      loss_fn: as for `make_train_step`, written for one member.
-      batch_per_member: every leaf of the batch has a leading axis of members. Otherwise all
-        members see the same batch, which is stored once.
-      inputs: as for `make_train_step`.
-      train_kwargs: as for `make_train_step`.
-      skip_nonfinite: as for `make_train_step`.
-      scan: run many steps in one compiled loop. Leaves of the batch are (steps, ...), or
-        (members, steps, ...) with `batch_per_member`; metrics are (members, steps).
-      donate: as for `make_train_step`.
-      monitor: as for `make_train_step`; every member has a buffer of its own.
+        model: as for `create_sweep_state`.
+        make_optimizer: the function given to `create_sweep_state`. Which of its arguments are
+            swept, and their values, the state knows.
+        loss_fn: as for `make_train_step`, written for one member.
+        batch_per_member: every leaf of the batch has a leading axis of members. Otherwise all
+            members see the same batch, which is stored once.
+        inputs: as for `make_train_step`.
+        train_kwargs: as for `make_train_step`.
+        skip_nonfinite: as for `make_train_step`.
+        scan: run many steps in one compiled loop. Leaves of the batch are (steps, ...), or
+            (members, steps, ...) with `batch_per_member`; metrics are (members, steps).
+        donate: as for `make_train_step`.
+        monitor: as for `make_train_step`; every member has a buffer of its own.
 
     Returns:
-      The step, a `jax.jit` function. Every metric has a leading axis of members.
+        The step, a `jax.jit` function. Every metric has a leading axis of members.
 
     Raises:
-      TypeError, ValueError: as `make_train_step`. When traced, besides: the state is not a
-        sweep's; the batch does not have one entry for each member, or each step.
+        TypeError, ValueError: as `make_train_step`. When traced, besides: the state is not a
+            sweep's; the batch does not have one entry for each member, or each step.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax
-      >>> x = jnp.arange(6.0).reshape(3, 2)
-      >>> rates = {"learning_rate": [0.0, 0.01]}
-      >>> state = create_sweep_state(nn.Dense(1), optax.sgd, [0, 0], rates, x)
-      >>> step = make_sweep_step(nn.Dense(1), optax.sgd, lambda y, batch: (y**2).mean(), scan=True)
-      >>> state, metrics = step(state, jnp.stack([x, x]))
-      >>> metrics["loss"].shape, (metrics["loss"][:, 1] < metrics["loss"][:, 0]).tolist()
-      ((2, 2), [False, True])
+        >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> x = jnp.arange(6.0).reshape(3, 2)
+        >>> rates = {"learning_rate": [0.0, 0.01]}
+        >>> state = create_sweep_state(nn.Dense(1), optax.sgd, [0, 0], rates, x)
+        >>> loss = lambda y, batch: (y**2).mean()
+        >>> step = make_sweep_step(nn.Dense(1), optax.sgd, loss, scan=True)
+        >>> state, metrics = step(state, jnp.stack([x, x]))
+        >>> metrics["loss"].shape, (metrics["loss"][:, 1] < metrics["loss"][:, 0]).tolist()
+        ((2, 2), [False, True])
     """
     operation = "make_sweep_step"
     _check_factory(operation, make_optimizer)
@@ -228,25 +229,25 @@ def make_sweep_eval_step(
     """A compiled evaluation of all runs of a sweep: `evaluate(state, batch) -> metrics`.
 
     Args:
-      model: as for `create_sweep_state`.
-      metrics_fn: as for `make_eval_step`, written for one member.
-      batch_per_member: as for `make_sweep_step`.
-      inputs: as for `make_train_step`.
-      eval_kwargs: as for `make_eval_step`.
+        model: as for `create_sweep_state`.
+        metrics_fn: as for `make_eval_step`, written for one member.
+        batch_per_member: as for `make_sweep_step`.
+        inputs: as for `make_train_step`.
+        eval_kwargs: as for `make_eval_step`.
 
     Returns:
-      The evaluation, a `jax.jit` function. Every metric has a leading axis of members.
+        The evaluation, a `jax.jit` function. Every metric has a leading axis of members.
 
     Raises:
-      TypeError, ValueError: as `make_eval_step`; and as `make_sweep_step` when traced.
+        TypeError, ValueError: as `make_eval_step`; and as `make_sweep_step` when traced.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax
-      >>> x = jnp.ones((3, 2))
-      >>> state = create_sweep_state(nn.Dense(1), optax.sgd, [0, 1], {"learning_rate": [1, 1]}, x)
-      >>> evaluate = make_sweep_eval_step(nn.Dense(1), lambda y, batch: {"mean": y.mean()})
-      >>> evaluate(state, x)["mean"].shape
-      (2,)
+        >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> x = jnp.ones((3, 2))
+        >>> state = create_sweep_state(nn.Dense(1), optax.sgd, [0, 1], {"learning_rate": [1, 1]}, x)
+        >>> evaluate = make_sweep_eval_step(nn.Dense(1), lambda y, batch: {"mean": y.mean()})
+        >>> evaluate(state, x)["mean"].shape
+        (2,)
     """
     operation = "make_sweep_eval_step"
     adapted = adapt(operation, model, eval_kwargs)
@@ -261,22 +262,22 @@ def sweep_member(state: TrainState, member: int) -> TrainState:
     trained values, `params`, `batch_stats` and `model_state` are what a single run would have.
 
     Args:
-      state: of a sweep with m members.
-      member: 0 <= member < m.
+        state: of a sweep with m members.
+        member: 0 <= member < m.
 
     Returns:
-      TrainState without the axis of members.
+        TrainState without the axis of members.
 
     Raises:
-      IndexError: there is no such member.
+        IndexError: there is no such member.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax
-      >>> state = create_sweep_state(
-      ...     nn.Dense(2), lambda: optax.sgd(0.1), [0, 1], {}, jnp.ones((1, 3))
-      ... )
-      >>> sweep_member(state, 1).params["kernel"].shape
-      (3, 2)
+        >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> state = create_sweep_state(
+        ...     nn.Dense(2), lambda: optax.sgd(0.1), [0, 1], {}, jnp.ones((1, 3))
+        ... )
+        >>> sweep_member(state, 1).params["kernel"].shape
+        (3, 2)
     """
     members = state.step.shape[0] if state.step.ndim else 0
     if not 0 <= member < members:

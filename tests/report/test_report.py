@@ -181,7 +181,7 @@ def test_a_browser_draws_every_chart(page, tmp_path):
         own = {
             f"chart-{kind}-{network}" for kind in ("curves", "rates") for network in ("mlp", "conv")
         }
-        assert own | {"chart-heat", "chart-band"} <= set(shown)
+        assert own | {"chart-heatmap", "chart-band"} <= set(shown)
         before = browser.drawn("curves-mlp")
         browser.choose('input[name="measure"][value="loss"]')
         assert browser.drawn("curves-mlp") != before

@@ -28,12 +28,14 @@ Errors
 There is no forward mode: a tangent map J is judged by its adjoint. For a random tangent t and
 cotangent u, Re sum(u * J t) must equal the sum of Re sum(f_vjp(u) * t) over the inputs.
 
->>> from jaxnorm.testing import oracle
->>> oracle.layer_norm([[1.0, 3.0]], [2.0, 2.0], [1.0, 1.0]).round(3).tolist()
-[[-1.0, 3.0]]
->>> dx, dscale, dbias = oracle.layer_norm_vjp([[1.0, 0.0]], [[1.0, 3.0]], [2.0, 2.0], [1.0, 1.0])
->>> dscale.round(3).tolist(), dbias.tolist()
-([-1.0, 0.0], [1.0, 0.0])
+Example:
+    >>> from jaxnorm.testing import oracle
+    >>> oracle.layer_norm([[1.0, 3.0]], [2.0, 2.0], [1.0, 1.0]).round(3).tolist()
+    [[-1.0, 3.0]]
+    >>> dy, x = [[1.0, 0.0]], [[1.0, 3.0]]
+    >>> dx, dscale, dbias = oracle.layer_norm_vjp(dy, x, [2.0, 2.0], [1.0, 1.0])
+    >>> dscale.round(3).tolist(), dbias.tolist()
+    ([-1.0, 0.0], [1.0, 0.0])
 """
 
 from jaxnorm.testing.oracle.backward import (
