@@ -1,4 +1,4 @@
-"""The first state of a run: parameters drawn from a seed, fresh statistics, an empty optimizer."""
+"""The first state of a run: parameters from a seed, fresh statistics, a fresh optimizer state."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from jaxnorm.training.layout import Layout, check_layout, put
 from jaxnorm.training.models import initial_variables
 from jaxnorm.training.state import TrainState, own
 
-# Folded into the seed for the key that training draws from, so that the seed itself can be the key
-# of `model.init`: the parameters are those of plain Flax with the same seed.
+# Folded into the seed to make the key of the training steps. The seed itself stays the key of
+# `model.init`, so that the parameters are those of plain Flax with the same seed.
 _TRAINING_STREAM = 0x747261696E % 2**31  # "train"
 
 
@@ -28,31 +28,31 @@ def create_train_state(
     layout: Layout | None = None,
     **call_kwargs: Any,
 ) -> TrainState:
-    """The state before the first step.
+    """Create the state of a run before its first step.
 
-    The parameters are those of plain Flax with the same seed: `model.init(rng, *inputs)` for
-    Linen, `factory(nnx.Rngs(rng))` for a factory of NNX modules. All arrays of the result are
-    fresh copies: donating the state to a step deletes neither `rng` nor the arrays of an NNX
-    instance, which is not changed in any way.
+    The parameters are those of plain Flax with the same seed: `model.init(rng, *inputs)` for Linen,
+    `factory(nnx.Rngs(rng))` for a factory of NNX modules. All arrays of the result are fresh
+    copies. So donating the state to a step deletes neither `rng` nor the arrays of an NNX instance.
+    The instance itself is not changed in any way.
 
     Args:
-        model: a `flax.linen.Module`; a `flax.nnx.Module`, whose present values are the initial
+        model: a `flax.linen.Module`; or a `flax.nnx.Module`, whose present values are the initial
             ones; or a function `rngs -> flax.nnx.Module`.
         optimizer: any `optax.GradientTransformation`.
         rng: a seed, or a random key, typed of shape () or old-style uint32 of shape (2,).
-        *inputs: example inputs of a Linen module, arrays or `jax.ShapeDtypeStruct`s; only shapes
+        *inputs: example inputs of a Linen module, arrays or `jax.ShapeDtypeStruct`s. Only shapes
             and dtypes matter to most models. NNX models need none.
-        layout: where the state is to lie on a mesh. The values are the same as without one; every
-            device computes its part of them, and none holds a whole copy on the way.
+        layout: the placement of the state on a mesh. The values are the same as without a layout.
+            Every device computes its own part of them, and no device ever holds a whole copy.
         **call_kwargs: further keyword arguments of a Linen module's call. The mode is set to
-            training without being asked (see `make_train_step`).
+            training by itself (see `make_train_step`).
 
     Returns:
-        TrainState at step 0.
+        The TrainState at step 0.
 
     Raises:
-        TypeError: `model` is not a model, `optimizer` not an Optax optimizer, `rng` not a seed or
-            key, or the model cannot be called with the inputs.
+        TypeError: `model` is not a model, `optimizer` is not an Optax optimizer, `rng` is not a
+            seed or key, or the model cannot be called with the inputs.
 
     Example:
         >>> import flax.linen as nn, jax.numpy as jnp, optax
@@ -86,7 +86,7 @@ def initial_state(
     inputs: tuple[Any, ...],
     call_kwargs: Mapping[str, Any],
 ) -> TrainState:
-    """The traceable part of `create_train_state`; a sweep maps it over keys."""
+    """The traceable part of `create_train_state`, which a sweep maps over its keys."""
     variables = initial_variables(operation, model, key, inputs, call_kwargs)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -100,7 +100,7 @@ def initial_state(
 
 
 def as_key(operation: str, rng: Any) -> jax.Array:
-    """A typed key from a seed, a typed key or an old-style one."""
+    """A typed random key from a seed, a typed key or an old-style key."""
     if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
         return jax.random.key(int(rng))
     if isinstance(rng, jax.Array | np.ndarray):
@@ -120,7 +120,7 @@ def as_key(operation: str, rng: Any) -> jax.Array:
 
 
 def _check_same_seed(operation: str, layout: Layout, key: jax.Array) -> None:
-    """Three-part ValueError if processes were given different seeds."""
+    """Raise a three-part ValueError if the processes were given different seeds."""
     if layout.rows(0).is_fully_addressable:
         return
     mine = np.asarray(jax.random.key_data(key))
@@ -135,7 +135,7 @@ def _check_same_seed(operation: str, layout: Layout, key: jax.Array) -> None:
 
 
 def check_optimizer(operation: str, optimizer: Any) -> None:
-    """Three-part TypeError for anything that is not an Optax optimizer."""
+    """Raise a three-part TypeError for anything that is not an Optax optimizer."""
     if isinstance(optimizer, optax.GradientTransformation):
         return
     if isinstance(optimizer, optax.MultiSteps):
@@ -151,7 +151,7 @@ def check_optimizer(operation: str, optimizer: Any) -> None:
 
 
 def concrete(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Zeros for every `jax.ShapeDtypeStruct`; all else as it is."""
+    """The inputs with zeros in place of every `jax.ShapeDtypeStruct`."""
 
     def zeros(x: Any) -> Any:
         return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x

@@ -1,7 +1,7 @@
 """Training and evaluation as pure functions `(state, batch) -> ...`, to be compiled.
 
-`steps.py` compiles them for one run, `sweep.py` maps the same functions over members, so that a
-member of a sweep and a run alone are one computation.
+`steps.py` compiles them for one run. `sweep.py` maps the same functions over members. So a member
+of a sweep and a single run are one computation.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def build_eval_step(
 
 
 def build_loop(operation: str, step: Step) -> Step:
-    """`step` over batches stacked on a leading axis, in one `lax.scan`."""
+    """A function that makes `step` over batches stacked on a leading axis, in one `lax.scan`."""
 
     def loop(state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
         leading_size(operation, batches, "with scan=True, steps")
@@ -145,7 +145,7 @@ def build_loop(operation: str, step: Step) -> Step:
 
 
 def leading_size(operation: str, batch: Batch, what: str) -> int:
-    """The common size of the leading axis of all leaves; three-part ValueError if none."""
+    """The common size of the leading axis of all leaves, or a three-part ValueError."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
     sizes = {shape[0] if shape else None for shape in shapes}
     if len(sizes) == 1 and None not in sizes:
@@ -158,7 +158,7 @@ def leading_size(operation: str, batch: Batch, what: str) -> int:
 
 
 def check_single(operation: str, state: Any) -> None:
-    """Three-part TypeError for anything but the state of one run."""
+    """Raise a three-part TypeError for anything but the state of one run."""
     if not isinstance(state, TrainState):
         raise TypeError(
             f"{operation}: the first argument of the step must be a TrainState; got "

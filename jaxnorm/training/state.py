@@ -23,27 +23,30 @@ class TrainState(struct.PyTreeNode):
     compiled step traces once and can reuse (donate) the buffers. In a sweep every leaf has a
     leading axis of members.
 
-    The trained values go back where they came from: a Linen model is applied to
-    `{"params": state.params, "batch_stats": state.batch_stats, **state.model_state}`, an NNX model
-    is updated with `nnx.update(model, state.params, state.batch_stats, state.model_state)`.
+    To use the trained values, apply a Linen model to
+    `{"params": state.params, "batch_stats": state.batch_stats, **state.model_state}`. Update an NNX
+    model with `nnx.update(model, state.params, state.batch_stats, state.model_state)`.
 
     Attributes:
-        step: steps made so far, skipped ones included. int32, shape ().
-        params: what is trained. Linen: the `params` collection. NNX: the State of `nnx.Param`.
-        batch_stats: running statistics. Linen: the `batch_stats` collection, `{}` where the model
+        step: number of steps that were made, skipped ones included. int32, shape ().
+        params: the trained parameters. Linen: the `params` collection. NNX: the State of
+            `nnx.Param`.
+        batch_stats: running statistics. Linen: the `batch_stats` collection, or `{}` if the model
             has none. NNX: the State of `nnx.BatchStat`.
-        model_state: all further variables that the model writes. Linen: a dict of its other
+        model_state: all other variables that the model writes. Linen: a dict of its other
             collections. NNX: the State of its other variables, without random state and without
             sown intermediates.
-        opt_state: the Optax state.
-        rng: typed random key, shape (). Never changes; a step draws from `fold_in(rng, step)`, so a
-            run that resumes from a stored state continues with the numbers it would have drawn.
+        opt_state: the state of the Optax optimizer.
+        rng: typed random key, shape (). It never changes: a step draws from `fold_in(rng, step)`.
+            So a run that resumes from a stored state continues with the random numbers of an
+            uninterrupted run.
         nonfinite_step: the first step whose loss was not finite, or -1. int32, shape (). See
             `check_finite`.
-        monitor: what `jaxnorm.monitor` saw and nobody has read yet; None without a monitor.
+        monitor: the samples of `jaxnorm.monitor` that nobody has read yet. None without a monitor.
 
     Example:
         >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> from jaxnorm.training import create_train_state
         >>> state = create_train_state(nn.BatchNorm(), optax.sgd(0.1), 0, jnp.ones((4, 3)))
         >>> int(state.step), state.batch_stats["mean"].shape
         (0, (3,))
@@ -51,14 +54,14 @@ class TrainState(struct.PyTreeNode):
         Array([0., 0., 0.], dtype=float32)
     """
 
-    step: jax.Array  # int32, ()
-    params: Any
-    batch_stats: Any
-    model_state: Any
-    opt_state: optax.OptState
-    rng: jax.Array  # typed key, ()
-    nonfinite_step: jax.Array  # int32, ()
-    monitor: Any = None
+    step: jax.Array  # shape=(), dtype=jnp.int32
+    params: Any  # a tree of arrays; shapes and dtypes are the model's
+    batch_stats: Any  # a tree of arrays of shape (features,), float32 in jaxnorm's layers
+    model_state: Any  # a tree of arrays; shapes and dtypes are the model's
+    opt_state: optax.OptState  # a tree of arrays; shapes and dtypes are the optimizer's
+    rng: jax.Array  # shape=(), a typed random key
+    nonfinite_step: jax.Array  # shape=(), dtype=jnp.int32
+    monitor: Any = None  # a jaxnorm.monitor.buffer.Buffer: samples, float32; steps, int32
 
     @property
     def variables(self) -> Variables:
@@ -70,7 +73,8 @@ class NonFiniteLossError(FloatingPointError):
     """A training loss was infinite or not a number.
 
     Attributes:
-        steps: member of the sweep -> first step with such a loss. A single run is member 0.
+        steps: member of the sweep -> first step with such a loss. A single run has the one member
+            0.
         step: the earliest of these steps.
     """
 
@@ -83,17 +87,19 @@ class NonFiniteLossError(FloatingPointError):
 def check_finite(state: TrainState) -> None:
     """Raise if any training loss so far was infinite or not a number.
 
-    A step records this on the device and does not wait for it; this function waits, so call it
-    every so often rather than after every step. It reads one integer per member.
+    A step records such a loss on the device and does not wait for it. This function waits for the
+    device. So call it now and then, rather than after every step. It reads one integer per member.
 
     Args:
-        state: of a single run, or of a sweep.
+        state: the state of a single run, or of a sweep.
 
     Raises:
-        NonFiniteLossError: with the first such step; in a sweep with the step of each such member.
+        NonFiniteLossError: a loss was not finite. The error holds the first such step; in a sweep
+            it holds the first such step of each member.
 
     Example:
         >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> from jaxnorm.training import create_train_state
         >>> state = create_train_state(nn.Dense(2), optax.sgd(0.1), 0, jnp.ones((1, 3)))
         >>> check_finite(state)
         >>> try:
@@ -123,12 +129,15 @@ def check_finite(state: TrainState) -> None:
 
 
 def own(state: TrainState) -> TrainState:
-    """A copy that shares no buffer with anything, not even leaf with leaf: safe to donate."""
+    """A copy that shares no buffer with any other array, so that it is safe to donate.
+
+    No two leaves of the copy share a buffer either.
+    """
     return jax.tree.map(lambda x: jnp.array(strong(x), copy=True), state)
 
 
 def strong(x: Any) -> jax.Array:
-    """`x` as an array without JAX's weak type, which would count as a change of the input."""
+    """`x` as an array without JAX's weak type, which would count as a change of the input type."""
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return x
@@ -136,14 +145,15 @@ def strong(x: Any) -> jax.Array:
 
 
 def same_kind(operation: str, old: Tree, new: Tree) -> Tree:
-    """`new`, a state or a part of one, which must have the structure, shapes and dtypes of `old`.
+    """Return `new` if it has the structure, shapes and dtypes of `old`; raise otherwise.
 
-    Otherwise the next call would trace and compile again, and no buffer could be reused.
+    Both are states, or the same part of a state. If the kind of a state could change, the next call
+    would trace and compile again, and no buffer could be reused.
     """
     advice = (
         "A state keeps its structure, shapes and dtypes: cast where the leaf is written (Flax's "
         "BatchNorm stores float64 statistics for float64 inputs, jaxnorm's does not), and keep "
-        "what grows from call to call, such as sown values, out of the carried variables."
+        "values that grow from call to call, such as sown ones, out of the carried variables."
     )
     new = jax.tree.map(strong, new)
     before, after = _leaves(old), _leaves(new)
