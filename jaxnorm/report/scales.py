@@ -1,8 +1,8 @@
-"""The look of each measure: its name, its colours, and what good looks like.
+"""The style of each measure in charts: its name, its colours, and its good values.
 
-Colours are those for a light page; the page exchanges them for `THEME`'s in the dark, where what is
-far from good is bright. Blue and orange, and the lightness of purple, can be told apart by the
-colour-blind.
+The colours are those of a light page. In the dark the page replaces them by the colours of `THEME`,
+and values far from good become bright. The colour-blind can distinguish blue from orange, and
+purple by its lightness.
 """
 
 from typing import Literal, NamedTuple
@@ -11,13 +11,14 @@ from jaxnorm.report.pack import Mode
 
 Kind = Literal["linear", "log", "symlog", "sqrt"]
 
-NEUTRAL = ("#efeeea", "#2a2e35")  # what is good: light page, dark page
+NEUTRAL = ("#efeeea", "#2a2e35")  # the colour of good values: light page, dark page
 _FAR_LOW, _LOW, _HIGH, _FAR_HIGH = "#053061", "#4393c3", "#e08214", "#7f3b08"
 _SOME, _MUCH, _FAR = "#b7a3d0", "#7b5aa6", "#3f1b6b"
-FREE = ("#00204d", "#414d6b", "#7c7b78", "#bcaf6f", "#ffea46")  # cividis: no value is the good one
+# Cividis, for measures without a good value.
+FREE = ("#00204d", "#414d6b", "#7c7b78", "#bcaf6f", "#ffea46")
 NOT_FINITE = "#d6006c"
 
-THEME = {  # what a light page shows -> what a dark page shows
+THEME = {  # colour on a light page -> colour on a dark page
     NEUTRAL[0]: NEUTRAL[1],
     _FAR_LOW: "#b3dbff",
     _LOW: "#3f86c4",
@@ -31,22 +32,22 @@ THEME = {  # what a light page shows -> what a dark page shows
 
 
 class MeasureStyle(NamedTuple):
-    """The look of one measure in charts."""
+    """The style of one measure in charts: name, scale, colours, explanations."""
 
     label: str
     kind: Kind
     colours: dict[float, str] | None
-    """Value -> colour; None where the scale has to come from the runs."""
+    """Value -> colour. None if the scale comes from the values of the runs."""
     good: str
-    """What good looks like, in one sentence."""
+    """One sentence that says which values are good."""
     bad: str
-    """What the other colours tell."""
+    """Sentences that say what the other colours mean."""
     compares: bool = False
-    """With the sample before, so that there is nothing at the first."""
+    """True if it compares with the sample before, so that the first sample has no value."""
 
     @property
     def mode(self) -> Mode:
-        """The way its numbers are packed."""
+        """The mode in which the numbers of the measure are packed."""
         return _MODES[self.kind]
 
 
@@ -70,8 +71,8 @@ STYLES = {
     "spread": MeasureStyle(
         "spread of a channel", "log", _SPREAD,
         "Good is neutral, the shade of 1, in every row and from the first step on.",
-        "Blue: the examples have become indistinguishable to this layer, and no gradient tells "
-        "them apart. Orange: inputs so large that a sigmoid saturates.",
+        "Blue: the examples have become indistinguishable to this layer, and no gradient separates "
+        "them. Orange: inputs so large that a sigmoid saturates.",
     ),
     "mean": MeasureStyle(
         "mean", "symlog", _around(-10, -1, 0, 1, 10),
@@ -106,8 +107,8 @@ STYLES = {
     ),
     "population_stability_index": MeasureStyle(
         "population stability index", "sqrt", _above(0.0, 0.1, 0.25, 1.0),
-        "Good is neutral: below 0.1 a distribution is held to be stable.",
-        "Between 0.1 and 0.25 it is held to have moved a little, above that much.", True,
+        "Good is neutral: below 0.1 a distribution counts as stable.",
+        "Between 0.1 and 0.25 it has moved a little, above that a lot.", True,
     ),
     "skewness": MeasureStyle(
         "skewness", "symlog", _around(-10, -2, 0, 2, 10),
@@ -117,7 +118,7 @@ STYLES = {
     "excess_kurtosis": MeasureStyle(
         "excess kurtosis", "symlog", _around(-10, -2, 0, 3, 30),
         "Good is neutral, the shade of 0: tails as of a normal distribution.",
-        "Orange: few elements carry most of the signal. Blue: two heaps, or hard limits.",
+        "Orange: few elements carry most of the signal. Blue: two clusters, or hard limits.",
     ),
     "minimum": MeasureStyle(
         "minimum", "symlog", _around(-100, -10, 0, 10, 100),
@@ -149,7 +150,7 @@ STYLES = {
     ),
     "gradient_norm": MeasureStyle(
         "gradient norm", "log", None,
-        "Good is about one shade in all rows: each layer hears of the loss.",
+        "Good is about one shade in all rows: the gradient reaches each layer.",
         "Shades that change from row to row are gradients that vanish or explode with depth.",
     ),
     "running_kl": MeasureStyle(
@@ -173,11 +174,11 @@ STYLES = {
 CHANNELS = MeasureStyle(
     "nats", "sqrt", _NATS,
     "Good is neutral soon after the start, in every channel.",
-    "Purple: a channel that evaluation will normalize otherwise than training does. The rows are "
-    "the channels that come furthest apart.",
+    "Purple: train/eval divergence, a channel that evaluation will not normalize as training does. "
+    "The rows are the channels with the largest divergence.",
 )  # fmt: skip
 UPDATES = MeasureStyle(
     "update to weight", "log", _around(1e-6, 1e-4, 1e-3, 1e-2, 1e-1),
     "Good is close to neutral, a thousandth, in every row.",
-    "Blue: parameters that hardly move. Orange: ones that are thrown about.",
+    "Blue: parameters that hardly move. Orange: parameters that jump.",
 )  # fmt: skip

@@ -8,10 +8,10 @@ from jaxnorm.report.words import COLUMNS, NETWORKS, NORMALIZATIONS, cells
 
 
 def build_tables(result: StudyResult) -> list[Table]:
-    """One table per network: accuracy, steps to 90 % of the best, highest stable learning rate.
+    """Build a table for each network: accuracy, steps to 90 % of the best, highest stable rate.
 
     Args:
-        result: a finished study.
+        result: the result of a finished study.
 
     Returns:
         Tables for `rich.console.Console.print`.

@@ -1,9 +1,9 @@
-"""Tools for testing a normalization: the right answer, and how near is near enough.
+"""Tools for testing a normalization: the right answer, and how far a result may be from it.
 
 `oracle` computes every public function and its backward pass in NumPy, in at least float64 and
 independently of JAX. `assert_close` compares in units of rounding of the result's dtype, with a
-budget that follows from dtype and conditioning; `tolerance`, `rounding_units`,
-`condition_number` and `sum_conditioning` are its parts.
+budget that follows from dtype and conditioning; `tolerance`, `rounding_units`, `condition_number`
+and `sum_conditioning` are its parts.
 
 Example:
     >>> import numpy as np

@@ -1,11 +1,11 @@
-"""Backward passes, derived by hand.
+"""Backward passes of every normalization, derived by hand.
 
 Let g = dy * scale be the cotangent of xhat. Every family's dx is `standardize_slices_vjp` of its
 layout,
 
     dx_j = rstd * (g_j - m_j/n * sum(g) - m_j/n * conj(xhat_j) * Re sum(g * xhat)),
 
-and the parameters' cotangents are sums over the axes that carry none:
+and the cotangents of the parameters are sums over the axes that carry no parameters:
 
     dscale = sum(dy * xhat),    dbias = sum(dy).
 
@@ -56,9 +56,9 @@ def batch_norm_vjp(
 ) -> Cotangents:
     """Cotangents of `batch_norm`: (dx, dscale, dbias). Running statistics carry none.
 
-    In training the formula of the module, with slices over all axes but the feature axes; in
-    evaluation dx = dy * scale / sqrt(var + epsilon). What only shapes the running statistics
-    (decay, unbiased, count, debias) is accepted and changes nothing.
+    In training this is the formula of the module, with slices over all axes but the feature axes.
+    In evaluation dx = dy * scale / sqrt(var + epsilon). Arguments that only shape the running
+    statistics (decay, unbiased, count, debias) are accepted and change nothing.
 
     Args:
         dy: cotangent of y, shape of x.
@@ -303,10 +303,10 @@ def standardize_weight_vjp(
         return dkernel, None
     shape = np.shape(gain)
     added = dfull.ndim - len(shape)
-    stretched = tuple(
+    repeated = tuple(
         a for a in range(dfull.ndim) if a < added or shape[a - added] != dfull.shape[a]
     )
-    return dkernel, dfull.sum(axis=stretched).reshape(shape)
+    return dkernel, dfull.sum(axis=repeated).reshape(shape)
 
 
 def _backward(

@@ -39,9 +39,9 @@ class RunningStats(NamedTuple):
         ([0.5, 0.5], [0.5, 0.5], 1)
     """
 
-    mean: Array  # float64 or complex128
-    var: Array  # float64
-    # The name is the field's, though tuples have a method of that name.
+    mean: Array  # float64 or complex128, sizes of the feature axes
+    var: Array  # float64, sizes of the feature axes
+    # A tuple has a method `count`, which this field hides.
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
@@ -61,17 +61,18 @@ def batch_norm(
     count: int = 0,
     debias: bool = False,
 ) -> tuple[Array, RunningStats]:
-    """Batch normalization, and the running statistics after it.
+    """Batch normalization in NumPy, and the running statistics after it.
 
     y = (x - mu) / sqrt(var + epsilon) * scale + bias. In training, mu and var are the moments of
-    the batch over all axes but the feature axes (var divides by n), and with the batch's weight w
+    the batch over all axes but the feature axes, and var divides by n. With the weight w of the
+    batch
 
         new = (1 - w) * old + w * batch,
 
-    where w = 1 - decay; with decay=None, w = 1 / (count + 1), the average of all batches; with
-    debias, w = (1 - decay) / (1 - decay^(count + 1)), which equals Adam's bias-corrected average
-    started from zero, whatever the initial values. In evaluation, mu and var are the running
-    values, which stay as they are, and the mask is not used.
+    where w = 1 - decay. With decay=None, w = 1 / (count + 1), which gives the average of all
+    batches. With debias, w = (1 - decay) / (1 - decay^(count + 1)), which equals Adam's
+    bias-corrected average started from zero, whatever the initial values. In evaluation, mu and var
+    are the running values. These do not change, and the mask is not used.
 
     Args:
         x: real or complex, any shape.

@@ -31,10 +31,10 @@ class Moments(NamedTuple):
         14.0
     """
 
-    # The name is the field's, though tuples have a method of that name.
+    # A tuple has a method `count`, which this field hides.
     count: Array  # float64  # pyright: ignore[reportIncompatibleMethodOverride]
-    mean: Array  # float64 or complex128
-    m2: Array  # float64
+    mean: Array  # float64 or complex128, shape of count
+    m2: Array  # float64, shape of count
 
 
 def moments(x: ArrayLike, axis: Axes, *, mask: ArrayLike | None = None) -> Moments:
@@ -100,9 +100,9 @@ def merge(a: Moments, b: Moments) -> Moments:
     )
     count = count_a + count_b
     part_b = count_b / np.maximum(count, 1)
-    apart = mean_b - mean_a
-    mean = np.where(count_a == 0, mean_b, mean_a + apart * part_b)
-    m2 = m2_a + m2_b + squared(apart) * count_a * part_b
+    difference = mean_b - mean_a
+    mean = np.where(count_a == 0, mean_b, mean_a + difference * part_b)
+    m2 = m2_a + m2_b + squared(difference) * count_a * part_b
     return Moments(*(precision.narrow(np.asarray(f)) for f in (count, mean, m2)))
 
 
@@ -152,7 +152,7 @@ def moments_vjp(
         if np.shape(given) != kept:
             raise ValueError(
                 f"moments_vjp: {name} must have the shape of x.shape={wide.shape} without "
-                f"axis={axis}, {kept}; got {np.shape(given)}."
+                f"axis={axis}, {kept}; got {np.shape(given)}. Reshape it."
             )
         cotangents.append(precision.widen(given).reshape(found.count.shape))
     dmean, dm2 = cotangents
