@@ -1,4 +1,4 @@
-"""The measured figures of the documentation, each with its origin, and the README's few of them."""
+"""The measured figures of the documentation, each with its origin, and the README's summary."""
 
 import textwrap
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from benchmarks.report.table import Table, origin, shape
 
 
 def page(read: dict[str, dict]) -> str:
-    """The page of the documentation, in Markdown, of the records that are there, by name."""
+    """The page of the documentation, in Markdown, made of the given records."""
     parts = [part(read[name]) for name, part in _PARTS.items() if name in read]
     return "\n".join([_HEAD, *parts])
 
 
 def summary(read: dict[str, dict]) -> str:
-    """A paragraph for the README, of all records."""
+    """A paragraph for the README, made of all records."""
     rows = {str(row[0]): row for row in accuracy.accuracy(read["accuracy"], by="offset").rows}
     _, ours, flax, _, torch = rows["1e4"]
     kept = [[float(n) for n in row[-2:]] for row in programs.memory(read["memory"], ("jit",)).rows]

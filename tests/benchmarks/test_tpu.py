@@ -45,7 +45,7 @@ def test_the_quick_form():
 def test_a_compiler_that_crashes_takes_only_itself_down():
     from benchmarks import tpu
 
-    assert tpu.apart(os._exit, 1) is None
-    assert tpu.apart(os.getpid) not in (None, os.getpid())
+    assert tpu.in_subprocess(os._exit, 1) is None
+    assert tpu.in_subprocess(os.getpid) not in (None, os.getpid())
     with pytest.raises(ZeroDivisionError):
-        tpu.apart(divmod, 1, 0)
+        tpu.in_subprocess(divmod, 1, 0)
