@@ -38,7 +38,7 @@ def alone(results: dict, *, shapes: int | None = None) -> Table:
         for key, by in found.items()
     ]
     columns = ("", "shape", "", *map(_generation, topologies))
-    title = "Passes over HBM of an operation alone: forward; forward and backward"
+    title = "Passes over HBM of a single operation: forward; forward and backward"
     return Table(title, columns, rows, 3)
 
 

@@ -50,9 +50,10 @@ def build_run_charts(
     charts = {
         f"heatmap-{name}": _cells(STYLES[name], colours) for name, colours in measures.items()
     }
-    for name, look in {"channels": CHANNELS, "updates": UPDATES}.items():
-        assert look.colours is not None
-        charts[name] = _cells(look, look.colours, "channel" if name == "channels" else "parameter")
+    for name, style in {"channels": CHANNELS, "updates": UPDATES}.items():
+        assert style.colours is not None
+        row = "channel" if name == "channels" else "parameter"
+        charts[name] = _cells(style, style.colours, row)
     lowest = list(PANELS)[-1]  # only its axis has numbers: the steps are equal in all panels
     charts |= {f"panel-{name}": _panel(*panel, name == lowest) for name, panel in PANELS.items()}
     charts |= {"histogram": _histogram(), "band": _band(), "metric": _metric(names)}
@@ -175,10 +176,10 @@ def _panel(title: str, kind: Any, least: list[float], lowest: bool) -> Any:
 
 def _metric(names: Sequence[str]) -> Any:
     known = LINES | {NORMALIZATIONS[name]: line for name, line in LINES.items()}
-    taken = [known.get(name) for name in names]
+    used = [known.get(name) for name in names]
     # The dotted line means "no normalization". Other runs get it only if no other line is left.
     lines = sorted(LINES.values(), key=lambda line: line is LINES["none"])
-    others = itertools.cycle([line for line in lines if line not in taken] or lines)
+    others = itertools.cycle([line for line in lines if line not in used] or lines)
     by_name: dict[str, Line] = {
         name: known[name] if name in known else next(others) for name in names
     }

@@ -256,7 +256,7 @@ def _facts(run: Run, packed: dict[str, Any]) -> dict[str, Any]:
     )
     if len(packed["steps"]) < len(steps):
         rows["shown"] = (
-            f"{len(packed['steps'])} of the samples, evenly spread, and {len(packed['frames'])} "
+            f"{len(packed['steps'])} of the samples, evenly spaced, and {len(packed['frames'])} "
             "histograms of each place; findings use all samples"
         )
     rows["lost"] = (

@@ -92,7 +92,7 @@ STYLES = {
     ),
     "variance_ratio": MeasureStyle(
         "variance ratio", "log", _around(0.1, 0.5, 1.0, 2.0, 10.0),
-        "Good is neutral, the shade of 1: the spread is that of the sample before.",
+        "Good is neutral, the shade of 1: the deviation is that of the sample before.",
         "Blue: it shrank. Orange: it grew.", True,
     ),
     "kl_divergence": MeasureStyle(
@@ -161,8 +161,8 @@ STYLES = {
     ),
     "effective_batch": MeasureStyle(
         "effective batch", "log", None,
-        "Good is bright: many independent numbers stand behind the statistics.",
-        "Dark: few do, and the statistics are noise.",
+        "Good is bright: the statistics come from many independent numbers.",
+        "Dark: they come from few, and are noise.",
     ),
     "near_epsilon": MeasureStyle(
         "near epsilon", "linear", _SHARE,

@@ -82,7 +82,7 @@ class AlternatingStep:
         self.sampling = sampling
         self._conditional = conditional
         self.lower, self.trace = conditional.lower, conditional.trace
-        # Several runs may use one step by turns. A returned state is recognized by the identity of
+        # Several runs may alternate on one step. A returned state is recognized by the identity of
         # its step counter.
         self._numbers: deque[tuple[Any, int]] = deque(maxlen=8)
 

@@ -148,7 +148,7 @@ def layer_norm(
         x: real or complex, any shape.
         scale: sizes of the feature axes, or of the rank of x and broadcastable to it, or None.
         bias: as scale.
-        axis: the axes over which the moments are taken.
+        axis: the axes over which the moments are measured.
         feature_axis: the axes that carry the parameters; None: those of `axis`.
         epsilon: added to the variance; zero or positive.
         scale_offset: added to scale; 1 for parameters that are stored around zero.
@@ -186,7 +186,7 @@ def rms_norm(
     Args:
         x: real or complex, any shape.
         scale: as in `layer_norm`; with None there is no factor, whatever the offset.
-        axis: the axes over which the mean square is taken.
+        axis: the axes over which the mean square is measured.
         feature_axis: the axes that carry the parameters; None: those of `axis`.
         epsilon: added to the mean square; zero or positive.
         scale_offset: added to scale; 1 for parameters that are stored around zero.
@@ -268,7 +268,7 @@ def instance_norm(
 ) -> Array:
     """Instance normalization: y = (x - mean) / sqrt(var + epsilon) * (scale_offset + scale) + bias.
 
-    The moments are taken over all axes but axis 0 and the feature axes.
+    The moments are measured over all axes but axis 0 and the feature axes.
 
     Args:
         x: real or complex, (N, ..., C) with the feature axes anywhere.
@@ -308,7 +308,7 @@ def standardize_weight(
     Args:
         kernel: real or complex, any shape.
         gain: broadcastable to the sizes of the axes that are not reduced, or None.
-        axis: the axes over which the moments are taken; None: all but the last.
+        axis: the axes over which the moments are measured; None: all but the last.
         epsilon: added to the variance; zero or positive.
 
     Returns:
