@@ -1,4 +1,4 @@
-"""What a notebook shows of the objects themselves."""
+"""The views of recordings and findings in a notebook."""
 
 import html.parser
 import importlib
@@ -19,7 +19,7 @@ NOTE = findings.Finding(
 
 
 class Frames(html.parser.HTMLParser):
-    """The pages in the frames of a text."""
+    """A parser that collects the pages inside the frames of a text."""
 
     def __init__(self, text):
         super().__init__()

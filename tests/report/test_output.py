@@ -1,4 +1,4 @@
-"""Files whole or not at all."""
+"""Output files are written whole or not at all."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The page and the table, from a result made by hand: what they say, and what they never load."""
+"""The page and the table of a result made by hand: their content, and nothing loaded."""
 
 import html.parser
 import json
@@ -87,7 +87,7 @@ def page(result, runs):
 
 
 class Reader(html.parser.HTMLParser):
-    """Tags with their attributes, text outside scripts and styles, scripts by their id."""
+    """A parser for tags with attributes, text outside scripts and styles, scripts by id."""
 
     def __init__(self, text):
         super().__init__()

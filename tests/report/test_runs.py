@@ -38,7 +38,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def show(browser, tmp_path):
-    """Puts a page of runs, or one that was written before, in front of the browser."""
+    """Show a page of runs, or an existing page, in the browser."""
 
     def shown(*runs, page=None, width=1200, dark=False):
         if page is None:
@@ -56,7 +56,7 @@ def show(browser, tmp_path):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """With and without normalization."""
+    """Two recordings, with and without normalization."""
     folder = tmp_path_factory.mktemp("pair")
     return (
         Run("with", "", invent(folder / "a", shift=4), [finding()]),
@@ -66,14 +66,14 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_pair(pair, tmp_path_factory):
-    """Their page."""
+    """The page of the two recordings."""
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(render_runs(pair, VERSIONS))
     return path
 
 
 def filled(number):
-    """Spoils a recording: this number everywhere, and nothing that could be counted."""
+    """Fill a recording with one number, and leave its histograms empty."""
 
     def spoil(arrays):
         for name, array in arrays.items():
@@ -103,8 +103,8 @@ def test_what_is_packed_comes_back_as_close_as_its_levels_are(mode):
     back = {"log": 10**level, "sqrt": level**2, "signed": NEAR * np.sinh(level)}.get(mode, level)
     close = (high - low) / (LEVELS - 1)
     space = {"log": np.log10, "sqrt": np.sqrt, "signed": lambda a: np.arcsinh(a / NEAR)}
-    spread = space.get(mode, lambda a: a)
-    np.testing.assert_allclose(spread(back), spread(given), atol=0.51 * close)
+    scaled = space.get(mode, lambda a: a)
+    np.testing.assert_allclose(scaled(back), scaled(given), atol=0.51 * close)
 
 
 def test_what_is_not_finite_is_packed_as_what_it_is():
@@ -116,9 +116,9 @@ def test_what_is_not_finite_is_packed_as_what_it_is():
 
 def test_every_measure_has_a_look():
     assert set(STYLES) == set(MEASURES)
-    for look in STYLES.values():
-        assert look.good.startswith("Good is ")
-        for colour in (look.colours or {}).values():
+    for style in STYLES.values():
+        assert style.good.startswith("Good is ")
+        for colour in (style.colours or {}).values():
             assert colour in THEME  # else it would be invisible in the dark, or glare
 
 
@@ -135,7 +135,7 @@ def test_thirty_layers_and_five_hundred_samples_are_under_three_megabytes(tmp_pa
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """Of one run with findings, settings, and samples that were lost."""
+    """The page of one run with findings, settings, and samples that were lost."""
     settings = {"rate": 0.125, "tags": ["x", "ü"]}
     recording = invent(tmp_path_factory.mktemp("a"), settings=settings, lost=7)
     found = [
@@ -151,7 +151,7 @@ def test_findings_are_said_first_the_worst_before_the_others(page):
     assert order == sorted(order)
     for text in ("0.25", "A cause.", "A remedy.", "<code>L8</code>", "and 3 more"):
         assert text in page
-    # Only what is an address of the web becomes a link.
+    # Only a web address becomes a link.
     assert (
         re.findall(r'<a href="([^"]*)"', page[: page.index("<script")])
         == ["https://arxiv.org/abs/1502.03167"] * 2
@@ -346,7 +346,7 @@ def test_markup_in_names_is_shown_and_never_run(show, tmp_path):
     browser = show(run, Run("b", "other", invent(tmp_path / "b")))
     browser.choose("#table-heatmap summary")
     browser.choose("#table-agreement summary")
-    # What a pointer would be told, too.
+    # The tooltip, too.
     browser.run(
         "document.querySelector('#chart-heatmap .mark-rect path').dispatchEvent("
         "new MouseEvent('mousemove', {bubbles: true, clientX: 300, clientY: 300}))"
@@ -375,7 +375,7 @@ def test_a_page_follows_when_the_lights_go_out(show, of_pair):
     browser = show(page=of_pair)
     before = browser.drawn("heatmap")
     browser.look(dark=True)
-    # The page hears of it some time later, and fails by never changing.
+    # The page gets the event some time later. If it never changes, the test fails.
     browser.wait(
         f"document.querySelector('#chart-heatmap svg')?.innerHTML !== {json.dumps(before)}"
     )

@@ -209,12 +209,13 @@ class Slices:
     Every field but `xhat` and `included` keeps the reduced axes with size 1.
     """
 
+    # Dtypes are the working precision: float64 or longdouble, or complex of the same width.
     included: Array  # bool, shape of the view
     count: Array  # real; the number of included elements
-    mean: Array  # zero where the second moment is not centered
+    mean: Array  # real or complex like x; zero if the second moment is not centered
     m2: Array  # real; sum of |x - mean|^2 over the included elements
     rstd: Array  # real; zero marks a slice without elements or without deviation
-    xhat: Array  # shape of the view
+    xhat: Array  # real or complex like x, shape of the view
 
 
 def gather(
