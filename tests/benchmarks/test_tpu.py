@@ -1,4 +1,4 @@
-"""Passes of programs that the TPU compiler makes: known ones of Flax's, and the benchmark's."""
+"""Passes of programs that the TPU compiler makes: known ones of Flax, and the benchmark's."""
 
 import os
 
@@ -9,7 +9,7 @@ pytestmark = pytest.mark.optimized
 
 
 def test_passes_of_flax_alone():
-    """Read twice and written once; backward: x and dy twice, dx once, less what XLA fuses."""
+    """Forward reads twice and writes once; backward reads x and dy twice and writes dx once."""
     from benchmarks import peers, tpu
 
     forward, both = tpu.alone(peers.FLAX, "rms", (16384, 4096), "v5e:2x2x1")
