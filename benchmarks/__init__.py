@@ -1,1 +1,1 @@
-"""Peers side by side, and the results that the README quotes."""
+"""Measurements beside peers, and the committed results of which the documentation is made."""

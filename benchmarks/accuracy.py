@@ -1,4 +1,4 @@
-"""Value and derivatives of every peer against the float64 oracle.
+"""Value and derivatives of every peer, compared with the float64 oracle.
 
 Errors are in units of rounding of the input's dtype: of `max(1, |y|)` for a value, of the largest
 derivative for a derivative.
@@ -18,7 +18,7 @@ from jaxnorm.testing import condition_number, rounding_units
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 NONFINITE = "nonfinite"
 PEERS = ("jaxnorm", "flax", "flax two-pass", "torch")
-MOST_CONDITIONING = 2.0  # what condition_number may say for a derivative to be judged
+MOST_CONDITIONING = 2.0  # largest condition_number for which a derivative is judged
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Grid:
-    """The inputs of a run: every combination."""
+    """The inputs of a run: every combination of these values."""
 
     layouts: tuple[Layout, ...] = LAYOUTS
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
@@ -57,7 +57,11 @@ OUTLIER = 1e4  # deviations
 
 
 def plan(*, quick: bool = False, peers: tuple[str, ...] = PEERS) -> Plan:
-    """Some minutes; the quick form, a few inputs. `peers` are names; who is missing is left out."""
+    """The plan of the run.
+
+    It takes some minutes; the quick form takes a few inputs. `peers` are names; peers that are not
+    installed are left out.
+    """
     grid = QUICK if quick else Grid()
     chosen = p.named(peers)
     settings = {
@@ -93,7 +97,7 @@ def _rows(grid: Grid, norm: p.Norm, dtype: str, layout: Layout, chosen) -> dict[
 
 
 def _sample(norm, dtype, layout, offset, deviation, outlier, chosen):
-    """Units of the value by peer, and of the derivatives where they are well-conditioned."""
+    """Units of the value for each peer, and of the derivatives if they are well conditioned."""
     inputs = inputs_of(layout, DTYPES[dtype], offset, deviation, outlier)
     exact = norm.exact(**inputs)
     judged = outlier == "none" and _well_conditioned(norm, layout, inputs)
@@ -113,8 +117,8 @@ def inputs_of(layout: Layout, dtype, offset, deviation, outlier) -> dict:
         x.flat[0 if outlier == "first" else x.size // 2] += OUTLIER * deviation
     mask = None
     if layout.masked:
-        # Of every slice of every normalization at least three elements stay: what is left of
-        # fewer is no matter of accuracy, see the special cases.
+        # At least three elements stay in every slice of every normalization. Fewer elements are no
+        # question of accuracy; see the special cases.
         mask = rng.random(layout.shape) < 0.6
         mask[:, :3] = mask[..., :3] = mask[..., 11:14] = mask[..., 22:25] = True
     return {**_parameters(layout.shape[-1]), **_data(x, rng, dtype), "mask": mask}
@@ -142,7 +146,7 @@ def _well_conditioned(norm: p.Norm, layout: Layout, inputs: dict) -> bool:
         axes = (*axes[:-1], x.ndim - 1)
     low, high = np.where(included, x, np.inf), np.where(included, x, -np.inf)
     if np.min(high.max(axes) - low.min(axes)) == 0:
-        return False  # rounded to one value: there is no direction left
+        return False  # all elements were rounded to one value, so there is no direction left
     centered = norm.name != "rms"
     condition = condition_number(x, axes, norm.epsilon, mask=included, centered=centered)
     return condition <= MOST_CONDITIONING
@@ -154,7 +158,7 @@ def _units(got: dict, exact: dict, dtype) -> dict:
         if want is None:
             continue
         what = "value" if name == "y" else "derivative"
-        # Derivatives scale with 1 / deviation: relative to the largest, whatever it is.
+        # Derivatives scale with 1 / deviation, so their errors are relative to the largest one.
         floor = 1.0 if name == "y" else min(1.0, float(np.abs(want).max())) or 1.0
         units = rounding_units(got[name], want, dtype, what=what, floor=floor)
         found[name] = float(f"{units:.3g}") if np.isfinite(units) else NONFINITE
@@ -162,7 +166,7 @@ def _units(got: dict, exact: dict, dtype) -> dict:
 
 
 def _special_rows(chosen):
-    """Inputs at the edge: [case, norm, by peer [units of y, whether derivatives are finite]]."""
+    """Rows for inputs at the edge: [case, norm, [units of y, are derivatives finite] by peer]."""
     rng = np.random.default_rng(2)
     shape = (4, 6, 16)
     sign = rng.choice([-1.0, 1.0], size=shape)
@@ -175,7 +179,7 @@ def _special_rows(chosen):
     for case, (x, dtype) in cases.items():
         for norm in p.norms(4):
             if case.startswith("constant") and norm.name == "rms":
-                continue  # which does not subtract a mean, so that nothing is special about it
+                continue  # it subtracts no mean, so this input is not special for it
             inputs = {**_parameters(shape[-1]), **_data(x, rng, DTYPES[dtype]), "mask": None}
             if case.endswith("masked out"):
                 inputs["mask"] = np.ones(shape, bool)

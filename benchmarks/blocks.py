@@ -1,8 +1,9 @@
-"""Milliseconds of whole train steps around each norm: what a norm costs where it is used.
+"""Milliseconds of whole train steps around each norm: the cost of a norm inside a network.
 
-Networks differ in their norm only: jaxnorm's, Flax's, or none. A step is forward, backward, new
-statistics and SGD with momentum. Gradients of the libraries are compared before anything is timed:
-in float32, and with a smooth activation, since at the kink of relu the last bit decides.
+The networks differ in their norm only: jaxnorm's, Flax's, or none. A step is forward, backward, new
+statistics and SGD with momentum. The gradients of the libraries are compared before anything is
+timed. This is done in float32 and with a smooth activation, because at the kink of relu the last
+bit decides.
 """
 
 import functools
@@ -27,7 +28,7 @@ GROUPS = 32
 
 @dataclass(frozen=True)
 class Case:
-    """A network of blocks, its input and the norms it is measured with."""
+    """A network of blocks, its input, and the norms it is measured with."""
 
     network: str
     model: Callable[..., nn.Module]
@@ -52,13 +53,16 @@ QUICK = (
          ("group",), 4),
 )  # fmt: skip
 FULL_EFFORT = timing.Effort(9, 0.4)
-# Of the largest gradient: what two right implementations may differ by, in units of rounding times
-# the number of layers between.
+# How far the gradients of two right implementations may differ, relative to the largest gradient,
+# in units of rounding times the number of layers between.
 DIFFERENCE = 256
 
 
 def plan(*, quick: bool = False) -> Plan:
-    """Some minutes; the quick form, small networks, seconds."""
+    """The plan of the run.
+
+    It takes some minutes; the quick form takes small networks and some seconds.
+    """
     kept = timing.keep_freed_memory()  # before the threads of a backend have heaps of their own
     backend = jax.default_backend()
     dtype = jnp.float32 if backend == "cpu" else models.DTYPE
@@ -104,7 +108,7 @@ def _measured(case: Case, name: str, chosen, backend: str, dtype, effort) -> dic
 
 
 class Step:
-    """The training step of a network with a peer's norm, None for no norm."""
+    """The training step of a network with a peer's norm, or with no norm."""
 
     def __init__(self, case: Case, peer, norm: p.Norm, shape: tuple[int, ...], dtype):
         def layer():
@@ -116,13 +120,13 @@ class Step:
 
     @functools.cached_property
     def start(self) -> tuple:
-        """Parameters, and the variables that are no parameters; the same for every peer."""
+        """Parameters, and the variables that are no parameters; they are equal for every peer."""
         shapes = jax.eval_shape(self.network.init, jax.random.key(0), self.x)
         variables = dict(jax.tree_util.tree_map_with_path(_initial, shapes))
         return variables.pop("params"), variables
 
     def gradient(self, parameters, variables, x) -> tuple:
-        """Gradients and the new variables."""
+        """Gradients, and the variables after the step."""
 
         def loss(parameters):
             y, new = self.network.apply(
@@ -133,7 +137,7 @@ class Step:
         return jax.grad(loss, has_aux=True)(parameters)
 
     def loop(self) -> timing.Loop:
-        """Steps, one after another, always on the same batch."""
+        """Steps one after another, always on the same batch."""
 
         def step(x, state):
             parameters, optimized, variables = state
@@ -147,7 +151,10 @@ class Step:
 
 
 def _initial(path: tuple, a: jax.ShapeDtypeStruct) -> np.ndarray:
-    """A variable's start by its name: drawn here, since initializers take long to compile."""
+    """The initial value of a variable, chosen by its name.
+
+    It is drawn here, because initializers take long to compile.
+    """
     name = jax.tree_util.keystr(path)
     if "kernel" in name:
         rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -156,7 +163,7 @@ def _initial(path: tuple, a: jax.ShapeDtypeStruct) -> np.ndarray:
 
 
 def compare(where: list, steps: list[Step], chosen) -> list[float]:
-    """Differences from Flax's gradients; raises where a peer computes something else."""
+    """Differences from Flax's gradients; raise if a peer computes something else."""
     found = {}
     for peer, step in zip(chosen, steps):
         parameters, variables = step.start

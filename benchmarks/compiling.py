@@ -15,7 +15,7 @@ from benchmarks.running import Plan, Unit
 
 LAYERS = 8
 REPEATS = 15
-# Networks and their input; for large arrays jaxnorm compiles more, to make it faster.
+# Networks and their inputs. For large arrays jaxnorm compiles more, to run faster.
 SMALL = {"MLP": (32, 64), "convolutions": (8, 16, 16, 3)}
 LARGE = {"MLP, large": (4096, 64), "convolutions, large": (32, 32, 32, 3)}
 CASES = [
@@ -29,7 +29,10 @@ PEERS = (p.JAXNORM, p.FLAX)
 
 
 class Network(nn.Module):
-    """`LAYERS` times dense layer or convolution, normalization, relu; then the mean square."""
+    """A network that repeats dense layer or convolution, normalization and relu `LAYERS` times.
+
+    Its output is the mean square.
+    """
 
     make_norm: Callable[[], Any]
     convolutional: bool
@@ -43,7 +46,10 @@ class Network(nn.Module):
 
 
 def plan(*, quick: bool = False) -> Plan:
-    """Some minutes; the quick form, one network twice."""
+    """The plan of the run.
+
+    It takes some minutes; the quick form takes one network twice.
+    """
     repeats = 2 if quick else REPEATS
     settings = {
         "peers": [*(peer.name for peer in PEERS), NO_NORM],
@@ -63,7 +69,7 @@ def _rows(name: str, network: str, repeats: int) -> dict[str, list]:
     shape = {**SMALL, **LARGE}[network]
     runs = [_stage(peer, norm, shape) for peer in (*PEERS, None)]
     order, samples = random.Random(0), []
-    for repeat in range(-1, repeats):  # the first is thrown away: it loads modules
+    for repeat in range(-1, repeats):  # the first result is dropped, because that run loads modules
         found = {i: runs[i]() for i in order.sample(range(len(runs)), len(runs))}
         if repeat >= 0:
             samples.append([name, network, repeat, [found[i] for i in range(len(runs))]])
@@ -71,7 +77,7 @@ def _rows(name: str, network: str, repeats: int) -> dict[str, list]:
 
 
 def _stage(peer: p.Linen | None, norm: p.Norm, shape: tuple[int, ...]):
-    """A function that traces and compiles once, from nothing, and returns the seconds of both."""
+    """A function that traces and compiles once, without caches, and returns the seconds of both."""
 
     def make():
         return (lambda x: x) if peer is None else peer.layer(norm, None)

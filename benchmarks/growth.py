@@ -1,7 +1,8 @@
 """Time of a normalization against its rows and against its features, and the fitted exponents.
 
-Milliseconds of forward and backward, float32, on this machine's backend. What is bound by memory
-grows as the number of elements does: an exponent of one. Fitted by least squares on logarithms.
+Milliseconds of forward and backward, float32, on this machine's backend. An operation that is
+limited by memory grows as the number of elements does, with an exponent of one. Exponents are
+fitted by least squares on logarithms.
 """
 
 import functools
@@ -20,11 +21,11 @@ COLUMNS = {
 }
 NORMS = ("batch", "layer", "rms", "group")
 GROUPS = 32
-POSITIONS = 64  # of an example, where there are spatial axes
+POSITIONS = 64  # positions of an example, if it has spatial axes
 
 
 def settings() -> dict:
-    """What a record has to say of it."""
+    """The settings that a record holds."""
     return {
         "peers": [peer.name for peer in PEERS],
         "growth": "forward and backward, float32, on the default backend; group norm of examples "
@@ -34,7 +35,7 @@ def settings() -> dict:
 
 
 def sizes(backend: str, *, quick: bool = False) -> dict[str, list[tuple[int, int]]]:
-    """(rows, features): one of the two grows, so far that time is not that of starting."""
+    """(rows, features): one of the two grows, up to sizes where starting takes no visible time."""
     if quick:
         return {"rows": [(64, 64), (128, 64)]}
     factor = 1 if backend == "cpu" else 16
@@ -45,7 +46,7 @@ def sizes(backend: str, *, quick: bool = False) -> dict[str, list[tuple[int, int
 
 
 def units(*, quick: bool = False) -> list[Unit]:
-    """One for each norm and each thing that grows."""
+    """Units of work, one for each norm and each size that grows."""
     return [
         Unit(
             f"{name} against {against}",

@@ -1,9 +1,8 @@
-"""What a compiled program does, read in its text: collectives, and bytes to and from HBM.
+"""The work of a compiled program, read in its text: collectives, and bytes to and from HBM.
 
-A TPU program is scheduled: its entry computation is the list of what runs, in order, and the layout
-of an array says whether it lies in on-chip memory (``S(n)``) or in HBM. Branches of a conditional
-are computations of their own, so what a step always does and what it does now and then are told
-apart.
+A TPU program is scheduled: its entry computation lists the instructions in order, and the layout of
+an array says whether it lies in on-chip memory (``S(n)``) or in HBM. Branches of a conditional are
+computations of their own. So the work of every step and the work of some steps can be told apart.
 """
 
 import math
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
-# Names for values that lie elsewhere, and the ends of what `-start` began.
+# Names for values that lie elsewhere, and the ends of instructions that `-start` began.
 _MOVE_NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
                  "conditional", "partition-id", "replica-id"}  # fmt: skip
 _PARTS = {"slice", "dynamic-slice", "slice-start"}
@@ -21,7 +20,7 @@ _PARTS = {"slice", "dynamic-slice", "slice-start"}
 
 @dataclass(frozen=True)
 class Array:
-    """A type in the text."""
+    """The type of an array in the text."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -33,14 +32,14 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Without the padding of tiles."""
+        """The number of bytes, without the padding of tiles."""
         bits = re.search(r"\d+", self.dtype)
         return math.ceil(self.elements * int(bits[0]) / 8) if bits else self.elements
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a computation."""
+    """One line of a computation in the text."""
 
     name: str
     opcode: str
@@ -50,12 +49,12 @@ class Instruction:
 
     @property
     def kind(self) -> str | None:
-        """Which collective it is, if any; the end of an asynchronous one is none of its own."""
+        """The kind of collective, or None; the end of an asynchronous one counts as none."""
         kind = self.opcode.removesuffix("-start")
         return kind if kind in KINDS else None
 
     def called(self, *attributes: str) -> list[str]:
-        """Computations named by attributes, all of them by default."""
+        """Computations that are named by attributes; by default by all attributes."""
         keys = "|".join(attributes) or r"calls|to_apply|body|condition|\w+_computations?"
         found = re.findall(rf"\b(?:{keys})=(%[\w.\-]+|{{[^}}]*}})", self.attributes)
         return [name for group in found for name in re.findall(r"%([\w.\-]+)", group)]
@@ -63,7 +62,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective and what it hands out."""
+    """A collective with its results."""
 
     kind: str
     arrays: tuple[Array, ...]
@@ -78,13 +77,13 @@ class Collective:
     """The operation's path through the Python program: the first one's, where XLA merged some."""
 
     def bytes(self, *, awaited: bool | None = None) -> int:
-        """Of all arrays, or of those that are awaited, or are not."""
+        """The bytes of all arrays, or of those that are awaited, or of those that are not."""
         chosen = zip(self.arrays, self.awaited)
         return sum(a.bytes for a, waits in chosen if awaited in (None, waits))
 
 
 class Program:
-    """A compiled module, from `compiled.as_text()`."""
+    """A compiled module, read from `compiled.as_text()`."""
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
@@ -99,7 +98,7 @@ class Program:
 
     @cached_property
     def collectives(self) -> list[Collective]:
-        """All of them, in the order of the text."""
+        """All collectives, in the order of the text."""
         found = []
         for outer in self.entry.values():
             for inner, in_branch in self._collectives_of(outer):
@@ -124,7 +123,7 @@ class Program:
     def _collectives_of(
         self, instruction: Instruction, in_branch: bool = False
     ) -> Iterator[tuple[Instruction, bool]]:
-        """The instruction itself, or those in what it calls, which may be asynchronous calls."""
+        """The instruction itself, or the collectives in the computations that it calls."""
         if instruction.kind:
             yield instruction, in_branch
             return
@@ -134,7 +133,7 @@ class Program:
                 yield from self._collectives_of(inner, in_branch)
 
     def _awaited(self, instruction: Instruction, results: int) -> tuple[bool, ...]:
-        """For each result of the entry's instruction whether a later collective depends on it."""
+        """For each result of the entry's instruction, whether a later collective depends on it."""
         instruction = self._chain(instruction)[-1]
         users = self._users[instruction.name]
         if any(u.opcode != "get-tuple-element" for u in users) or not users:
@@ -153,7 +152,7 @@ class Program:
 
     @cached_property
     def _leads(self) -> dict[str, bool]:
-        """For each value of the entry whether it leads to a collective that always runs."""
+        """For each value of the entry, whether it leads to a collective that always runs."""
         always = {
             part.name
             for instruction in self.entry.values()
@@ -161,12 +160,12 @@ class Program:
             for part in self._chain(instruction)
         }
         leads: dict[str, bool] = {}
-        for name in reversed(self.entry):  # users come after what they use
+        for name in reversed(self.entry):  # users come after the values that they use
             leads[name] = any(u.name in always or leads[u.name] for u in self._users[name])
         return leads
 
     def _chain(self, instruction: Instruction) -> list[Instruction]:
-        """The instruction; of an asynchronous one the beginning, the updates, the end."""
+        """The instruction; for an asynchronous one its beginning, updates and end."""
         chain = [instruction]
         while chain[-1].opcode.endswith(("-start", "-update")):
             chain.append(next(u for u in self._users[chain[-1].name] if _continues(u)))
@@ -174,10 +173,10 @@ class Program:
 
     @property
     def hbm_bytes(self) -> int:
-        """Moved to and from HBM by the entry computation; branches of conditionals are left out.
+        """Bytes that the entry computation moves to and from HBM, without branches of conditionals.
 
-        Distinct operands and results of every instruction that are not in on-chip memory. Of an
-        operand that is only sliced, the slices.
+        Counted are the distinct operands and results of every instruction that are not in on-chip
+        memory. For an operand that is only sliced, the slices are counted.
         """
         if any(i.opcode == "while" for i in self.entry.values()):
             raise ValueError(
@@ -188,7 +187,7 @@ class Program:
 
     @property
     def on_chip_bytes(self) -> int:
-        """Of the entry computation's results that are put into on-chip memory, all together."""
+        """Bytes of all results of the entry computation that are put into on-chip memory."""
         return sum(
             array.bytes
             for instruction in self.entry.values()
@@ -199,8 +198,11 @@ class Program:
 
     @property
     def kernels(self) -> dict[str, int]:
-        """How often each kind of kernel runs outside of branches: "fusion", other operations that
-        XLA schedules by themselves, and hand-written kernels by their names."""
+        """The number of runs of each kind of kernel outside of branches.
+
+        The kinds are "fusion", other operations that XLA schedules by themselves, and hand-written
+        kernels by their names.
+        """
         found: dict[str, int] = {}
         for instruction in self.entry.values():
             if instruction.opcode in _MOVE_NOTHING - {"conditional"} or _continues(instruction):
@@ -221,7 +223,7 @@ class Program:
             or 'custom_call_target="ConcatBitcast"' in instruction.attributes
         ):
             return 0
-        # The type of a beginning names the operands again; an update may bring more of them.
+        # The type of a beginning repeats the operands, and an update may add more of them.
         chain = self._chain(instruction)
         results = chain[-1].results
         written = sum(a.bytes for a in results if not a.on_chip)
@@ -229,7 +231,7 @@ class Program:
         return written + sum(self._read(instruction, operand, results) for operand in operands)
 
     def _read(self, instruction: Instruction, operand: str, results: tuple[Array, ...]) -> int:
-        """Bytes of an operand that come from HBM."""
+        """The bytes of an operand that come from HBM."""
         whole = sum(a.bytes for a in self.entry[operand].results if not a.on_chip)
         if instruction.opcode in _PARTS:
             return min(whole, sum(a.bytes for a in results))
@@ -246,7 +248,7 @@ class Program:
 
 
 def _continues(instruction: Instruction) -> bool:
-    """Whether it goes on with what another one began."""
+    """True if the instruction continues an asynchronous one."""
     return instruction.opcode.endswith(("-update", "-done"))
 
 
@@ -260,13 +262,13 @@ def _instruction(line: str) -> Instruction | None:
     opcode, _, rest = rest.partition("(")
     end = _closing("(" + rest) - 1
     operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
-    # What a parameter has between its parentheses is its number.
+    # Between the parentheses of a parameter stands its number.
     attributes = rest[:end] if opcode == "parameter" else rest[end + 1 :]
     return Instruction(head[1], opcode, _arrays(types), operands, attributes)
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that opens the text is closed."""
+    """The position of the parenthesis that closes the one at the start of the text."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1

@@ -1,7 +1,7 @@
 """Bytes that a layer keeps between its forward and its backward pass, in units of x's bytes.
 
-Counted in the traced program: the distinct arrays that the function returned by `jax.vjp` holds.
-Parameters are float32, x and the results bfloat16.
+They are counted in the traced program: the distinct arrays that the function returned by `jax.vjp`
+holds. Parameters are float32, x and the results bfloat16.
 """
 
 import functools
@@ -19,7 +19,10 @@ PEERS = (p.JAXNORM, p.FLAX)
 
 
 def plan(*, quick: bool = False) -> Plan:
-    """Nothing is computed, only traced, so that the quick form is the full."""
+    """The plan of the run.
+
+    Nothing is computed, only traced, so the quick form is the full form.
+    """
     del quick
     settings = {
         "peers": [peer.name for peer in PEERS],
@@ -31,7 +34,7 @@ def plan(*, quick: bool = False) -> Plan:
         Unit(f"{norm.name} {shape}", functools.partial(_rows, norm, shape))
         for shape in SHAPES
         for norm in p.norms(GROUPS)
-        # The others are without spatial axes there.
+        # The other norms have no spatial axes there.
         if len(shape) > 2 or norm.name not in ("instance", "group")
     ]
     return Plan(settings, units)

@@ -1,8 +1,7 @@
-"""Whole networks around a normalization, in Linen: a ResNet, a pre-norm transformer, a U-Net, and
-stacks of the blocks that these are made of.
+"""Whole networks around a normalization, in Linen: a ResNet, a transformer, a U-Net, and blocks.
 
-Activations are bfloat16, where nothing else is asked for, and parameters float32. `norm` makes a
-layer, so that one network stands with any library's layer, or with none.
+Activations are bfloat16 unless another dtype is given, and parameters are float32. `norm` makes a
+layer, so that one network can have any library's layer, or no layer.
 """
 
 import math
@@ -18,7 +17,7 @@ DTYPE = jnp.bfloat16
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolution, each normalized, beside a shortcut (He et al. 2015)."""
+    """A 1x1, a 3x3 and a 1x1 convolution, each normalized, beside a shortcut (He et al. 2015)."""
 
     norm: Callable[[], nn.Module]
     width: int
@@ -39,7 +38,10 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """He et al., "Deep Residual Learning for Image Recognition", 2015; 50 layers by default."""
+    """The network of He et al., "Deep Residual Learning for Image Recognition", 2015.
+
+    It has 50 layers by default.
+    """
 
     norm: Callable[[], nn.Module]
     stages: tuple[int, ...] = (3, 4, 6, 3)
@@ -128,8 +130,10 @@ class TransformerBlocks(nn.Module):
 
 
 class UNet(nn.Module):
-    """Ronneberger et al. 2015, with norm, swish and convolution in residual blocks (Ho et al.
-    2020); halves the image once a stage."""
+    """A U-Net with norm, swish and convolution in residual blocks.
+
+    Ronneberger et al. 2015; residual blocks of Ho et al. 2020. It halves the image once a stage.
+    """
 
     norm: Callable[[], nn.Module]
     width: int = 64
@@ -159,7 +163,7 @@ class UNet(nn.Module):
 
 
 class NoNorm(nn.Module):
-    """Stands where a normalization stands, and does nothing."""
+    """A layer in the place of a normalization that does nothing."""
 
     @nn.compact
     def __call__(self, x):
@@ -167,7 +171,7 @@ class NoNorm(nn.Module):
 
 
 def mean_squared_error(y: jax.Array, target: jax.Array) -> jax.Array:
-    """In float32."""
+    """The mean squared error, computed in float32."""
     return jnp.mean(jnp.square(y.astype(jnp.float32) - target.astype(jnp.float32)))
 
 
@@ -176,7 +180,7 @@ def normed(make: Callable[[Any], nn.Module], x: jax.ShapeDtypeStruct) -> list[in
     seen = []
 
     class Spy(nn.Module):
-        """Stands where the layers stand."""
+        """A layer in the place of a norm that records its input."""
 
         @nn.compact
         def __call__(self, x):
@@ -188,6 +192,6 @@ def normed(make: Callable[[Any], nn.Module], x: jax.ShapeDtypeStruct) -> list[in
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean over all predictions."""
+    """The mean cross-entropy over all predictions."""
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)
     return -picked.mean()

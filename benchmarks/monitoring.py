@@ -1,7 +1,8 @@
-"""What a monitor costs: milliseconds of a training step with one and without, in turns.
+"""The cost of a monitor: milliseconds of a training step with a monitor and without.
 
-The convolutional net is the demo's, alone and as the sweep over seeds and rates that the demo
-trains. A sample is a number of steps in which as many are looked at as the monitor says.
+The convolutional net is that of the demo, as a single run and as the sweep over seeds and rates
+that the demo trains. Steps with and without a monitor are timed in alternating rounds. A
+measurement is a number of steps, of which the monitor samples its share.
 """
 
 import functools
@@ -28,7 +29,10 @@ CONV, SWEEP, TRANSFORMER = "convolutions", "convolutions, sweep", "transformer"
 
 
 def plan(*, quick: bool = False) -> Plan:
-    """Some minutes, most of them of compilation; the quick form, the net alone."""
+    """The plan of the run.
+
+    It takes some minutes, most of them for compilation; the quick form takes the single net.
+    """
     settings = {
         "peers": list(PEERS),
         "columns": ["network", "input", "round", "milliseconds of a step by peer"],
@@ -50,7 +54,7 @@ def _rows(name: str, effort: timing.Effort) -> dict[str, list]:
 
 
 def _network(name: str) -> tuple[Callable[[Monitor | None], Any], dict[str, jax.Array]]:
-    """From a monitor to a step and its first state; and the batch."""
+    """A function from a monitor to a step and its first state; and the batch."""
     rng = np.random.default_rng(0)
     plan = next(plan for plan in StudyConfig().plans if plan.network == "conv")
     if name == TRANSFORMER:
@@ -66,7 +70,7 @@ def _network(name: str) -> tuple[Callable[[Monitor | None], Any], dict[str, jax.
             return jnp.mean(jnp.square(outputs - batch["y"]))
         return optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"]).mean()
 
-    def alone(monitor: Monitor | None) -> Any:
+    def single(monitor: Monitor | None) -> Any:
         optimizer = optax.adam(1e-3) if name == TRANSFORMER else optax.sgd(0.1)
         state = training.create_train_state(model, optimizer, 0, batch["x"][:2])
         return training.make_train_step(model, optimizer, loss, monitor=monitor), state
@@ -77,15 +81,15 @@ def _network(name: str) -> tuple[Callable[[Monitor | None], Any], dict[str, jax.
         state = training.create_sweep_state(model, optax.sgd, members, rates, batch["x"][:2])
         return training.make_sweep_step(model, optax.sgd, loss, monitor=monitor), state
 
-    return swept if name == SWEEP else alone, batch
+    return swept if name == SWEEP else single, batch
 
 
 def _loop(step: Callable, state: Any, batch: Any) -> timing.Loop:
-    # With the buffer, which the first step adds.
+    # The first step adds the buffer to the state.
     start, _ = step(jax.tree.map(jnp.copy, state), batch)
 
     def fresh() -> Any:
-        # At step 0: as many steps are looked at in every sample.
+        # Begin at step 0, so that every measurement has the same number of sampled steps.
         copy = jax.tree.map(jnp.copy, start)
         return jax.block_until_ready(copy.replace(step=jnp.zeros_like(copy.step)))
 

@@ -1,8 +1,8 @@
 """Milliseconds of every normalization by itself: forward, training forward, forward and backward.
 
-The training forward hands out what the backward needs, all of it. Every peer is checked against the
-float64 oracle before anything is timed. Bandwidth is what has to be moved over the time, as a share
-of a copy's of the same array in the same turns.
+The training forward returns everything that the backward needs. Every peer is checked against the
+float64 oracle before anything is timed. Bandwidth is the number of bytes that must be moved,
+divided by the time, as a share of the bandwidth of a copy of the same array in the same rounds.
 """
 
 import functools
@@ -22,8 +22,8 @@ from benchmarks.shapes import QUICK, SHAPES, Shape
 from jaxnorm.testing import rounding_units, sum_conditioning
 
 FORWARD, TRAINING, BOTH = "forward", "training forward", "forward and backward"
-# Arrays of x's size that have to be read or written: x and y; and with the backward x and y, then
-# x, dy and dx. Per-slice statistics and parameters are not counted.
+# Arrays of x's size that must be read or written: x and y; with the backward x and y, then x, dy
+# and dx. Statistics of slices and parameters are not counted.
 MUST_MOVE = {FORWARD: 2, TRAINING: 2, BOTH: 5}
 COPY = "copy"
 COPY_MOVES = 2
@@ -59,30 +59,37 @@ def _cases_of(shape: Shape, backend: str) -> Iterator[Case]:
     for name in shape.norms:
         yield Case(norms[name], shape.model, size, shape.checked)
         if name == "batch" and shape is SHAPES[0]:
-            # A running mean five deviations away, as in the first steps of training: jaxnorm then
-            # takes the statistics again.
+            # The running mean is five deviations away, as in the first steps of training. In that
+            # case jaxnorm measures the statistics a second time.
             yield Case(norms[name], shape.model, size, shape.checked, 5.0, FAR)
 
 
 def peers(backend: str) -> tuple[p.Peer, ...]:
-    """Who takes part: where kernels may be chosen each implementation too; compiled PyTorch only
-    on a GPU."""
+    """The peers that take part on a backend.
+
+    Where kernels may be chosen, each implementation is a peer. Compiled PyTorch takes part only on
+    a GPU.
+    """
     names = ["jaxnorm", "flax", "jnp", "tokamax", "torch"]
     if backend != "cpu":
         names += [form.name for form in p.FORMS]
     if backend == "gpu":
         names.append("torch.compile")
     chosen = p.named(tuple(names))
-    # A PyTorch that has no GPU here would be timed on another device.
+    # A PyTorch without a GPU would be timed on another device.
     if backend != "cpu" and p.installed("torch") and pytorch.device() == "cpu":
         chosen = tuple(peer for peer in chosen if not isinstance(peer, p.Torch))
     return chosen
 
 
 def plan(*, quick: bool = False) -> Plan:
-    """About ten minutes on two cores; the quick form, one small array, seconds."""
-    # Read when PyTorch is imported. Threads that spin at a barrier cost a scheduler's tick (8 ms
-    # here) whenever another process has one of the cores; with sleeping ones it is as fast alone.
+    """The plan of the run.
+
+    It takes about ten minutes on two cores; the quick form takes one small array and some seconds.
+    """
+    # PyTorch reads this when it is imported. Threads that spin at a barrier cost a scheduler's tick
+    # (8 ms here) whenever another process has one of the cores. Sleeping threads are as fast if no
+    # other process runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     kept = timing.keep_freed_memory()  # before the threads of a backend have heaps of their own
     backend = jax.default_backend()
@@ -124,18 +131,18 @@ def _measured(case: Case, dtype: str, chosen, effort: timing.Effort) -> dict[str
         taken, faults = timing.interleaved([*loops, copy], effort)
         places = [having.index(peer) if peer in having else None for peer in chosen] + [-1]
 
-        def spread(row: list, places=places) -> list:
+        def placed(row: list, places=places) -> list:
             return [None if i is None else row[i] for i in places]
 
-        rows["samples"] += [[*where, name, i, spread(row)] for i, row in enumerate(taken)]
-        rows["page faults"].append([*where, name, spread(faults)])
+        rows["samples"] += [[*where, name, i, placed(row)] for i, row in enumerate(taken)]
+        rows["page faults"].append([*where, name, placed(faults)])
     return rows
 
 
 def inputs_of(case: Case, shape: tuple[int, ...], dtype) -> dict:
     rng = np.random.default_rng(0)
     features = shape[-1:]
-    # Standard normals of a kernel's outputs; for activations about the offset.
+    # Standard normal numbers in the shape of x; for activations around the offset.
     return {
         "x": rng.normal(case.offset, size=shape).astype(dtype),
         "scale": np.ones(features, np.float32),
@@ -145,7 +152,7 @@ def inputs_of(case: Case, shape: tuple[int, ...], dtype) -> dict:
 
 
 def checked(case: Case, dtype: str, chosen) -> list:
-    """Units by peer, None where it has no such function; raises where one is wrong."""
+    """Units for each peer, None if it has no such function; raise if one is wrong."""
     inputs = inputs_of(case, case.checked, DTYPES[dtype])
     exact = case.norm.exact(**inputs)
     terms = int(np.prod([case.checked[a] for a in case.norm.axes(len(case.checked))]))
@@ -178,7 +185,10 @@ def _loop(peer: p.Peer, norm: p.Norm, name: str, inputs: dict) -> timing.Loop:
 
 
 def jax_loop(peer: Any, norm: p.Norm, name: str, inputs: dict) -> timing.Loop:
-    """Each iteration normalizes the last one's `y`; its cotangent is the last one's `dx`."""
+    """A loop whose iterations feed each other.
+
+    Each iteration normalizes the last one's `y`; its cotangent is the last one's `dx`.
+    """
     function = peer.function(norm, inputs["x"].dtype)
 
     def forward(parameters, state):

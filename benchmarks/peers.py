@@ -1,7 +1,7 @@
-"""One normalization, several libraries: the same numbers in, the same quantities out.
+"""One normalization in several libraries: the same numbers in, the same quantities out.
 
-A `Norm` says what is to be computed and knows its float64 oracle; a peer computes it. Peers in JAX
-are functions of (parameters, x) that return y and, of batch norm, the new statistics; PyTorch is in
+A `Norm` describes a computation and knows its float64 oracle; a peer computes it. Peers in JAX are
+functions of (parameters, x) that return y and, for batch norm, the new statistics. PyTorch is in
 `benchmarks.pytorch`.
 """
 
@@ -25,14 +25,14 @@ from benchmarks.pytorch import TORCH, TORCH_COMPILED, Torch
 from jaxnorm.testing import oracle
 
 OUTPUTS = ("y", "dx", "dscale", "dbias")
-# What the pure functions take as `implementation`: each is a peer of its own where a kernel may be
+# Values of `implementation` of the pure functions. Each is a peer of its own where a kernel may be
 # chosen.
 IMPLEMENTATIONS = ("xla", "pallas")
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalization with features last."""
+    """A normalization of an array with features last."""
 
     name: str
     layer: str
@@ -42,11 +42,11 @@ class Norm:
 
     @property
     def epsilon(self) -> float:
-        """Flax's default, or jaxnorm's."""
+        """The epsilon of Flax, which is jaxnorm's too."""
         return 1e-5 if self.name in ("batch", "weight") else 1e-6
 
     def axes(self, ndim: int) -> tuple[int, ...]:
-        """The axes of one slice; a group's slice has a part of the last one."""
+        """The axes of one slice; a slice of a group has a part of the last axis."""
         if self.name in ("layer", "rms"):
             return (ndim - 1,)
         spatial = tuple(range(1, ndim - 1))
@@ -58,7 +58,7 @@ class Norm:
         }[self.name]
 
     def exact(self, x, scale, bias, dy, mask=None) -> dict[str, Any]:
-        """The float64 oracle's `y`, `dx`, `dscale` and `dbias`."""
+        """`y`, `dx`, `dscale` and `dbias` of the float64 oracle."""
         arguments = [x, scale, bias] if self.has_bias else [x, scale]
         if self.name == "weight":
             y = oracle.standardize_weight(*arguments)
@@ -78,12 +78,12 @@ class Norm:
 
 
 class _Jax:
-    """What peers in JAX share: `function` makes it, `run` takes it to NumPy."""
+    """The common part of peers in JAX: `function` builds the function, `run` returns arrays."""
 
     takes_masks: ClassVar[bool] = False
 
     def has(self, norm: Norm) -> bool:
-        """Whether the peer has that normalization."""
+        """True if the peer has that normalization."""
         del norm
         return True
 
@@ -96,7 +96,7 @@ class _Jax:
         return {}
 
     def run(self, norm: Norm, x, scale, bias, dy, mask=None) -> dict[str, np.ndarray] | None:
-        """`y`, `dx`, `dscale` and `dbias`, in NumPy; None where the peer has no such function."""
+        """`y`, `dx`, `dscale` and `dbias` in NumPy; None if the peer has no such function."""
         if not self.has(norm) or (mask is not None and not self.takes_masks):
             return None
         options = (mask,) if self.takes_masks else ()
@@ -120,7 +120,7 @@ class _Jax:
 
 @dataclass(frozen=True)
 class Linen(_Jax):
-    """Layers of a module with Flax's Linen interface."""
+    """The layers of a module with Flax's Linen interface."""
 
     name: str
     module: ModuleType
@@ -131,7 +131,7 @@ class Linen(_Jax):
         return hasattr(self.module, norm.layer)
 
     def layer(self, norm: Norm, dtype) -> nn.Module:
-        """The module, training, with results in `dtype`."""
+        """The module in training mode, with results in `dtype`."""
         options = {**dict(self.options), "dtype": dtype}
         if norm.name == "batch":
             options["use_running_average"] = False
@@ -148,7 +148,7 @@ class Linen(_Jax):
             if norm.name == "batch":
                 stats = {"mean": jnp.zeros(x.shape[-1]), "var": jnp.ones(x.shape[-1])}
                 variables["batch_stats"] = stats
-            # What a training step returns beside y: the new statistics must not be dead code.
+            # A training step returns the new statistics beside y, so that they are no dead code.
             return layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
 
         return apply
@@ -156,7 +156,7 @@ class Linen(_Jax):
 
 @dataclass(frozen=True)
 class Functional(_Jax):
-    """jaxnorm's pure functions, with the implementation that is asked for."""
+    """jaxnorm's pure functions, with a given implementation."""
 
     implementation: str | None
     takes_masks = True
@@ -197,7 +197,7 @@ class Functional(_Jax):
 
 
 class _Layer(nn.Module):
-    """Parameters around a peer's function; the new statistics are kept as batch norm's are."""
+    """A layer with parameters around a peer's function; it stores statistics as batch norm does."""
 
     function: Callable
     norm: Norm
@@ -216,13 +216,13 @@ class _Layer(nn.Module):
 
 @functools.cache
 def _layer_named(name: str) -> type[_Layer]:
-    """Parameters are named after the class: the same in every library's network."""
+    """A layer class of a given name: the names of parameters follow it, equal in every library."""
     return type(name, (_Layer,), {})
 
 
 @dataclass(frozen=True)
 class Plain(_Jax):
-    """The textbook's formula in `jax.numpy`, in float32, as a user writes it down."""
+    """The textbook's formula in `jax.numpy`, in float32, as a user writes it."""
 
     name: str = "jnp"
 
@@ -260,7 +260,7 @@ class Tokamax(_Jax):
     def function(self, norm: Norm, dtype) -> Callable:
         tokamax: Any = importlib.import_module("tokamax")
         flags: Any = importlib.import_module("absl.flags")
-        if not flags.FLAGS.is_parsed():  # it would take this program's command line for its own
+        if not flags.FLAGS.is_parsed():  # else it would parse this program's command line
             flags.FLAGS(["benchmarks"])
 
         def apply(parameters, x):
@@ -286,12 +286,12 @@ class Jaxnorm(Linen):
 
 
 def parameters_of(norm: Norm, scale, bias) -> dict:
-    """Linen's parameter dictionary."""
+    """The parameter dictionary of a Linen layer."""
     return {"scale": scale, "bias": bias} if norm.has_bias else {"scale": scale}
 
 
 def installed(name: str) -> bool:
-    """Whether an optional peer is there."""
+    """True if an optional peer is installed."""
     return importlib.util.find_spec(name) is not None
 
 
@@ -312,7 +312,7 @@ def named(names: tuple[str, ...]) -> tuple[Peer, ...]:
 
 
 def norms(groups: int) -> tuple[Norm, ...]:
-    """The five of activations, with that number of groups."""
+    """The five norms of activations, with that number of groups."""
     return (
         Norm("batch", "BatchNorm"),
         Norm("layer", "LayerNorm"),

@@ -12,8 +12,8 @@ import numpy as np
 class Torch:
     """PyTorch's functional normalizations, on the same memory, features last.
 
-    PyTorch wants features second: batch, group and instance norm see a transposed view, which for
-    images is its channels-last format.
+    PyTorch expects features second. So batch, group and instance norm get a transposed view, which
+    for images is PyTorch's channels-last format.
     """
 
     name: str = "torch"
@@ -21,7 +21,7 @@ class Torch:
     takes_masks: ClassVar[bool] = False
 
     def has(self, norm) -> bool:
-        """Whether the peer has that normalization; weight standardization is no function there."""
+        """True if the peer has that normalization; it has no weight standardization."""
         return norm.name != "weight"
 
     def function(self, norm, dtype=None) -> Callable:
@@ -38,7 +38,7 @@ class Torch:
                     scale, bias = scale.to(x.dtype), bias.to(x.dtype)
                 return functional.layer_norm(x, x.shape[-1:], scale, bias, eps)
             if norm.name == "rms":
-                # Of its own dtype: it warns of any other.
+                # The parameters have the dtype of x: PyTorch warns of any other.
                 return functional.rms_norm(x, x.shape[-1:], scale.to(x.dtype), eps)
             x = x.movedim(-1, 1)
             if norm.name == "batch":
@@ -52,7 +52,7 @@ class Torch:
         return torch.compile(apply) if self.compiled else apply
 
     def run(self, norm, x, scale, bias, dy, mask=None) -> dict[str, np.ndarray] | None:
-        """`y`, `dx`, `dscale` and `dbias`, in NumPy; None where PyTorch has no such function."""
+        """`y`, `dx`, `dscale` and `dbias` in NumPy; None if PyTorch has no such function."""
         import torch
 
         if mask is not None or not self.has(norm):
@@ -71,21 +71,21 @@ class Torch:
 
 
 def to_torch(a: np.ndarray, dtype) -> Any:
-    """A tensor with the numbers of `a`; NumPy's bfloat16 and PyTorch's meet in float32."""
+    """A tensor with the numbers of `a`; bfloat16 is converted through float32."""
     import torch
 
     return torch.tensor(a.astype(np.float32)).to(device(), dtype)
 
 
 def device() -> str:
-    """Where tensors are put: a GPU where PyTorch has one."""
+    """The device of tensors: a GPU if PyTorch has one."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def wait() -> None:
-    """Until everything that was asked for is done."""
+    """Wait until all work on the device is done."""
     import torch
 
     if torch.cuda.is_available():
@@ -93,7 +93,7 @@ def wait() -> None:
 
 
 def threads() -> int | None:
-    """How many PyTorch computes with; None where it is not installed."""
+    """The number of threads of PyTorch; None if it is not installed."""
     if importlib.util.find_spec("torch") is None:
         return None
     import torch

@@ -1,4 +1,4 @@
-"""What a result file holds: every sample, and what is needed to judge and to repeat it."""
+"""The content of a result file: every sample, and all that is needed to judge and repeat it."""
 
 import datetime
 import importlib
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def new_record(name: str, command: str, settings: dict) -> dict:
-    """A record to which `samples` are added: machine, versions, date and command first."""
+    """A record without samples: machine, versions, date and command come first."""
     return {
         "name": name,
         "command": command,
@@ -27,12 +27,15 @@ def new_record(name: str, command: str, settings: dict) -> dict:
 
 
 def load_average() -> list[float] | None:
-    """Over 1, 5 and 15 minutes: what else kept the cores busy. None where the system has none."""
+    """The load over 1, 5 and 15 minutes; None if the system does not tell it.
+
+    It shows what else used the cores.
+    """
     return [round(v, 2) for v in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
 def write(record: dict, folder: Path) -> Path:
-    """`folder/<name>.json`, one sample a line."""
+    """Write `folder/<name>.json`, one sample a line."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record['name']}.json"
     lines = []
@@ -44,12 +47,12 @@ def write(record: dict, folder: Path) -> Path:
             lines.append(f'"{key}": {json.dumps(value, allow_nan=False)}')
     new = path.with_suffix(".new")
     new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    new.replace(path)  # at once: who reads meanwhile reads the old one
+    new.replace(path)  # atomic: a concurrent reader gets the old file
     return path
 
 
 def read(name: str, folder: Path = RESULTS) -> dict:
-    """The record of that name."""
+    """Read the record of that name."""
     return json.loads((folder / f"{name}.json").read_text())
 
 
@@ -78,7 +81,7 @@ def _versions() -> dict:
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            # A checkout that is run without being installed knows its own version.
+            # A checkout that is not installed knows its own version.
             if importlib.util.find_spec(name) is None:
                 return "not installed"
             return getattr(importlib.import_module(name), "__version__", "unknown")

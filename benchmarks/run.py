@@ -4,13 +4,12 @@
         [--out DIR]
     python benchmarks/run.py report [--docs|--readme|--evidence] [--results DIR] [--out DIR]
 
-A run prints its tables and writes every sample to `<DIR>/<name>.json`; DIR is
-`benchmarks/results` unless given. An interrupted run is continued by the same command, from
-`<DIR>/<name>.partial.jsonl`. A quick run is a smoke test: it writes only where it is told.
-`report` prints the results (those in `--results`) as Markdown, or writes that with its plots into
-`--out`; `report --docs` prints `docs/benchmarks.md`, `report --readme` the figures that the README
-holds, `report --evidence` what `jaxnorm/kernels/evidence.json` holds, by which implementations are
-chosen.
+A run prints its tables and writes every sample to `<DIR>/<name>.json`. DIR is `benchmarks/results`
+by default. The same command continues an interrupted run, from `<DIR>/<name>.partial.jsonl`. A
+quick run is a smoke test: it writes only into a given DIR. `report` prints the results (those in
+`--results`) as Markdown, or writes it with its plots into `--out`. `report --docs` prints
+`docs/benchmarks.md`, `report --readme` the figures of the README, and `report --evidence` the
+content of `jaxnorm/kernels/evidence.json`, by which implementations are chosen.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# What each is called in the package; nothing of JAX is imported before it is needed.
+# The name of each module of the package; JAX is imported only when it is needed.
 BENCHMARKS = {
     "ops": "ops",
     "blocks": "blocks",
@@ -35,7 +34,7 @@ BENCHMARKS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

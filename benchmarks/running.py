@@ -1,8 +1,9 @@
-"""A run, one unit of work at a time: shown, kept as it comes, and continued after an interruption.
+"""A run, one unit of work at a time: shown, stored at once, continued after an interruption.
 
-What units find is appended to `<name>.partial.jsonl`, a line each. Its first line says what the run
-is of: settings, machine, versions and sources. A later run of the same kind skips the units whose
-lines are there; any other begins anew. The finished record replaces the file of that name at once.
+The results of units are appended to `<name>.partial.jsonl`, one line each. Its first line describes
+the run: settings, machine, versions and sources. A later run of the same kind skips the units whose
+lines are there. Any other run begins from the start. The finished record replaces the file of that
+name atomically.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a run that is done or not done: it returns rows by the name of their list."""
+    """A part of a run that is either done or not; it returns rows by the name of their list."""
 
     key: str
     run: Callable[[], dict[str, list]]
@@ -28,14 +29,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a benchmark is going to do."""
+    """The units of work of a benchmark, with their settings."""
 
     settings: dict
     units: list[Unit]
 
 
 class Journal:
-    """The file of a run that is not finished; without a folder nothing is kept."""
+    """The file of a run that is not finished; without a folder nothing is stored."""
 
     def __init__(self, start: dict, folder: Path | None):
         self.path = folder / f"{start['name']}.partial.jsonl" if folder else None
@@ -43,7 +44,7 @@ class Journal:
         head = {"start": start, "source": _sources()}
         lines = self._lines()
         if lines and {**lines[0], "start": _undated(lines[0])} == {**head, "start": _undated(head)}:
-            # The date is the first part's.
+            # The date is that of the first part of the run.
             start["date"] = lines[0]["start"]["date"]
             self.found = {line["key"]: line["found"] for line in lines[1:]}
         if self.path:
@@ -53,7 +54,7 @@ class Journal:
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def _lines(self) -> list[dict]:
-        """What is there, up to a line that was being written when the run ended."""
+        """The complete lines of the file; a line that was cut by the end of the run is dropped."""
         lines: list[dict] = []
         if self.path and self.path.exists():
             for text in self.path.read_text().splitlines():
@@ -64,21 +65,21 @@ class Journal:
         return lines
 
     def add(self, key: str, found: dict) -> None:
-        """Keep what a unit found."""
-        # As it will be read again: tuples are lists there.
+        """Store the results of a unit."""
+        # The head as it will be read: JSON turns tuples into lists.
         self.found[key] = json.loads(json.dumps(found, allow_nan=False))
         if self.path:
             with self.path.open("a") as file:
                 file.write(json.dumps({"key": key, "found": found}, allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """The run is finished and written elsewhere."""
+        """Remove the file, because the run is finished and written elsewhere."""
         if self.path:
             self.path.unlink()
 
 
 def run(name: str, plan: Plan, command: str, folder: Path | None = None) -> dict:
-    """The record of a run; with a folder also written there, and continued from there."""
+    """The record of a run; with a folder it is also written there, and continued from there."""
     record = records.new_record(name, command, plan.settings)
     record = json.loads(json.dumps(record, allow_nan=False))
     journal = Journal(record, folder)
@@ -111,7 +112,7 @@ def shown(name: str, units: list[Unit], done: int = 0) -> Iterator[Unit]:
 
 
 def _bar(stack: contextlib.ExitStack, name: str, total: int) -> Callable[[str], None] | None:
-    """A bar with the time that is left; None where rich or a terminal is missing."""
+    """A progress bar with the remaining time; None if rich or a terminal is missing."""
     try:
         from rich import progress
     except ImportError:
@@ -140,7 +141,7 @@ def _undated(head: dict) -> dict:
 
 
 def _sources() -> str:
-    """A digest of what is measured and of what measures: a changed line makes another run."""
+    """A digest of the measured and the measuring sources: a changed line makes another run."""
     files: Iterable[Path] = sorted(
         path for folder in ("jaxnorm", "benchmarks") for path in (ROOT / folder).rglob("*.py")
     )

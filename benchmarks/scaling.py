@@ -1,9 +1,9 @@
 """Time against rows and features, and one training step on TPU pods.
 
-The step is compiled ahead of time by the real compiler: no TPU is needed. Weak scaling: every
-device has the same share of the batch, so what a device does must not grow with their number. The
-step is forward, backward, statistics and SGD with momentum, its state donated; batches are spread
-over all devices, the state is on each.
+The real compiler compiles the step ahead of time, so no TPU is needed. Weak scaling: every device
+has the same share of the batch, so the work of a device must not grow with the number of devices.
+The step is forward, backward, statistics and SGD with momentum, and its state is donated. Batches
+are sharded over all devices, and the state is on each device.
 """
 
 import functools
@@ -24,7 +24,7 @@ from benchmarks.hlo import Collective, Program
 from benchmarks.running import Plan, Unit
 from jaxnorm.training import create_train_state, make_train_step
 
-# Of each generation a board and, where the compiler knows it, a pod.
+# For each generation a board and, if the compiler knows it, a pod.
 TOPOLOGIES = ("v5e:2x2x1", "v5e:16x16", "v6e:2x2x1", "v6e:16x16", "v5p:2x2x1", "v5p:8x8x8",
               "tpu7x:2x2x1")  # fmt: skip
 AXIS = "data"
@@ -33,7 +33,7 @@ LAYERS = {"batch": jnn.BatchNorm, "layer": jnn.LayerNorm, "rms": jnn.RMSNorm}
 
 @dataclass(frozen=True)
 class Case:
-    """A network, one device's share of its batch, and how it is spread."""
+    """A network, one device's share of its batch, and how the batch is sharded."""
 
     network: str
     norm: str
@@ -77,7 +77,10 @@ QUICK = tuple(
 
 
 def plan(*, quick: bool = False) -> Plan:
-    """Half an hour of compiling after some minutes of timing; the quick form, seconds."""
+    """The plan of the run.
+
+    It takes half an hour of compilation after some minutes of timing; the quick form takes seconds.
+    """
     tpu.require_compiler("scaling")
     settings = {
         **growth.settings(),
@@ -115,7 +118,7 @@ def _sampled(case: Case, topology: str) -> dict[str, list]:
 
 
 def sample(case: Case, topology: str) -> dict:
-    """What the step of that case does on one device of that topology."""
+    """The work of the step of that case on one device of that topology."""
     mesh = tpu.mesh_of(topology)
     compiled = compile_step(case, mesh)
     program = Program(compiled.as_text())
@@ -172,7 +175,7 @@ def _placed(tree, mesh: Mesh, spec: P):
 
 
 def _sums(reduces: list[Collective]) -> list[int]:
-    """Number, arrays and bytes of the all-reduces that something waits for."""
+    """Number, arrays and bytes of the all-reduces that another operation waits for."""
     awaited = [c for c in reduces if any(c.awaited)]
     return [len(awaited), sum(sum(c.awaited) for c in awaited),
             sum(c.bytes(awaited=True) for c in awaited)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""One table of shapes from real models, features last, each with the place it is taken from."""
+"""One table of shapes from real models, features last, each with its source."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Shape:
 
     @property
     def checked(self) -> tuple[int, ...]:
-        """The same with so few examples that the oracle takes seconds."""
+        """The same shape with so few examples that the oracle takes seconds."""
         sizes = list(self.cpu or self.shape)
         while math.prod(sizes) >= 2**23:
             first = next(i for i, n in enumerate(sizes) if n > 1)
@@ -27,7 +27,7 @@ class Shape:
         return tuple(sizes)
 
     def on(self, backend: str) -> tuple[int, ...] | None:
-        """The shape for that backend, None where it is left out."""
+        """The shape for that backend; None if it is left out there."""
         return self.cpu if backend == "cpu" else self.shape
 
 

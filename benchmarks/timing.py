@@ -1,10 +1,10 @@
-"""Interleaved samples of things that run for a while, and in which nothing but them runs.
+"""Interleaved measurements of loops in which nothing but the measured function runs.
 
 A fresh large buffer costs more than the arithmetic (page faults), so the process keeps the memory
-that it has freed. A compiled loop would be no better: XLA copies what such a loop carries wherever
-it does not see that nobody reads the old value. Instead a few iterations are compiled in a row,
-each feeding the next, and all that they find is handed out. Peers take turns; what is compared are
-ratios within a turn.
+that it has freed. A compiled loop would be no better: XLA copies the carry of such a loop if it
+does not see that nobody reads the old value. Instead a few iterations are compiled in a row. Each
+feeds the next, and all their results are returned. In each round every peer runs once, and ratios
+are compared within a round.
 """
 
 import ctypes
@@ -22,16 +22,16 @@ from jax import lax
 
 try:
     import resource
-except ImportError:  # a system without POSIX's limits
+except ImportError:  # a system without POSIX resource limits
     resource = None
 
 CHAIN, DEVICE_CHAIN = 2, 8
-PAUSE = 0.02  # after a sample: threads of the last peer go to sleep
+PAUSE = 0.02  # seconds after a measurement, in which threads of the last peer fall asleep
 
 
 @dataclass(frozen=True)
 class Loop:
-    """Something that runs many times."""
+    """A function that runs many iterations."""
 
     run: Callable[[int, Any], Any]
     """Of a number of iterations and what `fresh` made; returns when they are done."""
@@ -43,7 +43,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured."""
+    """The number of rounds and the time of a measurement."""
 
     rounds: int
     seconds: float
@@ -54,8 +54,8 @@ FULL, QUICK = Effort(7, 0.08), Effort(3, 0.005)
 
 
 def interleaved(loops: Sequence[Loop], effort: Effort) -> tuple[list[list[float]], list[float]]:
-    """Milliseconds of one iteration, [round][loop], and page faults of the median sample."""
-    for _ in range(2):  # compiles, and lets the heap grow to its size
+    """Milliseconds of one iteration, [round][loop], and page faults of the median measurement."""
+    for _ in range(2):  # compile, and let the heap grow to its size
         for loop in loops:
             loop.run(loop.length, loop.fresh())
     counts = [
@@ -88,9 +88,9 @@ def _page_faults() -> int:
 
 
 def chained(step: Callable, fixed, start: tuple) -> Loop:
-    """Iterations of ``(*start, *rest) = step(fixed, start)``; the rest is computed and kept."""
+    """A loop of ``(*start, *rest) = step(fixed, start)``; the rest is computed and kept."""
     cpu = jax.default_backend() == "cpu"
-    # Where the host only asks for work, it must be ahead of the device.
+    # If the host only enqueues work, it must be ahead of the device.
     length = CHAIN if cpu else DEVICE_CHAIN
 
     @jax.jit
@@ -106,7 +106,7 @@ def chained(step: Callable, fixed, start: tuple) -> Loop:
         for _ in range(-(-count // length)):
             outputs = chain(fixed, state)
             state = outputs[-1][: len(start)]
-            if cpu:  # many steps at once would take memory, and each other's cores
+            if cpu:  # many steps at once would take memory and compete for cores
                 jax.block_until_ready(outputs)
         jax.block_until_ready(state)
 

@@ -1,8 +1,8 @@
-"""What the TPU compiler makes of a normalization: alone, and inside of whole blocks.
+"""The TPU compiler's program for a normalization: by itself, and inside whole blocks.
 
-It is the real compiler, and no TPU is needed. *Passes* are bytes moved to and from HBM by the
-scheduled program, in units of the bytes of `x`. Activations are bfloat16, parameters float32. One
-device of each topology.
+It is the real compiler, and no TPU is needed. *Passes* are bytes that the scheduled program moves
+to and from HBM, in units of the bytes of `x`. Activations are bfloat16, parameters float32. One
+device of each topology is used.
 """
 
 import functools
@@ -57,7 +57,10 @@ QUICK_BLOCK = Block("small pre-norm MLP", models.MLPBlocks, (256, 128), ("layer"
 
 
 def plan(*, quick: bool = False) -> Plan:
-    """An hour of compiling; the quick form, small shapes and one topology, a minute."""
+    """The plan of the run.
+
+    It takes an hour of compilation; the quick form takes small shapes and one topology, a minute.
+    """
     require_compiler("tpu")
     settings = {
         "compiler": f"libtpu {importlib.metadata.version('libtpu')}",
@@ -116,7 +119,7 @@ def _alone_rows(peer, name: str, shape, topology: str) -> dict:
 
 def _block_rows(block: Block, peer, name: str, topology: str) -> dict:
     layers = models.normed(block.model, _input(block))
-    found = apart(_block_found, block, peer.name, name, topology)
+    found = in_subprocess(_block_found, block, peer.name, name, topology)
     row = {
         "network": block.network,
         "norm": name,
@@ -144,8 +147,8 @@ def _block_found(block: Block, peer: str, name: str, topology: str) -> dict:
 _OTHERS: list[ProcessPoolExecutor] = []
 
 
-def apart(function: Callable, *arguments) -> Any:
-    """What the function returns in another process; None where it took that process down."""
+def in_subprocess(function: Callable, *arguments) -> Any:
+    """Call the function in another process; None if that process crashed."""
     if not _OTHERS:
         _OTHERS.append(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
     try:
@@ -166,7 +169,7 @@ def alone(peer, name: str, shape: tuple[int, ...], topology: str) -> tuple[float
 
 
 def blocks_extra(peer, name: str, topology: str) -> float:
-    """Extra passes for each norm layer of the block that stands for that norm."""
+    """Extra passes for each norm layer of the block that belongs to that norm."""
     (block,) = (b for b in BLOCKS if name in b.norms)
     compiled, base = compile_block(block, peer, name, topology), _without(block, topology)
     return _extra(compiled, base, models.normed(block.model, _input(block)))
@@ -179,7 +182,7 @@ def _extra(compiled, base, layers: list[int]) -> float:
 
 
 def described(compiled, size: int) -> dict:
-    """What is read in a compiled program; passes in units of `size` bytes."""
+    """Figures of a compiled program; passes in units of `size` bytes."""
     program = Program(compiled.as_text())
     return {
         "passes": round(program.hbm_bytes / size, 3),
@@ -203,7 +206,7 @@ def compile_alone(peer, name: str, shape: tuple[int, ...], topology: str) -> tup
 
     def both(parameters, dy, *inputs):
         y, back, state = jax.vjp(function, parameters, *inputs, has_aux=True)
-        return y, back(dy)[:2], state  # both summands have one gradient: results share no memory
+        return y, back(dy)[:2], state  # both summands have one gradient, which is returned once
 
     return (
         compile_for(topology, function, parameters, *inputs),
@@ -212,7 +215,7 @@ def compile_alone(peer, name: str, shape: tuple[int, ...], topology: str) -> tup
 
 
 def add_rms(peer) -> Callable:
-    """A function of (parameters, x, residual): the norm of their sum and the sum, and no state."""
+    """A function of (parameters, x, residual) that returns the norm of their sum, and the sum."""
     plain = peer.function(NORMS["rms"], models.DTYPE)
 
     def apply(parameters, x, residual):
@@ -229,7 +232,7 @@ def add_rms(peer) -> Callable:
 
 
 def compile_block(block: Block, peer, name: str, topology: str) -> Any:
-    """The gradient of the blocks with that norm, or without norms where the peer is None."""
+    """The gradient of the blocks with that norm; without norms if the peer is None."""
 
     def norm():
         return models.NoNorm() if peer is None else peer.layer(NORMS[name], models.DTYPE)
@@ -267,8 +270,8 @@ def compile_for(topology: str, function: Callable, *arguments) -> Any:
 
 @functools.cache
 def mesh_of(topology: str) -> Mesh:
-    """All devices of a TPU topology on the axis "data"; the chips need not be there."""
-    # No chip is held: do not look for the machine that has it, nor keep other processes away.
+    """All devices of a TPU topology on the axis "data"; the chips need not exist."""
+    # No chip is used: do not search for a machine that has one, or lock out other processes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -276,7 +279,7 @@ def mesh_of(topology: str) -> Mesh:
 
 
 def require_compiler(name: str) -> None:
-    """Raise where libtpu is not installed."""
+    """Raise if libtpu is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
             f"benchmarks: {name} compiles for TPUs with the compiler in libtpu; got an environment "

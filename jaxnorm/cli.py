@@ -1,6 +1,6 @@
 """The command line: `jaxnorm demo`, `jaxnorm doctor`, `jaxnorm report`, `jaxnorm --version`.
 
-Each command imports what it needs when it runs, so that `jaxnorm --help` answers at once.
+Each command imports its modules when it runs, so that `jaxnorm --help` answers at once.
 """
 
 import argparse
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from jaxnorm.lab.study import Progress, StudyConfig
     from jaxnorm.monitor import Recording
 
-FOUND = 1  # of `jaxnorm doctor`, as checkers of code do
-USAGE_ERROR = 2  # what argparse exits with, too
+FOUND = 1  # exit status of `jaxnorm doctor` if it finds something, as of linters
+USAGE_ERROR = 2  # the exit status of argparse too
 INTERRUPTED = 130
 REPORT, RESULTS, RECORDINGS = "report.html", "results.json", "recordings"
-LAB_PACKAGES = {  # module -> distribution, of the extra "lab"
+LAB_PACKAGES = {  # module -> distribution, for the extra "lab"
     "sklearn": "scikit-learn",
     "altair": "altair",
     "vl_convert": "vl-convert-python",
@@ -33,25 +33,25 @@ FEWEST_STEPS = 20
 
 
 class UsageError(Exception):
-    """Something that the user can put right; printed without a traceback."""
+    """An error that the user can correct; it is printed without a traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command of the command line.
 
     Args:
-      argv: arguments without the program's name; those of the process by default.
+        argv: the arguments without the program's name. The default is those of the process.
 
     Returns:
-      The exit status: 0; 1 where the doctor has found something; 2 for input that cannot be used;
-      130 after an interrupt.
+        The exit status: 0; 1 if the doctor has found something; 2 for input that cannot be used;
+        130 after an interrupt.
 
     Raises:
-      SystemExit: from argparse, after `--help`, `--version` or an unknown argument.
+        SystemExit: from argparse, after `--help`, `--version` or an unknown argument.
 
     Example:
-      >>> main([])
-      2
+        >>> main([])
+        2
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -96,11 +96,15 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         metavar="DIR",
         default="jaxnorm-demo",
-        help=f"folder for {REPORT}, {RESULTS} and {RECORDINGS}; other files in it are left alone "
+        help=f"folder for {REPORT}, {RESULTS} and {RECORDINGS}; other files in it are not changed "
         "(default: %(default)s)",
     )
     demo.add_argument(
-        "--seed", type=_integer(0), default=0, metavar="N", help="of all randomness (default: 0)"
+        "--seed",
+        type=_integer(0),
+        default=0,
+        metavar="N",
+        help="the seed of all randomness (default: 0)",
     )
     demo.add_argument(
         "--steps",
@@ -116,11 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor = commands.add_parser(
         "doctor",
-        help="say what is wrong with a run, and what to do",
+        help="find out what is wrong with a run, and what to do",
         description=(
-            "Read a recording that jaxnorm.monitor.Recording has written; print what is wrong, "
-            "the evidence, the likely cause and the remedy, the gravest first. Exits with 1 where "
-            "something critical or a warning is found, so that scripts can tell."
+            "Read a recording that jaxnorm.monitor.Recording has written. Print what is wrong, the "
+            "evidence, the likely cause and the remedy, the gravest finding first. The exit status "
+            "is 1 if a finding is critical or a warning, so that scripts can use it."
         ),
     )
     doctor.set_defaults(command=_doctor)
@@ -129,9 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         "report",
         help="write a page of HTML on one run, or on several side by side",
         description=(
-            "Read what a monitor recorded, and write one page of HTML that works offline: what is "
-            "wrong first, then what every layer saw, step by step. With several runs the page "
-            "switches between them, on one scale of colours."
+            "Read the samples that a monitor recorded, and write one page of HTML that works "
+            "offline: findings first, then the values at every layer, step by step. With several "
+            "runs the page switches between them, on one scale of colours."
         ),
     )
     report.set_defaults(command=_report)
@@ -140,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         metavar="FILE",
         default=REPORT,
-        help="the page; one that is there is replaced (default: %(default)s)",
+        help="the page; an existing one is replaced (default: %(default)s)",
     )
     return parser
 
@@ -157,7 +161,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     _check_packages("demo")
-    from jaxnorm.report.files import OutputError, check_folder
+    from jaxnorm.report.output import OutputError, check_folder
 
     try:
         folder = check_folder(arguments.out, (REPORT, RESULTS))
@@ -211,7 +215,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _run(config: "StudyConfig", data: object) -> "StudyResult":
-    """The study, with a bar for all of it and a line for each part that is done."""
+    """Run the study, with a progress bar for all of it and a line for each finished part."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -219,7 +223,7 @@ def _run(config: "StudyConfig", data: object) -> "StudyResult":
     from jaxnorm.report.words import NETWORKS, NORMALIZATIONS
 
     total = sum(plan.steps * len(names) for plan, names in config.pairs().items())
-    made: dict[tuple[str, str], int] = {}
+    steps_made: dict[tuple[str, str], int] = {}
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -233,8 +237,8 @@ def _run(config: "StudyConfig", data: object) -> "StudyResult":
 
         def show(state: "Progress") -> None:
             name = f"{NETWORKS[state.network]}, {NORMALIZATIONS[state.normalization]}"
-            made[state.network, state.normalization] = state.step
-            bar.update(task, completed=sum(made.values()), description=f"{name:<48}")
+            steps_made[state.network, state.normalization] = state.step
+            bar.update(task, completed=sum(steps_made.values()), description=f"{name:<48}")
             if state.step == state.steps:
                 bar.console.print(f"  {name:<48} validation accuracy {state.accuracy:6.1%}")
 
@@ -243,9 +247,9 @@ def _run(config: "StudyConfig", data: object) -> "StudyResult":
 
 def _report(arguments: argparse.Namespace) -> int:
     _check_packages("report")
-    from jaxnorm.report.files import OutputError, check_folder, write_files
+    from jaxnorm.report.output import OutputError, check_folder, write_files
 
-    out = Path(os.path.abspath(arguments.out))  # of "." the name is that of the folder
+    out = Path(os.path.abspath(arguments.out))  # gives "." the name of the folder
     try:
         check_folder(out.parent, (out.name,))
     except OutputError as error:
@@ -259,7 +263,7 @@ def _report(arguments: argparse.Namespace) -> int:
     runs = []
     for folder, name in zip(folders, names):
         recording = _recording("report", folder)
-        # Of two folders of one name the paths tell which is which.
+        # Two folders with one name are told apart by their paths.
         name = name if names.count(name) == 1 else str(folder)
         runs.append(Run(name, "", recording, diagnose(recording)))
     try:
@@ -271,7 +275,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _recording(command: str, folder: Path) -> "Recording":
-    """A recording with something in it."""
+    """A recording with at least one sample."""
     from jaxnorm.monitor import Recording, RecordingError
 
     if not folder.is_dir():
@@ -307,7 +311,7 @@ def _versions() -> dict[str, str]:
 
 
 def _integer(least: int):
-    """An argparse type: an integer that is not too small."""
+    """An argparse type for integers of at least `least`."""
 
     def parse(text: str) -> int:
         try:

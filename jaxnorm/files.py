@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Files that exist whole or not at all, even if writing is interrupted."""
 
 import contextlib
 import os
@@ -11,20 +11,21 @@ def write_whole(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
     """Write files into a folder; all of them are on disk before any gets its name.
 
     Args:
-      folder: made where it does not exist, with its parents.
-      contents: file name -> content. A file of the same name is replaced; no other is touched.
+        folder: the folder. It is made with its parents if it does not exist.
+        contents: file name -> content. A file of the same name is replaced; other files are not
+            changed.
 
     Returns:
-      The paths, in the order of `contents`.
+        The paths, in the order of `contents`.
 
     Raises:
-      OSError: the folder cannot be made or written. What was there before is still there.
+        OSError: the folder cannot be made or written. Earlier files are still there.
 
     Example:
-      >>> with tempfile.TemporaryDirectory() as parent:
-      ...     [path] = write_whole(Path(parent) / "new", {"a.txt": b"hello"})
-      ...     path.read_bytes()
-      b'hello'
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     [path] = write_whole(Path(parent) / "new", {"a.txt": b"hello"})
+        ...     path.read_bytes()
+        b'hello'
     """
     written: list[tuple[str, Path]] = []
     try:
@@ -36,7 +37,8 @@ def write_whole(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # as any other file; temporary ones are private
+            # A temporary file is private. Give it the permissions of any other file.
+            os.chmod(temporary, 0o666 & ~_umask())
         for temporary, path in written:
             os.replace(temporary, path)
     finally:
@@ -47,6 +49,6 @@ def write_whole(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
 
 
 def _umask() -> int:
-    mask = os.umask(0)  # there is no way to read it without setting it
+    mask = os.umask(0)  # the mask cannot be read without setting it
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its own protocol through a pair of pipes."""
+"""A headless Chromium, controlled by its own protocol through a pair of pipes."""
 
 import base64
 import json
@@ -29,7 +29,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Browser:
-    """One tab, and what it had to complain of."""
+    """One tab, and the errors that it reported."""
 
     def __init__(self, folder, seconds=60):
         self.seconds = seconds
@@ -68,7 +68,7 @@ class Browser:
         os.close(self._out)
 
     def call(self, method, **params):
-        """The answer to one request; what else the browser has to say is kept."""
+        """The answer to one request; other messages of the browser are stored."""
         self._count += 1
         request = {"id": self._count, "method": method, "params": params}
         if self._session:
@@ -105,7 +105,7 @@ class Browser:
             self.requests.append(params["request"]["url"])
 
     def look(self, width=1200, height=900, dark=False):
-        """The size of the window, and the scheme that its user prefers."""
+        """Set the size of the window, and the colour scheme that its user prefers."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
             mobile=width < 600,
@@ -114,14 +114,14 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def open(self, path):
-        """A page of this machine, once it has drawn all its charts."""
+        """Open a local page, and wait until it has drawn all its charts."""
         self.complaints, self.requests = [], []
         self.call("Page.navigate", url=f"file://{path}")
         self.wait("document.readyState === 'complete'")
         self.settle()
 
     def settle(self):
-        """Wait until every chart that is to be seen has been drawn, and none is at work."""
+        """Wait until every visible chart has been drawn, and none is being drawn."""
         self.wait(
             "typeof page !== 'undefined' && !page.working() && "
             "[...document.querySelectorAll('.chart')].every((chart) => "
@@ -129,7 +129,7 @@ class Browser:
         )
 
     def wait(self, condition):
-        """Until an expression is true."""
+        """Wait until an expression on the page is true."""
         deadline = time.monotonic() + self.seconds
         while not self.run(f"Boolean({condition})"):
             assert time.monotonic() < deadline, (condition, self.complaints)
@@ -144,11 +144,11 @@ class Browser:
         return answer["result"].get("value")
 
     def drawn(self, name):
-        """What a chart shows: its SVG, without the numbers that change with every drawing."""
+        """The SVG of a chart, without the numbers that change with every drawing."""
         return self.run(f"document.querySelector('#chart-{name} svg')?.innerHTML")
 
     def choose(self, selector, value=None):
-        """Click on a choice; or give a select or a slider a value, as its user would."""
+        """Click on an element; or set a select or a slider to a value, as a user would."""
         if value is None:
             self.run(f"document.querySelector({json.dumps(selector)}).click()")
         else:
@@ -160,7 +160,7 @@ class Browser:
         self.settle()
 
     def press(self, key, code):
-        """A key, on whatever has the focus."""
+        """Press a key, for the element that has the focus."""
         for kind in ("keyDown", "keyUp"):
             self.call(
                 "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code

@@ -1,8 +1,8 @@
-"""Time is kept: how long each room's tests take, and which test takes more than it may.
+"""A time limit for tests, and a table with the seconds of each room.
 
-With `--budget`, as `.ci/run` has it, a test that takes more than so many seconds fails, unless it
-is marked `@pytest.mark.seconds(40, "why")`; and so does one that is skipped, since nothing is to go
-untested without being noticed. A table of rooms ends the run.
+With `--budget`, which `.ci/run` uses, a test that takes too many seconds fails, unless it is marked
+`@pytest.mark.seconds(40, "why")`. A skipped test fails too, so that no test is left out without
+notice. A table of rooms ends the run.
 """
 
 from collections import Counter
@@ -54,7 +54,7 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
-    """A file that is skipped as a whole is no test, and would be missed."""
+    """Count a file that is skipped as a whole, which has no tests to count."""
     report = yield
     if report.skipped and collector.config.getoption("budget") is not None:
         report.outcome, report.longrepr = "failed", f"it was skipped: {report.longrepr[-1]}"
@@ -62,7 +62,7 @@ def pytest_make_collect_report(collector):
 
 
 class Rooms:
-    """Adds up what the tests of each folder take."""
+    """A pytest plugin that adds up the seconds of the tests of each folder."""
 
     def __init__(self, root: Path):
         self.root = root

@@ -1,7 +1,7 @@
-"""How programs are compiled in tests: quickly, but where it is their rounding that is judged.
+"""Compilation of programs in tests: with little optimization, unless a test judges rounding.
 
-Nine tenths of the time of these tests would be the compiler's. What a program computes, and what it
-refuses, does not hang on how well it is optimized; its last digits may.
+With full optimization the compiler would take nine tenths of the time of these tests. The values
+and the errors of a program do not depend on its optimization; its last digits may.
 """
 
 from importlib import metadata
@@ -20,7 +20,7 @@ AS_USERS = {
 
 
 def jit_as_users(function):
-    """`jax.jit` with XLA's own options for CPUs, whatever the tests' are."""
+    """`jax.jit` with XLA's own options for CPUs, instead of those of the tests."""
     import jax  # not before conftest.py has set the environment
 
     return jax.jit(function, compiler_options=AS_USERS)

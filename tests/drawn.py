@@ -1,4 +1,4 @@
-"""Kernels that NumPy draws: JAX's initializers take longer to compile than a small model.
+"""Kernels drawn by NumPy: JAX's initializers take longer to compile than a small model.
 
 `Dense` and `Linear` are layers that begin with such kernels; `initial` fills any Linen model.
 """
@@ -13,7 +13,7 @@ from flax import nnx
 
 
 def drawn(key, shape, dtype=jnp.float32, **_):
-    """An initializer of kernels, of deviation fan_in^(-1/2), that heeds the shape alone."""
+    """An initializer of kernels, of deviation fan_in^(-1/2), which depends on the shape alone."""
     values = np.random.default_rng(0).normal(size=shape)
     return jnp.asarray(values / np.sqrt(np.prod(shape[:-1])), dtype)
 
@@ -23,7 +23,7 @@ Linear = partial(nnx.Linear, kernel_init=drawn)
 
 
 def initial(model, *inputs, gain=1.0, **options):
-    """What `model.init` returns, with kernels of variance ``gain**2 / fan_in``."""
+    """The result of `model.init`, with kernels of variance ``gain**2 / fan_in``."""
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, **options))
     rng = np.random.default_rng(0)
 

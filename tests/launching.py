@@ -1,4 +1,4 @@
-"""Runs Python programs as several processes; a hang fails, and leaves nothing behind."""
+"""Run Python programs as several processes; a hang fails, and no process is left."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def launcher(*arguments, processes=2, devices=1) -> dict[str, Any]:
 
 
 def run(*arguments, timeout=100, **options) -> subprocess.CompletedProcess:
-    """Launches; when time is over the launcher is killed, and with it what it launched."""
+    """Launch programs; if the time is over, kill the launcher and all that it launched."""
     return subprocess.run(**launcher(*arguments, **options), capture_output=True, timeout=timeout)
 
 

@@ -1,4 +1,4 @@
-"""Recordings of networks that were never trained: any size and any names, in no time."""
+"""Recordings of networks that were never trained: any size and any names, made at once."""
 
 import numpy as np
 

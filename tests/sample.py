@@ -1,13 +1,13 @@
-"""How much runs: a sample with `--sample`; what is marked slow only with `-m slow`.
+"""The selection of tests: a sample with `--sample`; slow tests only with `-m slow`.
 
-What is slow has a smaller form that always runs: a notebook up to its first plot, an example in one
+A slow test has a smaller form that always runs: a notebook up to its first plot, an example in one
 process.
 
-`--sample` is for a second Python and for other versions of packages: what those may break is how
-JAX, Flax and the rest are called, not the numbers. It takes the tests that are marked
+`--sample` is for a second Python and for other versions of packages. They may change how JAX, Flax
+and the rest are called, but not the numbers. It takes the tests that are marked
 `@pytest.mark.sample`, at least one for each transformation, layer, step, kind of model, checkpoint,
-probe, recording, command and launch, and all doctests. Of a marked test it takes each value of the
-arguments below once, and where it has none of them the first case.
+probe, recording, command and launch, and all doctests. A marked test runs once for each value of
+the arguments below. If it has none of these arguments, its first case runs.
 """
 
 import pytest
@@ -24,7 +24,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "sample: it meets other versions of Python and of packages")
+    config.addinivalue_line(
+        "markers", "sample: it also runs with other Python and package versions"
+    )
     config.addinivalue_line("markers", "slow: it runs with -m slow; a smaller form, always")
 
 

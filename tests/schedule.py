@@ -1,11 +1,11 @@
-"""The tests of a file run in one worker of pytest-xdist.
+"""A schedule for pytest-xdist: the tests of a file run in one worker.
 
-What a file sets up or compiles once is then made once, not by each worker.
+So the setup and the compilations of a file are made once, and not by each worker.
 """
 
 import pytest
 
-# What takes long in these, no other test of the file uses.
+# The tests of these files share no long setup.
 APART = ("tests/examples/", "tests/notebooks/")
 
 
@@ -19,6 +19,6 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid):
             return nodeid if nodeid.startswith(APART) else nodeid.split("::")[0]
 
-    # As they are found: long files first, and last of all the doctests, which fill what is left.
+    # Keep the order of collection: long files first, and doctests last, which fill the gaps.
     config.option.loadscopereorder = False
     return ByFile(config, log)

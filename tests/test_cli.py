@@ -21,7 +21,7 @@ def never_trains(monkeypatch):
 
 def small(seed, steps, quick):
     assert (seed, steps, quick) == (3, 20, True)
-    plan = study.Plan("mlp", 4, 20, (0.1,), ("none", "instance"))
+    plan = study.TrainingPlan("mlp", 4, 20, (0.1,), ("none", "instance"))
     return study.StudyConfig(plans=(plan,), seed=seed, seeds=2, samples=2)
 
 
@@ -89,7 +89,7 @@ def test_a_report_on_runs(tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "report.html") in capsys.readouterr().out
     out = tmp_path / "new" / "page.html"
     assert cli.main(["report", "a/run", "b/run", "c", "--out", str(out)]) == 0
-    # What has the same name is told apart by its path.
+    # Folders of the same name are shown with their paths.
     assert "<title>a/run, b/run and c, side by side</title>" in out.read_text()
 
 

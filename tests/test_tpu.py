@@ -1,4 +1,4 @@
-"""The TPU compiler, which needs no TPU: what every norm costs when it is spread over chips."""
+"""The cost of every norm over TPU chips, from the TPU compiler, which needs no TPU."""
 
 import math
 from functools import cache
@@ -29,7 +29,7 @@ NORMS = {
 }
 
 
-# Of each generation a board and, where the compiler knows it, a pod.
+# For each generation a board and, if the compiler knows it, a pod.
 TOPOLOGIES = ["v5e:2x2x1", "v5e:16x16", "v6e:2x2x1", "v6e:16x16", "v5p:2x2x1", "v5p:8x8x8",
               "tpu7x:2x2x1"]  # fmt: skip
 GATHERS = {"all-gather", "all-to-all", "reduce-scatter"}
@@ -66,13 +66,13 @@ def test_compiles_over_a_sharded_batch_without_a_gather(name, topology):
         # Sums over the batch, forward and backward: O(channels), never the activation.
         assert [sum(a.elements for a in c.arrays) for c in always] == [2 * C, 2 * C]
     else:
-        # Statistics of an example are its own: not even a predicate crosses the chips.
+        # An example's statistics need no other example: not even a predicate crosses the chips.
         assert collectives == []
 
 
 @cache
 def step(topology: str, mapped: bool):
-    """Gradients of a dense layer, normalized; the batch is spread over all chips."""
+    """Gradients of a dense layer with a norm; the batch is sharded over all chips."""
     devices = mesh(topology)
 
     def loss(parameters, stats, x):
@@ -114,7 +114,7 @@ def test_one_all_reduce_each_way_for_every_batch_norm(topology, mapped):
     always = [c for c in found.collectives if not c.in_branch]
     assert {c.kind for c in always} == {"all-reduce"}
     assert {c.group_size for c in always} == {mesh(topology).size}
-    # What the network waits for; the gradients' own sums, which nothing waits for, are the rest.
+    # The all-reduces that the network waits for. The others are sums of gradients.
     statistics = [c for c in always if any(c.awaited)]
     assert [c.backward for c in statistics] == [False, True]
     # Two float32 numbers a channel.
@@ -145,7 +145,7 @@ def test_nothing_grows_with_the_number_of_chips(board, pod, mapped):
 
 @pytest.mark.parametrize("name", ["layer", "rms", "group", "instance"])
 def test_moments_of_narrow_numbers_take_one_read(name):
-    """One read for the moments and one for the rest, and one write: no copy, no second look."""
+    """One read for the moments, one for the rest, and one write: no copy, no further read."""
     sharding = NamedSharding(Mesh(mesh("v6e:2x2x1").devices.flat[:1], ("data",)), P())
     shape = (256, 28, 28, C) if name in ("group", "instance") else (65536, 1024)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)

@@ -1,4 +1,4 @@
-"""Results as tables and pictures, for the terminal, in Markdown, for the README."""
+"""Results as tables and pictures, for the terminal, in Markdown, and for the README."""
 
 import json
 from collections.abc import Callable
@@ -41,7 +41,7 @@ TABLES: dict[str, Callable[[dict], list[Table]]] = {
 
 
 def tables(results: dict) -> list[Table]:
-    """The tables of a record."""
+    """The tables of a record, in order."""
     return TABLES[results["name"]](results)
 
 
@@ -53,7 +53,7 @@ def read(folder: Path | None = None) -> dict[str, dict]:
 
 
 def render(folder: Path | None = None, pictures: dict[str, list[str]] | None = None) -> str:
-    """All results in a folder as Markdown, with the names of pictures by benchmark."""
+    """All results in a folder as Markdown, with the names of pictures for each benchmark."""
     parts = ["# Benchmark results\n"]
     for name, results in read(folder).items():
         for table in tables(results):
@@ -65,7 +65,7 @@ def render(folder: Path | None = None, pictures: dict[str, list[str]] | None = N
 
 
 def write(out: Path, folder: Path | None = None) -> list[Path]:
-    """The Markdown and its pictures in the folder `out`; what was written."""
+    """Write the Markdown and its pictures into the folder `out`, and return the paths."""
     out.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, list[str]] = {}
     for name, results in read(folder).items():
@@ -78,12 +78,12 @@ def write(out: Path, folder: Path | None = None) -> list[Path]:
 
 
 def docs(folder: Path | None = None) -> str:
-    """The page `docs/benchmarks.md`."""
+    """The content of the page `docs/benchmarks.md`."""
     return section.page(read(folder))
 
 
 def readme(folder: Path | None = None) -> str:
-    """The README's few figures, between its two markers."""
+    """The README's few figures, which stand between its two markers."""
     return section.summary(read(folder))
 
 

@@ -1,4 +1,4 @@
-"""How exact the peers are, as tables."""
+"""The accuracy of the peers, as tables."""
 
 from collections.abc import Callable, Iterable
 
@@ -29,7 +29,7 @@ def derivatives(results: dict, dtype: str = "float32", by: str = "norm") -> Tabl
 
 
 def special(results: dict) -> Table:
-    """Inputs at the edge: exact, finite or NaN."""
+    """Results for inputs at the edge: exact, finite or NaN."""
     present = results["settings"]["peers"]
     rows = []
     for case in dict.fromkeys(row[0] for row in results["special"]):
@@ -45,7 +45,7 @@ def special(results: dict) -> Table:
 
 
 def tables(results: dict) -> list[Table]:
-    """All of them."""
+    """All tables on accuracy."""
     dtypes = list(dict.fromkeys(row[1] for row in results["values"]))
     return [
         *(accuracy(results, dtype) for dtype in dtypes),

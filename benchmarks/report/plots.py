@@ -1,4 +1,4 @@
-"""Results as pictures, with Altair; nothing is drawn where it is not installed."""
+"""Results as pictures, with Altair; without Altair nothing is drawn."""
 
 import importlib.util
 import statistics
@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.report import speed
 from benchmarks.report.table import WORD, columns_of, grouped, shape
 
-# By peer, the same in every picture, told apart by the colour-blind too (Okabe & Ito 2008).
+# The colour of each peer in all pictures. The colour-blind can distinguish them (Okabe & Ito 2008).
 COLORS = {
     "jaxnorm": "#0072B2",
     "flax": "#E69F00",
@@ -109,7 +109,7 @@ def _ops(results: dict) -> dict:
 
 
 def _bars(rows: list[dict], peers: list[str], x: str, column: str | None, title: str) -> Any:
-    """Bars of `value` by `name` and peer."""
+    """A bar chart of `value` by `name` and peer."""
     import altair as alt
 
     names = list(dict.fromkeys(row["name"] for row in rows))

@@ -1,4 +1,4 @@
-"""What compiled programs do, as tables: bytes kept, passes over memory, collectives."""
+"""Figures of compiled programs, as tables: bytes kept, passes over memory, collectives."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def memory(results: dict, traced: tuple[str, ...] = ("eager", "jit")) -> Table:
 
 
 def alone(results: dict, *, shapes: int | None = None) -> Table:
-    """Passes over HBM of operations by themselves, by generation; of each the first shapes."""
+    """Passes over HBM of single operations, for each generation; the first shapes of each."""
     found: dict[tuple, dict[str, list[float]]] = {}
     sizes: dict[str, list] = {}
     for row in results["alone"]:
@@ -38,12 +38,12 @@ def alone(results: dict, *, shapes: int | None = None) -> Table:
         for key, by in found.items()
     ]
     columns = ("", "shape", "", *map(_generation, topologies))
-    title = "Passes over HBM of an operation alone: forward; forward and backward"
+    title = "Passes over HBM of a single operation: forward; forward and backward"
     return Table(title, columns, rows, 3)
 
 
 def extra(results: dict) -> Table:
-    """Extra passes per norm layer of whole blocks, by generation."""
+    """Extra passes per norm layer of whole blocks, for each generation."""
     found: dict[tuple, dict[str, str]] = {}
     for row in results["blocks"]:
         key = (row["network"], WORD[row["norm"]], row["peer"])
@@ -58,9 +58,9 @@ def extra(results: dict) -> Table:
 
 
 def evidence(results: dict) -> list[dict]:
-    """What `jaxnorm.kernels` chooses by: mean extra passes in blocks, of XLA and of kernels.
+    """The rows by which `jaxnorm.kernels` chooses: mean extra passes in blocks, XLA and kernels.
 
-    A mean over the generations whose compiler made it through both.
+    The mean is over the generations whose compiler compiled both programs.
     """
     found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     for row in results["blocks"]:
@@ -104,7 +104,7 @@ def schedules(results: dict) -> Table:
 
 
 def devices(results: dict) -> Table:
-    """A row for each generation, where a figure that changes with its devices is shown twice."""
+    """A row for each generation; a figure that changes with its devices is shown twice."""
     found: dict[tuple, list[dict]] = {}
     for sample in results["samples"]:
         network = f"{sample['network']}, {WORD[sample['norm']]} ({sample['layers']})"

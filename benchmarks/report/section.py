@@ -1,4 +1,4 @@
-"""The measured figures of the documentation, each with its origin, and the README's few of them."""
+"""The measured figures of the documentation, each with its origin, and the README's summary."""
 
 import textwrap
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from benchmarks.report.table import Table, origin, shape
 
 
 def page(read: dict[str, dict]) -> str:
-    """The page of the documentation, in Markdown, of the records that are there, by name."""
+    """The page of the documentation, in Markdown, made of the given records."""
     parts = [part(read[name]) for name, part in _PARTS.items() if name in read]
     return "\n".join([_HEAD, *parts])
 
 
 def summary(read: dict[str, dict]) -> str:
-    """A paragraph for the README, of all records."""
+    """A paragraph for the README, made of all records."""
     rows = {str(row[0]): row for row in accuracy.accuracy(read["accuracy"], by="offset").rows}
     _, ours, flax, _, torch = rows["1e4"]
     kept = [[float(n) for n in row[-2:]] for row in programs.memory(read["memory"], ("jit",)).rows]
@@ -37,18 +37,18 @@ def summary(read: dict[str, dict]) -> str:
 _HEAD = """# Benchmarks
 
 This page is generated: `python benchmarks/run.py report --docs > docs/benchmarks.md`. The results
-lie in [`benchmarks/results`](../benchmarks/results). `python benchmarks/run.py ops` (or `blocks`,
+are in [`benchmarks/results`](../benchmarks/results). `python benchmarks/run.py ops` (or `blocks`,
 `tpu`, `memory`, `compile`, `scaling`, `accuracy`, `monitor`) in `.venv-test` measures them again,
 and `python benchmarks/run.py report` shows all.
 
-**Not measured**: time on GPUs and TPUs, for want of one. What is said of TPUs is read in the
-programs that their compiler makes; what is said of GPUs is that the kernels compile for Hopper and
-are right in Pallas's interpreter.
+**Not measured**: time on GPUs and TPUs, because none was available. Figures for TPUs are read from
+the programs that their compiler makes. The kernels for GPUs compile for Hopper and are right in
+Pallas's interpreter.
 """
 
 
-def _part(results: dict, *pieces: str | Table) -> str:
-    shown = [p if isinstance(p, str) else p.markdown().rstrip("\n") for p in pieces]
+def _part(results: dict, *parts: str | Table) -> str:
+    shown = [p if isinstance(p, str) else p.markdown().rstrip("\n") for p in parts]
     return "\n\n".join([*shown, origin(results)]) + "\n"
 
 
@@ -56,9 +56,9 @@ def _ops(results: dict) -> str:
     return _part(
         results,
         f"""Time of operations by themselves on this machine's {results["machine"]["backend"]}, over
-forward, training forward and forward with backward, in float32 and bfloat16: jaxnorm's over each
-peer's, geometric mean (worst cell), on shapes of real models, and bandwidth as a share of a
-copy's.""",
+forward, training forward and forward with backward, in float32 and bfloat16, on shapes of real
+models. The figures are jaxnorm's time over each peer's, as geometric mean (worst cell), and
+bandwidth as a share of the bandwidth of a copy.""",
         speed.summary(results, by="norm"),
     )
 
@@ -67,7 +67,7 @@ def _blocks(results: dict) -> str:
     return _part(
         results,
         """Milliseconds of whole train steps, median and quartiles of interleaved rounds. The last
-column compares what the norms add to a step without any.""",
+column compares the time that the norms add to a step without norms.""",
         speed.blocks(results),
     )
 
@@ -76,7 +76,7 @@ def _tpu(results: dict) -> str:
     return _part(
         results,
         f"""Passes over HBM in programs for TPUs, as the TPU compiler schedules them,
-{results["settings"]["compiler"]}; no TPU was needed. One operation alone, forward; forward and
+{results["settings"]["compiler"]}; no TPU was needed. A single operation, forward; forward and
 backward:""",
         programs.alone(results, shapes=1),
         """Whole blocks: extra passes for each norm layer over the same blocks without norms,
@@ -96,8 +96,8 @@ def _memory(results: dict) -> str:
 def _monitor(results: dict) -> str:
     return _part(
         results,
-        """Time of a training step with a monitor that looks at each 64th step, and at every one,
-over the same step without; median and quartiles of interleaved rounds:""",
+        """Time of a training step with a monitor that samples every 64th step, or every step, over
+the same step without a monitor; median and quartiles of interleaved rounds:""",
         speed.monitoring(results),
     )
 
@@ -119,19 +119,20 @@ def _scaling(results: dict) -> str:
     if "growth" in results:
         grown = [
             """Milliseconds against rows and features, with exponents fitted by least squares on
-logarithms; one is what memory traffic costs:""",
+logarithms; memory traffic has the exponent one:""",
             speed.growth(results),
         ]
     return _part(
         results,
         *grown,
         f"""A training step on TPUs, from a board to a pod, as the TPU compiler schedules it. Each
-device has {shares}, however many there are, and nothing that it does
-grows with their number. "Statistics" are the all-reduces that the network waits for, forward +
-backward: for batch normalization one each way per layer, where XLA has not merged those of two.
-Nothing waits for the gradients', and there are no other collectives, except in branches of
-`lax.cond` that a layer takes when its batch is far from the running mean. ResNet-50 is missing for
-v6e and tpu7x, where this compiler overflows its stack on it (for v6e with Flax's layers too).""",
+device has {shares}, on any number of devices, and its work does not
+grow with their number. "Statistics" are the all-reduces that the network waits for, forward +
+backward. For batch normalization these are one each way per layer, unless XLA merges those of two
+layers. Nothing waits for the all-reduces of the gradients. There are no other collectives, except
+in branches of `lax.cond` that a layer takes if its batch is far from the running mean. ResNet-50
+is missing for v6e and tpu7x, where this compiler overflows its stack on it (for v6e with Flax's
+layers too).""",
         programs.devices(results),
     )
 
@@ -143,8 +144,8 @@ def _accuracy(results: dict) -> str:
 of the data, against a float64 oracle, in units of the dtype's rounding of max(1, |y|). "Two-pass"
 is Flax with `use_fast_variance=False`.""",
         accuracy.accuracy(results, by="offset"),
-        """Worst error of any first derivative on the same inputs, where they are well conditioned,
-in units of rounding of the largest element:""",
+        """Worst error of any first derivative on the same inputs, if they are well conditioned, in
+units of rounding of the largest element:""",
         accuracy.derivatives(results),
         "Inputs at the edge:",
         accuracy.special(results),

@@ -1,4 +1,4 @@
-"""Time, as tables: operations, train steps, what monitors cost, compiling, growth."""
+"""Times as tables: operations, train steps, cost of monitors, compilation, growth."""
 
 import statistics
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from benchmarks.report.table import (
     columns_of,
     geometric_mean,
     grouped,
+    quartiles,
     ratios,
     shape,
-    spread,
 )
 
 OURS, COPY = "jaxnorm", "copy"
@@ -22,7 +22,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Cell:
-    """One operation on one array: milliseconds by peer, round by round."""
+    """One operation on one array: milliseconds for each peer, round by round."""
 
     norm: str
     model: str
@@ -35,18 +35,18 @@ class Cell:
     """Arrays that must move, over those that a copy moves."""
 
     def ratio(self, peer: str) -> float | None:
-        """Median of ours over theirs."""
+        """The median of ours over theirs."""
         taken = ratios(self.found, OURS, peer)
         return statistics.median(taken) if taken else None
 
     @property
     def share(self) -> float:
-        """Of a copy's bandwidth, ours."""
+        """The share of a copy's bandwidth that ours reaches."""
         return self.moves * statistics.median(ratios(self.found, COPY, OURS))
 
 
 def cells(results: dict) -> list[Cell]:
-    """Of a record of `ops`."""
+    """The cells of a record of `ops`."""
     peers, moves = results["settings"]["peers"], results["settings"]["arrays that must move"]
     return [
         Cell(norm, model, size, note, dtype, which, columns_of(rows, peers),
@@ -88,7 +88,7 @@ def operations(results: dict) -> Table:
     rows = []
     for cell in cells(results):
         name = f"{WORD[cell.norm]}, {cell.note}" if cell.note else WORD[cell.norm]
-        shown = [spread(cell.found[peer]) if peer in cell.found else ABSENT for peer in peers]
+        shown = [quartiles(cell.found[peer]) if peer in cell.found else ABSENT for peer in peers]
         where = (name, cell.model, shape(cell.shape), cell.dtype, cell.which)
         rows.append((*where, *shown, f"{cell.share:.2f}"))
     columns = ("", "model", "shape", "dtype", "pass", *peers, "share of copy")
@@ -96,7 +96,7 @@ def operations(results: dict) -> Table:
 
 
 def blocks(results: dict) -> Table:
-    """Milliseconds of a train step with each norm, and what ours costs over Flax's."""
+    """Milliseconds of a train step with each norm, and the cost of ours over Flax's."""
     peers = results["settings"]["peers"]
     none = peers[-1]
     rows = []
@@ -107,9 +107,9 @@ def blocks(results: dict) -> Table:
             for ours, theirs, bare in zip(found[OURS], found["flax"], found[none])
             if theirs > bare
         ]
-        shown = [spread(found[peer]) for peer in peers]
+        shown = [quartiles(found[peer]) for peer in peers]
         norms = f"{statistics.median(extra):.2f}" if extra else ABSENT
-        step = spread(ratios(found, OURS, "flax"))
+        step = quartiles(ratios(found, OURS, "flax"))
         rows.append((network, WORD[norm], shape(size), *shown, step, norms))
     columns = ("network", "", "input", *peers, "step / flax", "norms / flax")
     activations = results["settings"]["activations"]
@@ -118,33 +118,40 @@ def blocks(results: dict) -> Table:
 
 
 def compiling(results: dict) -> Table:
-    """Seconds to trace and compile."""
+    """Seconds to trace and to compile each network."""
     peers = results["settings"]["peers"]
     rows = []
     for (norm, network), samples in grouped(results["samples"], 2).items():
         found = columns_of([[sum(cell) for cell in row] for row in samples], peers)
         ratio = ratios(found, OURS, "flax")
-        rows.append((WORD[norm], network, *map(spread, found.values()), spread(ratio)))
+        rows.append(
+            (
+                WORD[norm],
+                network,
+                *map(quartiles, found.values()),
+                quartiles(ratio),
+            )
+        )
     columns = ("", "network", *peers, "jaxnorm / flax")
     title = "Seconds to trace and compile jit(grad) of eight layers, median (quartiles)"
     return Table(title, columns, rows, 2)
 
 
 def monitoring(results: dict) -> Table:
-    """Milliseconds of a step without a monitor, and what a monitor makes of them."""
+    """Milliseconds of a step without a monitor, and the ratio of a step with one."""
     bare, *watched = results["settings"]["peers"]
     rows = []
     for (network, size), samples in grouped(results["samples"], 2).items():
         found = columns_of(samples, [bare, *watched])
-        costs = [spread(ratios(found, peer, bare)) for peer in watched]
-        rows.append((network, shape(size), spread(found[bare]), *costs))
+        costs = [quartiles(ratios(found, peer, bare)) for peer in watched]
+        rows.append((network, shape(size), quartiles(found[bare]), *costs))
     columns = ("network", "input", f"{bare}, ms", *watched)
     title = "A training step with a monitor over one without, median (quartiles)"
     return Table(title, columns, rows, 2)
 
 
 def growth(results: dict) -> Table:
-    """Milliseconds of the smallest and the largest, and the fitted exponent."""
+    """Milliseconds of the smallest and the largest size, and the fitted exponent."""
     peers = results["settings"]["peers"]
     rows = []
     for (norm, against), points in grown(results).items():
@@ -160,7 +167,7 @@ def growth(results: dict) -> Table:
 
 
 def grown(results: dict) -> dict[tuple[str, str], list[tuple[int, dict[str, list[float]]]]]:
-    """Sizes with what was measured of each peer, by norm and by what grows."""
+    """Sizes with the milliseconds of each peer, by norm and by the size that grows."""
     found: dict[tuple[str, str], list] = {}
     for (norm, against, rows, features), samples in grouped(results["growth"], 4).items():
         size = rows if against == "rows" else features

@@ -1,4 +1,4 @@
-"""A table of text, for the terminal and in Markdown, and how figures are written."""
+"""A table of text, for the terminal and in Markdown, and the format of figures."""
 
 import math
 import statistics
@@ -22,13 +22,13 @@ class Table:
     names: int = 1
 
     def markdown(self) -> str:
-        """A Markdown table, without the title."""
+        """The table in Markdown, without the title."""
         rule = ["---"] * self.names + ["---:"] * (len(self.columns) - self.names)
         lines = (self.columns, rule, *self.rows)
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def show(self) -> None:
-        """Print: with rich where it is installed."""
+        """Print the table, with rich if it is installed."""
         try:
             from rich import box
             from rich.console import Console
@@ -42,7 +42,7 @@ class Table:
         for row in self.rows:
             table.add_row(*row)
         console = Console()
-        # A file or a pipe has no width: a table is not cut there.
+        # A file or a pipe has no width, so a table is not cut there.
         console = console if console.is_terminal else Console(width=250)
         console.print(table)
 
@@ -59,7 +59,7 @@ class Table:
 
 
 def origin(results: dict) -> str:
-    """One line: the command, the machine, the versions and the date."""
+    """One line of text with the command, the machine, the versions and the date."""
     machine, versions = results["machine"], results["versions"]
     load = results.get("load_average")
     load = load[-1] if load and isinstance(load[0], list) else load
@@ -80,29 +80,28 @@ def grouped(samples: list, keys: int) -> dict[tuple, list]:
 
 
 def columns_of(rows: list[list], peers: list[str]) -> dict[str, list[float]]:
-    """What was measured of each peer, round by round; peers without such a function are left
-    out."""
+    """The measurements of each peer, round by round; peers without such a function are left out."""
     return {
         peer: [row[i] for row in rows] for i, peer in enumerate(peers) if rows[0][i] is not None
     }
 
 
 def ratios(found: dict[str, list[float]], ours: str, theirs: str) -> list[float]:
-    """Of two peers in the same round; none where one of them was not measured."""
+    """Ratios of two peers in the same round; none if one of them was not measured."""
     return [a / b for a, b in zip(found.get(ours, []), found.get(theirs, []))]
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The mean of ratios."""
+    """The geometric mean of ratios."""
     return math.exp(statistics.fmean(math.log(v) for v in values))
 
 
 def shape(sizes: Iterable[int]) -> str:
-    """As 8x4."""
+    """A shape as text, such as 8x4."""
     return "x".join(map(str, sizes))
 
 
-def spread(values: list[float]) -> str:
-    """Median and quartiles."""
+def quartiles(values: list[float]) -> str:
+    """Median and quartiles as text."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.2f} ({low:.2f}–{high:.2f})"  # noqa: RUF001

@@ -1,4 +1,4 @@
-"""Moments of slices that are spread over named axes (`vmap`, `pmap`, `shard_map`)."""
+"""Moments of slices that are sharded over named axes (`vmap`, `pmap`, `shard_map`)."""
 
 import operator
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ AxisName = str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class NamedAxis(Replicas):
-    """All members of a named axis, or of one's group of its indices, hold parts of a slice."""
+    """Replicas along a named axis, or along several; each holds a part of every slice."""
 
     name: tuple[str, ...]
     members: int
-    """Indices of the axis. Known from the start, as rules of differentiation run where the axis has
-    lost its name."""
+    """The number of indices of the axis. It is stored, because rules of differentiation run where
+    the axis may have lost its name."""
     mapped: bool = False
 
     def size(self) -> int | Array:
-        """Number of members that are combined."""
+        """The number of replicas that are combined."""
         return self.members
 
     def sum(self, *arrays: Array) -> tuple[Array, ...]:
-        """Sums over the members: arrays of one shape travel as one, in one collective."""
+        """Sums over the replicas; arrays of one shape are stacked and sent in one collective."""
         parts = [p for a in arrays for p in _parts(a)]
         total = iter(self._sum(jnp.stack(parts)))
         return tuple(
@@ -39,7 +39,7 @@ class NamedAxis(Replicas):
         )
 
     def min(self, array: Array) -> Array:
-        """Elementwise minimum over the members."""
+        """Elementwise minimum over the replicas."""
         return lax.pmin(array, self.name)
 
     def _sum(self, array: Array) -> Array:
@@ -48,12 +48,12 @@ class NamedAxis(Replicas):
 
 @dataclass(frozen=True)
 class Groups(NamedAxis):
-    """Groups of equal size, over mesh axes: collectives of XLA's own, each within a group."""
+    """Replicas in groups of equal size, on mesh axes, where XLA has a collective within groups."""
 
     groups: tuple[tuple[int, ...], ...] = ()
 
     def size(self) -> int | Array:
-        """Members in a group."""
+        """The number of replicas in each group."""
         return len(self.groups[0])
 
     def min(self, array: Array) -> Array:
@@ -63,7 +63,7 @@ class Groups(NamedAxis):
     def _sum(self, array: Array) -> Array:
         if not _varies(self.name):
             return lax.psum(array, self.name, axis_index_groups=self._lists)
-        # With check_vma=True JAX has no such sum, whose result would vary over the axis.
+        # With check_vma=True JAX has no sum within groups, because its result varies over the axis.
         return jnp.sum(lax.all_gather(array, self.name, axis_index_groups=self._lists), 0)
 
     @property
@@ -73,27 +73,32 @@ class Groups(NamedAxis):
 
 @dataclass(frozen=True)
 class AnyGroups(Groups):
-    """Groups of any sizes, over any named axes: `vmap` has no collective within groups.
+    """Replicas in groups of any sizes, over any named axes.
 
-    Every member sees all others' arrays and takes its own group's.
+    `vmap` has no collective within groups. So every replica gathers the arrays of all replicas and
+    combines those of its own group.
     """
 
     def size(self) -> Array:
-        """Members in the group of this one."""
+        """The number of replicas in this replica's group."""
         return jnp.sum(self._mine())
 
     def min(self, array: Array) -> Array:
         """Elementwise minimum over the group."""
-        every = self._gathered(array)
-        return jnp.min(jnp.where(self._mine(every.ndim), every, jnp.inf), 0)
+        gathered = self._gathered(array)
+        return jnp.min(jnp.where(self._mine(gathered.ndim), gathered, jnp.inf), 0)
 
     def agreed(self, condition: Array) -> Array:
-        """A condition that holds in all groups: all join in the collective that follows."""
+        """A condition that is true only if it is true in all groups.
+
+        All groups take part in the collective that follows the condition, so they must decide
+        alike.
+        """
         return lax.pmin(condition.astype(jnp.int32), self.name) > 0
 
     def _sum(self, array: Array) -> Array:
-        every = self._gathered(array)
-        return jnp.sum(jnp.where(self._mine(every.ndim), every, 0), 0)
+        gathered = self._gathered(array)
+        return jnp.sum(jnp.where(self._mine(gathered.ndim), gathered, 0), 0)
 
     def _gathered(self, array: Array) -> Array:
         shape = array.shape
@@ -102,7 +107,7 @@ class AnyGroups(Groups):
         return array.reshape(-1, *shape)
 
     def _mine(self, ndim: int = 1) -> Array:
-        """A mask of the members, along axis 0, that are in the group of this one."""
+        """A mask, along axis 0, of the replicas in the group of this replica."""
         of = np.empty(sum(map(len, self.groups)), np.int32)
         for number, group in enumerate(self.groups):
             of[list(group)] = number
@@ -120,7 +125,7 @@ def _varies(name: tuple[str, ...]) -> bool:
 
 
 def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=None) -> Replicas:
-    """The replicas behind `axis_name`, which must be bound where this is traced.
+    """The replicas along `axis_name`, which must be bound where this is traced.
 
     Raises:
         ValueError: the name is not bound, or groups are given without a name or do not split the
@@ -135,14 +140,14 @@ def named_axis(operation: str, axis_name: AxisName | None, axis_index_groups=Non
             "leave both out."
         )
     names = _bound(operation, axis_name)
-    every = NamedAxis(names, lax.axis_size(names), mapped=not _on_mesh(names))
+    all_replicas = NamedAxis(names, lax.axis_size(names), mapped=not _on_mesh(names))
     if axis_index_groups is None:
-        return every
-    return grouped(every, _checked(operation, every, axis_index_groups))
+        return all_replicas
+    return grouped(all_replicas, _checked(operation, all_replicas, axis_index_groups))
 
 
 def is_bound(axis_name: AxisName | None) -> bool:
-    """True if all names are bound where this is traced; False for no name."""
+    """True if all names are bound where this is traced; False if no name is given."""
     names = _names(axis_name)
     try:
         return axis_name is not None and lax.axis_size(names) > 0
@@ -151,33 +156,33 @@ def is_bound(axis_name: AxisName | None) -> bool:
 
 
 def check_synchronized(operation: str, x: Array, mean: Array, axis_name: AxisName | None) -> None:
-    """A batch over devices is normalized over them all, unless something names another choice.
+    """Raise if a batch is sharded over devices and no argument says how to combine its statistics.
 
-    Types tell of it with check_vma=True. Where the running mean is one for each device too, the
-    axis is taken to carry features, or runs of their own.
+    The types of the arrays tell this with check_vma=True. If the running mean differs between
+    devices too, the axis is taken to carry features, or independent runs.
     """
     names = _names(axis_name)
     missing = sorted(varying_axes(x) - varying_axes(mean) - set(names))
     if missing:
         raise ValueError(
-            f"{operation}: a batch that is spread over devices is normalized over all of them, or "
-            f"says otherwise; got x that varies over {missing} of the mesh, running statistics "
-            f"that do not, and axis_name={axis_name!r}. Name those axes too, axis_name="
+            f"{operation}: a batch that is sharded over devices is normalized over all of them, or "
+            f"its arguments say otherwise; got x that varies over {missing} of the mesh, running "
+            f"statistics that do not, and axis_name={axis_name!r}. Name those axes too, axis_name="
             f"{(*(n for n in names if n), *missing)!r}; for statistics of each device's share "
-            "alone, also set virtual_batch_size to the examples that it holds. If the axis carries "
-            "features, or runs of their own, give running statistics that are spread over it too."
+            "alone, also set virtual_batch_size to the number of its examples. If the axis carries "
+            "features, or independent runs, give running statistics that are sharded over it too."
         )
 
 
-def grouped(every: NamedAxis, groups: tuple[tuple[int, ...], ...]) -> Groups:
-    """The replicas of one's group, by the collective that serves these axes and groups."""
+def grouped(all_replicas: NamedAxis, groups: tuple[tuple[int, ...], ...]) -> Groups:
+    """The replicas in groups, with the collective that these axes and groups allow."""
     equal = len(set(map(len, groups))) == 1
-    kind = Groups if equal and not every.mapped else AnyGroups
-    return kind(every.name, every.members, every.mapped, groups)
+    kind = Groups if equal and not all_replicas.mapped else AnyGroups
+    return kind(all_replicas.name, all_replicas.members, all_replicas.mapped, groups)
 
 
 def _on_mesh(names: tuple[str, ...]) -> bool:
-    """True if all are axes of a mesh, in a `shard_map` or `pmap`."""
+    """True if all names are axes of a mesh, in a `shard_map` or `pmap`."""
     return set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
@@ -218,8 +223,8 @@ def _bound(operation: str, axis_name: AxisName) -> tuple[str, ...]:
     return names
 
 
-def _checked(operation: str, every: NamedAxis, groups) -> tuple[tuple[int, ...], ...]:
-    names, size = every.name, every.members
+def _checked(operation: str, all_replicas: NamedAxis, groups) -> tuple[tuple[int, ...], ...]:
+    names, size = all_replicas.name, all_replicas.members
     try:
         found = tuple(tuple(map(operator.index, group)) for group in groups)
     except TypeError:

@@ -1,4 +1,4 @@
-"""The processes of one run on one machine: start them, show what they say, end them together."""
+"""The processes of one run on one machine: start them, show their output, end them together."""
 
 import _thread
 import os
@@ -20,29 +20,30 @@ INTERRUPTED = 130
 def launch(arguments: Sequence[str], processes: int, *, devices_per_process: int = 1) -> int:
     """Run copies of a Python program on this machine, as the processes of one run.
 
-    Each copy calls `jaxnorm.distributed.initialize` and finds the others. Their output appears
-    line by line behind `[index]`. When one fails, the others are killed: alone they could only
-    wait for it. They end with this process too, however it ends.
+    Each copy calls `jaxnorm.distributed.initialize` and finds the others. Their output appears line
+    by line, each line after `[index]`. If one process fails, the others are killed, because they
+    could only wait for it. They also end with this process, in whatever way it ends.
 
-    On CPU each process gets `devices_per_process` simulated devices, on a machine with several
-    GPUs so many of them each. A TPU host needs no launcher: one process drives all of its chips.
+    On CPU each process gets `devices_per_process` simulated devices. On a machine with several GPUs
+    it gets as many of them. A TPU host needs no launcher, because one process uses all of its
+    chips.
 
     Args:
-      arguments: those of the Python interpreter: `["train.py", "--steps", "100"]`, or
-        `["-m", "package.train"]`.
-      processes: how many, 1 or more.
-      devices_per_process: 1 or more.
+        arguments: arguments of the Python interpreter: `["train.py", "--steps", "100"]`, or `["-m",
+            "package.train"]`.
+        processes: the number of processes, 1 or more.
+        devices_per_process: the number of devices of each process, 1 or more.
 
     Returns:
-      0 if all succeeded; else the status of the first to fail, 128 + n if signal n killed it; 130
-      after an interrupt.
+        0 if all processes succeeded. Otherwise the status of the first to fail, or 128 + n if
+        signal n killed it. 130 after an interrupt.
 
     Raises:
-      ProcessError: a number that is not 1 or more, or a call from a launched process.
+        ProcessError: a number is not 1 or more, or the caller is itself a launched process.
 
     Example:
-      >>> launch(["-c", "from jaxnorm.distributed import initialize; initialize()"], processes=2)
-      0
+        >>> launch(["-c", "from jaxnorm.distributed import initialize; initialize()"], processes=2)
+        0
     """
     _check(processes, devices_per_process)
     try:
@@ -80,10 +81,10 @@ def _check(processes: int, devices_per_process: int) -> None:
 
 @contextmanager
 def _address() -> Iterator[str]:
-    """A loopback address whose port stays ours until process 0 listens there, so nobody races.
+    """A loopback address whose port stays reserved until process 0 listens there.
 
-    Bound and not listening, the socket keeps the port from being given to anyone else; JAX's
-    server, which sets SO_REUSEPORT too, may still bind it.
+    A socket that is bound and does not listen keeps the port from being given to any other program.
+    JAX's server sets SO_REUSEPORT too, so it may still bind the port.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -93,7 +94,7 @@ def _address() -> Iterator[str]:
 
 @contextmanager
 def _lifeline() -> Iterator[int]:
-    """The reading end of a pipe; its other end closes when this process ends, even if killed."""
+    """The reading end of a pipe whose other end closes when this process ends, even if killed."""
     reading, writing = os.pipe()
     try:
         yield reading
@@ -114,7 +115,7 @@ def _own(index: int, devices: int) -> dict[str, str]:
 def _running(
     arguments: Sequence[str], environments: list[dict[str, str]], lifeline: int
 ) -> Iterator[list[subprocess.Popen]]:
-    """Processes whose output is shown here; at the end none of them is left."""
+    """Processes whose output is shown here; none of them is left at the end."""
     workers, readers = [], []
     try:
         for index, environment in enumerate(environments):
@@ -127,7 +128,7 @@ def _running(
                 text=True,
                 errors="replace",
                 pass_fds=[lifeline],
-                process_group=0,  # Ctrl-C comes here only, and `_kill` takes its children too
+                process_group=0,  # Ctrl-C reaches this process only, and `_kill` kills children too
             )
             workers.append(worker)
             for stream, sink in ((worker.stdout, sys.stdout), (worker.stderr, sys.stderr)):
@@ -136,7 +137,7 @@ def _running(
                 readers.append(reader)
         yield workers
     finally:
-        for worker in workers:  # all, before one of them notices that another is missing
+        for worker in workers:  # kill all before one of them notices that another is missing
             _kill(worker)
         for worker in workers:
             worker.wait()
@@ -150,12 +151,12 @@ def _show(stream: IO[str], sink: IO[str], prefix: str) -> None:
             try:
                 sink.write(prefix + line)
                 sink.flush()
-            except BrokenPipeError:  # nobody reads us any more: end, as programs in a pipe do
+            except BrokenPipeError:  # nobody reads the output: end, as programs in a pipe do
                 return _thread.interrupt_main()
 
 
 def _first_failure(workers: list[subprocess.Popen]) -> int | None:
-    """Waits; the index of the first to fail, or None when all have succeeded."""
+    """Wait for the workers; the index of the first to fail, or None if all succeed."""
     while True:
         states = [worker.poll() for worker in workers]
         for index, state in enumerate(states):
@@ -167,7 +168,10 @@ def _first_failure(workers: list[subprocess.Popen]) -> int | None:
 
 
 def _kill(worker: subprocess.Popen) -> None:
-    """Kill a process with its children. Not by SIGTERM: JAX would wait for a common step."""
+    """Kill a process with its children.
+
+    The signal is SIGKILL: after SIGTERM JAX would wait for a common step.
+    """
     with suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
 
@@ -180,7 +184,7 @@ def _report(failed: int, status: int, processes: int) -> int:
     others = "" if processes == 1 else " The others were ended with it."
     print(
         f"launch: all processes must succeed; process {failed} of {processes} {how}.{others} Look "
-        f"at its last lines, behind [{failed}].",
+        f"at its last lines, those that begin with [{failed}].",
         file=sys.stderr,
     )
     return status

@@ -1,4 +1,4 @@
-"""Joining the processes of one run, on JAX's own distributed runtime."""
+"""Join the processes of one run, with JAX's own distributed runtime."""
 
 import logging
 import os
@@ -13,57 +13,58 @@ import jax
 logger = logging.getLogger(__name__)
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-LIFELINE = "JAXNORM_LAUNCHER"  # number of a pipe's reading end that closes when `launch` is gone
+LIFELINE = "JAXNORM_LAUNCHER"  # file descriptor of a pipe that closes when `launch` ends
 
-_alone = False  # what the first call found; a later one may come after JAX's backend has started
+_single = False  # result of the first call; a later call may find JAX's backend started
 
 
 class ProcessError(ValueError):
-    """The processes of a run cannot be brought together."""
+    """An error that keeps the processes of a run from being brought together."""
 
 
 def initialize(*, timeout: float = 300) -> bool:
     """Make this program one of the processes of its run, before JAX is used for anything else.
 
-    Afterwards `jax.devices()` are the devices of all processes, a mesh over them spans all, and
-    batch statistics under `jax.jit` are those of the whole batch. This is a thin layer over
-    `jax.distributed.initialize`. Where the other processes are it learns from
+    Afterwards `jax.devices()` are the devices of all processes, a mesh over them spans all
+    processes, and batch statistics under `jax.jit` are those of the whole batch. This is a thin
+    layer over `jax.distributed.initialize`. It learns where the other processes are from
 
     1. the variables JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
        JAX_PROCESS_ID, which `jaxnorm.distributed.launch` sets, or a person;
-    2. else from what JAX finds: SLURM, Open MPI, a TPU pod, Kubernetes.
+    2. or, without these, from what JAX finds: SLURM, Open MPI, a TPU pod, Kubernetes.
 
-    A program that finds neither is one process and goes on alone; nothing happens and the result
-    is False. A second call does nothing.
+    A program that finds neither is a single process. Nothing happens then, and the result is False.
+    A second call does nothing.
 
-    In a run of several, an exception that nobody catches ends its process at once, with status 1
-    after the traceback, as `mpi4py.run` does. Otherwise JAX would wait at exit, for minutes, for
-    processes which wait in a collective for this one.
+    In a run of several processes, an exception that nobody catches ends its process at once, with
+    status 1 after the traceback, as `mpi4py.run` does. Without that, JAX would wait at exit for
+    minutes, because the other processes wait in a collective for this one.
 
     Args:
-      timeout: seconds to wait for the other processes.
+        timeout: the seconds to wait for the other processes.
 
     Returns:
-      Whether JAX's distributed runtime runs in this program.
+        True if JAX's distributed runtime runs in this program.
 
     Raises:
-      ProcessError: JAX has started its backend already; the variables are incomplete or make no
-        sense; process 0 cannot be reached or cannot open its port. If processes of the run are
-        missing when the time is over, JAX ends this one, after a line in the log that says so.
+        ProcessError: JAX has started its backend already; the variables are incomplete or make no
+            sense; process 0 cannot be reached or cannot open its port. If processes of the run are
+            missing when the time is over, JAX ends this process, after a line in the log that says
+            so.
 
     Example:
-      >>> import subprocess, sys
-      >>> program = "from jaxnorm.distributed import initialize; print(initialize())"
-      >>> subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-      'False\\n'
+        >>> import subprocess, sys
+        >>> program = "from jaxnorm.distributed import initialize; print(initialize())"
+        >>> subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+        'False\\n'
     """
-    global _alone
-    if _alone or jax.distributed.is_initialized():
-        return not _alone
+    global _single
+    if _single or jax.distributed.is_initialized():
+        return not _single
     if launched():
         threading.Thread(target=_end_with_launcher, daemon=True).start()
     given = _from_environment()
-    if given:  # errors here rather than in JAX, which ends the process with a signal
+    if given:  # raise errors here: JAX would end the process with a signal
         if given["process_id"] == 0:
             _check_port(given["coordinator_address"])
         else:
@@ -73,7 +74,7 @@ def initialize(*, timeout: float = 300) -> bool:
     except (RuntimeError, ValueError) as error:
         if given is None and "coordinator_address should be defined" in str(error):
             logger.info("initialize: no other processes found; this program is one process.")
-            _alone = True
+            _single = True
             return False
         raise ProcessError(_explained(error, given)) from error
     sys.excepthook = partial(_end_at_once, sys.excepthook)
@@ -84,20 +85,20 @@ def launched() -> bool:
     """Tell whether `launch` started this process.
 
     Returns:
-      True in a process of `launch`, as its environment says; False in any other.
+        True in a process of `launch`, as its environment says; False in any other.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example:
-      >>> launched()
-      False
+        >>> launched()
+        False
     """
     return LIFELINE in os.environ
 
 
 def _join(given: dict | None, timeout: float) -> None:
-    """JAX's own initialization. When time runs out it aborts the process: say why before that."""
+    """Call JAX's own initialization; before it aborts a late process, log the reason."""
     late = threading.Timer(
         timeout,
         logger.error,
@@ -111,7 +112,7 @@ def _join(given: dict | None, timeout: float) -> None:
     late.daemon = True
     late.start()
     try:
-        # The variables say all there is to know: do not mix in what a cluster says beside them.
+        # The variables are complete. Do not mix them with what a cluster says.
         known = {} if given is None else {**given, "cluster_detection_method": "deactivate"}
         jax.distributed.initialize(**known, initialization_timeout=int(timeout) + 2)
     finally:
@@ -121,7 +122,7 @@ def _join(given: dict | None, timeout: float) -> None:
 def _from_environment() -> dict | None:
     found = {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if os.environ.get(name)}
     if COUNT not in found and INDEX not in found:
-        return None  # an address alone is JAX's own variable, which goes with a cluster's numbers
+        return None  # an address alone is JAX's own variable, used on clusters
     host, _, port = found.get(ADDRESS, "").rpartition(":")
     count, index, port = (_number(t) for t in (found.get(COUNT, ""), found.get(INDEX, ""), port))
     if host and 0 < port < 2**16 and 0 <= index < count:
@@ -151,7 +152,7 @@ def _check_port(address: str) -> None:
 
 
 def _wait_for_coordinator(address: str, timeout: float) -> None:
-    """Returns when somebody listens there."""
+    """Wait until process 0 listens at its address; a three-part error if it does not."""
     host, _, port = address.rpartition(":")
     end = time.monotonic() + timeout
     while True:
@@ -190,5 +191,5 @@ def _end_at_once(show, *error) -> None:
 
 
 def _end_with_launcher() -> None:
-    os.read(int(os.environ[LIFELINE]), 1)  # waits; there is never anything to read
+    os.read(int(os.environ[LIFELINE]), 1)  # waits until the pipe closes; nothing is ever sent
     os._exit(1)

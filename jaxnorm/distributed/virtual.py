@@ -1,4 +1,4 @@
-"""Virtual batches: how many examples share their statistics, whatever the number of devices."""
+"""Virtual batches: how many examples share their statistics, on any number of devices."""
 
 from dataclasses import replace
 
@@ -10,14 +10,15 @@ from jaxnorm.distributed.axes import NamedAxis, grouped
 
 
 def virtual_batches(operation: str, size: int, shape: tuple[int, ...], slices: Slices) -> Slices:
-    """`slices`, over all axes of a batch but the features', for each `size` examples.
+    """Slices of each `size` examples, made from slices of the whole batch.
 
-    Examples lie along the first of those axes, and go on over the replicas, in order of index.
+    `slices` are over all axes of a batch except the feature axes. Examples lie along the first of
+    these axes and continue over the replicas, in order of index.
 
     Raises:
-        TypeError: `size` is no int.
-        ValueError: a share of the batch is not a multiple of `size`, nor `size` one of a share; or
-            the replicas cannot be grouped into that many shares.
+        TypeError: `size` is not an int.
+        ValueError: neither is a replica's share of the batch a multiple of `size`, nor `size` a
+            multiple of the share; or the replicas cannot be grouped into that many shares.
     """
     if isinstance(size, bool) or not isinstance(size, int | np.integer):
         raise TypeError(
@@ -26,7 +27,7 @@ def virtual_batches(operation: str, size: int, shape: tuple[int, ...], slices: S
         )
     replicas = slices.replicas
     members = replicas.members if isinstance(replicas, NamedAxis) else 1
-    # Without an axis of its own an example is what each member of a named axis holds.
+    # If the batch has no axis of its own, each member of the named axis holds one example.
     axis = slices.axes[0] if slices.axes else None
     share = 1 if axis is None else shape[axis]
     if size > 0 and axis is not None and share % size == 0:

@@ -1,14 +1,14 @@
-"""Trains a small convolutional network on handwritten digits, on one process or on many.
+"""Train a small convolutional network on handwritten digits, with one process or with many.
 
     python -m jaxnorm.examples.train                        # this process, all of its devices
     python -m jaxnorm.examples.train --processes 4          # four processes on this machine
     srun python -m jaxnorm.examples.train                   # one process for each SLURM task
     gcloud compute tpus tpu-vm ssh NAME --worker=all --command="python -m jaxnorm.examples.train"
 
-The program is the same in all four. It sees one mesh over the devices of all processes, and one
-batch of which each process loads its share; batch statistics are those of the whole batch. The
-order of the data follows from the seed and the step alone, so that neither the number of processes
-nor an interruption changes what is learned: with `--checkpoints` a run that was stopped goes on.
+The program is the same in all four cases. It uses one mesh over the devices of all processes, and
+one batch of which each process loads its share. Batch statistics are those of the whole batch. The
+order of the data depends on the seed and the step alone. So neither the number of processes nor an
+interruption changes the result. With `--checkpoints` a run that was stopped continues.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import optax
 from flax import linen as nn
 
 from jaxnorm.distributed import initialize, launch, launched
-from jaxnorm.lab.data import Dataset, Part, load_digits
+from jaxnorm.lab.data import Dataset, LabeledImages, load_digits
 from jaxnorm.linen import BatchNorm
 from jaxnorm.training import (
     Checkpoints,
@@ -39,7 +39,10 @@ LAYOUTS = {"data": Layout.data_parallel, "fsdp": Layout.fully_sharded}
 
 
 class ConvNet(nn.Module):
-    """Nothing in it knows of devices: under `jit`, BatchNorm sees the whole batch."""
+    """A small convolutional network.
+
+    Nothing in it refers to devices: under `jit`, BatchNorm uses the statistics of the whole batch.
+    """
 
     classes: int
 
@@ -54,12 +57,12 @@ class ConvNet(nn.Module):
 
 
 def loss_fn(logits, batch):
-    """Mean cross-entropy over the whole batch, wherever its rows lie."""
+    """Mean cross-entropy over the whole batch, on any number of devices."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
 
 def count_correct(logits, batch):
-    """Correct predictions; rows that only fill up the last batch have the weight 0."""
+    """The number of correct predictions; rows that only fill up the last batch have weight 0."""
     return {"correct": jnp.sum((logits.argmax(-1) == batch["label"]) * batch["weight"])}
 
 
@@ -68,16 +71,16 @@ def share(rows: np.ndarray) -> np.ndarray:
     return rows[jax.process_index() :: jax.process_count()]
 
 
-def training_batch(part: Part, seed: int, step: int, size: int) -> dict[str, np.ndarray]:
-    """This process's share of a step's batch, which follows from the seed and the step alone."""
+def training_batch(part: LabeledImages, seed: int, step: int, size: int) -> dict[str, np.ndarray]:
+    """This process's share of a step's batch, which depends on the seed and the step alone."""
     epoch, index = divmod(step, len(part.labels) // size)
     order = np.random.default_rng((seed, epoch)).permutation(len(part.labels))
     rows = share(order[index * size : (index + 1) * size])
     return {"x": part.images[rows], "label": part.labels[rows]}
 
 
-def whole_part(part: Part) -> dict[str, np.ndarray]:
-    """This process's share of all images, filled up so that every device has as many."""
+def whole_part(part: LabeledImages) -> dict[str, np.ndarray]:
+    """This process's share of all images, with repeated rows so that every device has as many."""
     count = len(part.labels)
     rows = share(np.arange(count + -count % jax.device_count()))
     filled = rows % count
@@ -85,8 +88,8 @@ def whole_part(part: Part) -> dict[str, np.ndarray]:
     return {"x": part.images[filled], "label": part.labels[filled], "weight": weight}
 
 
-def train(data: Dataset, arguments: argparse.Namespace) -> float:
-    """Accuracy on the test images after `arguments.steps` steps."""
+def train_network(data: Dataset, arguments: argparse.Namespace) -> float:
+    """Train the network and return its accuracy on the test images."""
     layout = LAYOUTS[arguments.layout]()
     model, example = ConvNet(data.classes), jnp.ones((1, *data.image_shape))
     state = create_train_state(model, OPTIMIZER, arguments.seed, example, layout=layout)
@@ -109,16 +112,16 @@ def train(data: Dataset, arguments: argparse.Namespace) -> float:
 
 
 def say(text: str) -> None:
-    """Prints, in one process of the run."""
+    """Print a text, in one process of the run."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; returns its exit status.
+    """Run the program and return its exit status.
 
     Args:
-      argv: arguments without the program's name; those of the process by default.
+        argv: the arguments without the program's name. The default is those of the process.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
@@ -138,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{len(data.train.labels)} images; got {arguments.batch}"
         )
     say(f"{jax.process_count()} processes, {devices} devices, batch {arguments.batch}")
-    accuracy = train(data, arguments)
+    accuracy = train_network(data, arguments)
     say(f"test accuracy {accuracy:.1%}")
     return 0
 
@@ -146,14 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jaxnorm.examples.train",
-        description="Train a small convolutional network on digits, on one process or on many.",
+        description="Train a small convolutional network on digits, with one process or many.",
     )
     number = {"type": _positive, "metavar": "N"}
     add = parser.add_argument
     add(
         "--processes",
         **number,
-        help="start so many on this machine; leave it out on a cluster, which starts them itself",
+        help="number of processes to start on this machine; leave it out on a cluster",
     )
     add(
         "--devices-per-process",
@@ -169,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         default="data",
         help="data: parameters whole on every device; fsdp: split over them (default: data)",
     )
-    add("--checkpoints", metavar="DIR", help="save here, and go on from the newest that is here")
+    add("--checkpoints", metavar="DIR", help="save here, and continue from the newest one here")
     add("--every", **number, default=50, help="steps between checkpoints (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of parameters and data (default: 0)")
     return parser

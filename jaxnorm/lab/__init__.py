@@ -1,4 +1,5 @@
-"""Studies: a frozen configuration, a seeded run, a frozen result.
+"""Studies: a frozen configuration goes in, and the result of a seeded run comes out.
 
-Data, networks, and the study behind `jaxnorm demo`. Nothing here prints or writes files.
+This package holds the data, the networks, and the study of `jaxnorm demo`. It prints nothing and
+writes no files.
 """

@@ -1,7 +1,7 @@
 """Images for the studies: scikit-learn's digits, or a folder of IDX files.
 
-Either source ends in the same `Dataset`: three disjoint parts, pixels standardized with the mean
-and deviation of the training part, labels as int32. Everything random is drawn from the seed.
+Both sources give the same `Dataset`: three disjoint parts, pixels standardized with the mean and
+deviation of the training part, labels as int32. All randomness comes from the seed.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ IDX_NAMES = {
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message says which, why, and what to do."""
+    """Data that cannot be used; the message says which data, why, and what to do."""
 
 
-class Part(NamedTuple):
-    """Images with their labels."""
+class LabeledImages(NamedTuple):
+    """Images together with their labels: one part of a data set."""
 
     images: np.ndarray  # float32 (count, rows, columns, 1)
     labels: np.ndarray  # int32 (count,)
@@ -47,9 +47,9 @@ class Dataset:
 
     name: str
     classes: int
-    train: Part
-    validation: Part  # for choosing: curves, learning rates, stability
-    test: Part  # for the accuracy that is reported, looked at once
+    train: LabeledImages
+    validation: LabeledImages  # for curves, learning rates and stability
+    test: LabeledImages  # for the accuracy that is reported; it is used once
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -59,18 +59,18 @@ class Dataset:
 
 
 def load_digits(seed: int = 0) -> Dataset:
-    """scikit-learn's 1797 handwritten digits of 8x8 pixels, split 2/3, 1/6, 1/6 by class.
+    """Load scikit-learn's 1797 handwritten digits of 8x8 pixels, split 2/3, 1/6, 1/6 by class.
 
     Args:
-      seed: draws the split; the same seed gives the same split.
+        seed: draws the split; the same seed gives the same split.
 
     Returns:
-      A `Dataset` of ten classes.
+        A `Dataset` of ten classes.
 
     Example:
-      >>> digits = load_digits(seed=0)
-      >>> digits.train.images.shape, digits.validation.labels.shape, digits.test.labels.shape
-      ((1197, 8, 8, 1), (300,), (300,))
+        >>> digits = load_digits(seed=0)
+        >>> digits.train.images.shape, digits.validation.labels.shape, digits.test.labels.shape
+        ((1197, 8, 8, 1), (300,), (300,))
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
@@ -90,21 +90,23 @@ def load_digits(seed: int = 0) -> Dataset:
 
 
 def load_idx(folder: str | os.PathLike[str], seed: int = 0) -> Dataset:
-    """MNIST, Fashion-MNIST or any data in their four IDX files, gzipped or not.
+    """Load MNIST, Fashion-MNIST or other data from their four IDX files, gzipped or not.
 
-    One sixth of the training images, 2000 at most, drawn by `seed`, become the validation part.
+    One sixth of the training images, but at most 2000, become the validation part. `seed` draws
+    them.
 
     Args:
-      folder: holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`
-        and `t10k-labels-idx1-ubyte`, each plain or with `.gz`; the plain file wins.
-      seed: draws the validation part.
+        folder: a folder with `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`,
+            `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte`, each plain or with `.gz`. If both
+            exist, the plain file is read.
+        seed: draws the validation part.
 
     Returns:
-      A `Dataset` with as many classes as the largest training label asks for.
+        A `Dataset`. The largest training label gives the number of classes.
 
     Raises:
-      DataError: a file is missing, is not what its name says, or is shorter or longer than its
-        header says; or images and labels do not fit each other.
+        DataError: a file is missing, is not what its name says, or is shorter or longer than its
+            header says; or images and labels do not fit each other.
 
     Source: Y. LeCun, C. Cortes, C. Burges, "The MNIST database of handwritten digits", file format.
     """
@@ -145,23 +147,23 @@ def read_idx(path: str | os.PathLike[str], magic: int) -> np.ndarray:
     """Read one IDX file of unsigned bytes and check it against its header.
 
     Args:
-      path: the file; gzip is recognized by its first two bytes, whatever the name.
-      magic: what the first four bytes must say, `IMAGES_MAGIC` or `LABELS_MAGIC`.
+        path: the file. A gzipped file is recognized by its first two bytes, whatever its name.
+        magic: the number in the first four bytes, `IMAGES_MAGIC` or `LABELS_MAGIC`.
 
     Returns:
-      uint8, in the shape that the header gives.
+        uint8, in the shape that the header gives.
 
     Raises:
-      DataError: the file cannot be read, has another magic number, or is shorter or longer than
-        its header says.
+        DataError: the file cannot be read, has another magic number, or is shorter or longer than
+            its header says.
 
     Example:
-      >>> import tempfile
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     path = Path(folder) / "labels"
-      ...     _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 2, 1]))
-      ...     read_idx(path, LABELS_MAGIC)
-      array([7, 2, 1], dtype=uint8)
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "labels"
+        ...     _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 7, 2, 1]))
+        ...     read_idx(path, LABELS_MAGIC)
+        array([7, 2, 1], dtype=uint8)
     """
     path = Path(path)
     again = "Fetch the file again."
@@ -184,24 +186,24 @@ def read_idx(path: str | os.PathLike[str], magic: int) -> np.ndarray:
 
 
 def batch_rows(count: int, batch_size: int, steps: int, seed: int) -> np.ndarray:
-    """The images that each step of a training sees: shuffled epochs, one after another.
+    """Draw the rows of the images for each training step, from shuffled epochs.
 
     Args:
-      count: images to draw from.
-      batch_size: images per step, `count` at most.
-      steps: steps of the training.
-      seed: draws the order.
+        count: the number of images to draw from.
+        batch_size: images per step, at most `count`.
+        steps: the number of training steps.
+        seed: draws the order.
 
     Returns:
-      int32 (steps, batch_size), rows of the training part. No image comes twice within an epoch;
-      what is left over at its end is dropped.
+        int32 (steps, batch_size), rows of the training part. No image comes twice in an epoch. The
+        images that do not fill a batch at its end are left out.
 
     Raises:
-      DataError: a batch is larger than the training part.
+        DataError: a batch is larger than the training part.
 
     Example:
-      >>> batch_rows(5, 2, 3, seed=0).shape
-      (3, 2)
+        >>> batch_rows(5, 2, 3, seed=0).shape
+        (3, 2)
     """
     if not 1 <= batch_size <= count:
         raise DataError(
@@ -227,7 +229,9 @@ def _dataset(name: str, parts: list[tuple[np.ndarray, np.ndarray]]) -> Dataset:
         )
     shift, factor = np.float32(mean), np.float32(1 / deviation)
     train, validation, test = (
-        Part((images[..., None].astype(np.float32) - shift) * factor, labels.astype(np.int32))
+        LabeledImages(
+            (images[..., None].astype(np.float32) - shift) * factor, labels.astype(np.int32)
+        )
         for images, labels in parts
     )
     classes = 1 + max(int(labels.max()) for _, labels in parts)
@@ -282,12 +286,12 @@ def _parse(stream: BinaryIO, path: Path, magic: int) -> np.ndarray:
     if found != magic:
         raise DataError(
             f"read_idx: the magic number must be {magic:#010x} (unsigned bytes, {axes} axes); got "
-            f"{found:#010x} in '{path}'. Check that images and labels have not changed places."
+            f"{found:#010x} in '{path}'. Check that the images and the labels are not swapped."
         )
     expected = math.prod(shape)
-    body = bytearray()  # piece by piece, lest a broken header ask for more memory than there is
-    while len(body) <= expected and (piece := stream.read(CHUNK)):
-        body += piece
+    body = bytearray()  # read in chunks: a broken header may announce more than fits in memory
+    while len(body) <= expected and (chunk := stream.read(CHUNK)):
+        body += chunk
     if len(body) != expected:
         got = f"only {len(body)}" if len(body) < expected else "more"
         raise DataError(

@@ -1,6 +1,6 @@
-"""The two networks of the studies, the same in everything but their normalization.
+"""The two networks of the studies, which differ in nothing but their normalization.
 
-`NORMALIZATIONS` is the one place that says what a name means.
+`NORMALIZATIONS` defines the construction that belongs to each name.
 """
 
 import math
@@ -17,25 +17,25 @@ import jaxnorm.linen as jnn
 
 Initializer: TypeAlias = nn.initializers.Initializer
 
-# Standard deviation of the nonlinearity of a standard normal variable (Brock et al. 2021, eq. 3):
-# dividing by it lets a standardized kernel hand on the variance that it received.
+# Standard deviation of the nonlinearity of a standard normal variable (Brock et al. 2021, eq. 3).
+# After a division by it, the output of a standardized kernel has the variance of its input.
 SIGMOID_DEVIATION = 0.2083
 RELU_DEVIATION = math.sqrt((1 - 1 / math.pi) / 2)
 
 
 class Normalization(NamedTuple):
-    """The construction of a normalization, by its name in the tables."""
+    """The construction of one normalization of the tables."""
 
     layer: Callable[[bool, int], nn.Module] | None  # (training, features) -> layer; None: no layer
-    shifts: bool = True  # the layer has a bias, so that the one of the kernel would be idle
-    standardized: bool = False  # the kernel is standardized instead
-    spatial: bool = False  # needs pixels to average over: not applicable in the MLP
+    shifts: bool = True  # the layer has a bias, so that a bias of the kernel would do nothing
+    standardized: bool = False  # the kernel is standardized instead of the activations
+    spatial: bool = False  # averages over pixels, and an MLP has none
 
 
 NORMALIZATIONS = {
     "none": Normalization(None, shifts=False),
     "batch": Normalization(
-        # Short runs: running statistics that remember some ten steps.
+        # The runs are short, so running statistics average over about ten steps.
         lambda training, _: jnn.BatchNorm(use_running_average=not training, momentum=0.9),
     ),
     "layer": Normalization(lambda training, _: jnn.LayerNorm()),
@@ -47,10 +47,10 @@ NORMALIZATIONS = {
 
 
 class DeepMLP(nn.Module):
-    """Sigmoid layers, dense: the first experiment of Ioffe & Szegedy (2015, section 4.1), deeper.
+    """A network of dense sigmoid layers, a deeper form of Ioffe & Szegedy (2015, section 4.1).
 
-    Theirs has three hidden layers of 100 units. With four, a network without normalization still
-    learns, but hardly; with five it does not, in the time of a demo.
+    Their first experiment has three hidden layers of 100 units. With four layers a network without
+    normalization still learns, but slowly. With five it does not learn in the time of a demo.
     """
 
     normalization: str
@@ -78,9 +78,9 @@ class DeepMLP(nn.Module):
 
 
 class SmallConvNet(nn.Module):
-    """3x3 convolutions with ReLU, an average over all pixels, one dense layer.
+    """A network of 3x3 convolutions with ReLU, an average over all pixels, and one dense layer.
 
-    The first convolution goes in steps of two pixels where images are larger than 16.
+    The first convolution has a stride of two if images are larger than 16 pixels.
     """
 
     normalization: str
@@ -119,25 +119,25 @@ def is_applicable(network: str, normalization: str) -> bool:
     """True if a network has the axes that a normalization averages over.
 
     Example:
-      >>> is_applicable("mlp", "instance"), is_applicable("conv", "instance")
-      (False, True)
+        >>> is_applicable("mlp", "instance"), is_applicable("conv", "instance")
+        (False, True)
     """
     return network != "mlp" or not NORMALIZATIONS[normalization].spatial
 
 
 def build_network(network: str, normalization: str, classes: int) -> DeepMLP | SmallConvNet:
-    """The network of this name with the normalization of this name.
+    """Build the network of one name with the normalization of another.
 
     Args:
-      network: a key of `NETWORKS`.
-      normalization: a key of `NORMALIZATIONS`.
-      classes: logits per image.
+        network: a key of `NETWORKS`.
+        normalization: a key of `NORMALIZATIONS`.
+        classes: the number of logits per image.
 
     Returns:
-      A Linen module, called as `(images, training)`.
+        A Linen module, called as `(images, training)`.
 
     Raises:
-      ValueError: a name is unknown, or the normalization has no axes in this network.
+        ValueError: a name is unknown, or the network lacks the axes of the normalization.
     """
     for name, known, what in (
         (network, NETWORKS, "network"),
@@ -157,24 +157,25 @@ def build_network(network: str, normalization: str, classes: int) -> DeepMLP | S
 
 
 def draw_kernels(params: Any, seeds: Sequence[int]) -> Any:
-    """Fill the kernels of a sweep's parameters: normal, of variance 1 / fan-in, or 2 / fan-in.
+    """Fill the kernels of a sweep's parameters with normal numbers of variance 1 or 2 / fan-in.
 
     The same seed gives the same kernels under every normalization and learning rate, so that
-    comparisons are paired. They are drawn on the host because one vmapped draw takes XLA half a
-    second of compilation for each kernel of each network: 40 s of a demo of 60.
+    comparisons are paired. The kernels are drawn on the host. A vmapped draw would take XLA half a
+    second of compilation for each kernel of each network, which is 40 s of a demo of 60 s.
 
     Args:
-      params: of `create_sweep_state`, a leading axis of members on every leaf.
-      seeds: one for each member.
+        params: the parameters of `create_sweep_state`, with a leading axis of members on every
+            leaf.
+        seeds: one seed for each member.
 
     Returns:
-      The same tree; every leaf called "kernel" is new (2 / fan-in, for ReLU, where it is a
-      convolution's), the others are as they were.
+        The same tree with new values in every leaf called "kernel". The variance is 2 / fan-in, for
+        ReLU, in a convolution, and 1 / fan-in elsewhere. Other leaves are unchanged.
 
     Example:
-      >>> drawn = draw_kernels({"Dense_0": {"kernel": jnp.zeros((2, 4, 3))}}, [7, 7])
-      >>> bool((drawn["Dense_0"]["kernel"][0] == drawn["Dense_0"]["kernel"][1]).all())
-      True
+        >>> drawn = draw_kernels({"Dense_0": {"kernel": jnp.zeros((2, 4, 3))}}, [7, 7])
+        >>> bool((drawn["Dense_0"]["kernel"][0] == drawn["Dense_0"]["kernel"][1]).all())
+        True
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     filled = []
@@ -194,7 +195,7 @@ def draw_kernels(params: Any, seeds: Sequence[int]) -> Any:
 
 
 def _unit_scale(choice: Normalization, fan_in: int, deviation: float) -> float:
-    """A layer that brings a standardized kernel's output to unit variance (Brock et al. 2021)."""
+    """A factor that brings a standardized kernel's output to unit variance (Brock et al. 2021)."""
     return 1 / (deviation * math.sqrt(fan_in)) if choice.standardized else 1.0
 
 
@@ -209,20 +210,20 @@ def convolve_patches(
     padding: str | list[tuple[int, int]],
     **unused: object,
 ) -> jax.Array:
-    """A convolution written as patches times a matrix.
+    """Convolve images with a kernel, as a product of patches with a matrix.
 
-    Under `vmap` over kernels a convolution becomes a grouped one, for which XLA has no fast code on
-    the CPU: 14 times slower than this, measured on 18 of these networks at once.
+    Under `vmap` over kernels a convolution becomes a grouped one. XLA has no fast code for it on
+    the CPU: it is 14 times slower than this function, measured on 18 of these networks at once.
 
     Args:
-      inputs: (count, rows, columns, channels).
-      kernel: (kernel rows, kernel columns, channels, features).
-      strides: of the rows and the columns.
-      padding: as `lax.conv_general_dilated` takes it.
-      unused: what Flax's layer passes besides, at its defaults.
+        inputs: (count, rows, columns, channels).
+        kernel: (kernel rows, kernel columns, channels, features).
+        strides: the strides of the rows and the columns.
+        padding: the padding, in the form that `lax.conv_general_dilated` takes.
+        unused: other arguments that Flax's layer passes, at their defaults.
 
     Returns:
-      (count, new rows, new columns, features).
+        (count, new rows, new columns, features).
     """
     rows, columns, channels, features = kernel.shape
     if isinstance(padding, str):
@@ -230,7 +231,7 @@ def convolve_patches(
     x = jnp.pad(inputs, ((0, 0), *padding, (0, 0)))
     height = (x.shape[1] - rows) // strides[0] * strides[0] + 1
     width = (x.shape[2] - columns) // strides[1] * strides[1] + 1
-    # One axis after the other: six slices rather than nine, and a quarter less to compile.
+    # One axis after the other: six slices instead of nine, and a quarter less time to compile.
     x = jnp.concatenate([x[:, i : i + height : strides[0]] for i in range(rows)], -1)
     x = jnp.concatenate([x[:, :, i : i + width : strides[1]] for i in range(columns)], -1)
     return x @ kernel.transpose(1, 0, 2, 3).reshape(rows * columns * channels, features)

@@ -11,9 +11,9 @@ import numpy as np
 from jaxnorm.monitor import Recording
 from jaxnorm.monitor.samples.buffer import Buffer
 
-TARGET_SHARE = 0.9  # of the network's best accuracy, to be reached
-STABLE_SHARE = 0.9  # of the normalization's own best accuracy, to be kept by every seed
-LEARNED_SHARE = 0.5  # of the network's best accuracy: with less, no rate is called stable
+TARGET_SHARE = 0.9  # the share of the network's best accuracy that must be reached
+STABLE_SHARE = 0.9  # the share of the normalization's best accuracy that every seed must keep
+LEARNED_SHARE = 0.5  # below this share of the network's best accuracy no rate is called stable
 
 DEFINITIONS = {
     "best rate": (
@@ -37,37 +37,40 @@ DEFINITIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """All runs of one network under one normalization; axes (rates, seeds, samples)."""
+    """Curves of all runs of one network under one normalization; axes (rates, seeds, samples)."""
 
     network: str
     normalization: str
     learning_rates: tuple[float, ...]
-    steps: tuple[int, ...]  # made at each sample; the first is 0
-    train_loss: np.ndarray  # mean over the steps since the last sample; one sample fewer
-    final_loss: np.ndarray  # of the last step; (rates, seeds)
-    validation_accuracy: np.ndarray
-    test_accuracy: np.ndarray  # (rates, seeds)
+    steps: tuple[int, ...]  # number of steps made at each sample; the first is 0
+    train_loss: np.ndarray  # float64 (rates, seeds, samples - 1): mean since the sample before
+    final_loss: np.ndarray  # float64 (rates, seeds): loss of the last step
+    validation_accuracy: np.ndarray  # float64 (rates, seeds, samples)
+    test_accuracy: np.ndarray  # float64 (rates, seeds)
 
     @property
     def best(self) -> int:
-        """Index of the best learning rate."""
+        """Index of the best learning rate, by validation accuracy at the end."""
         return int(np.argmax(self.validation_accuracy[:, :, -1].mean(1)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
-    """One line of the table. All but the names are None where the pair makes no sense."""
+class StudySummary:
+    """One line of the table of a study.
+
+    All fields but the names are None if the network cannot have the normalization.
+    """
 
     network: str
     normalization: str
     best_rate: float | None = None
     accuracy_mean: float | None = None
     accuracy_deviation: float | None = None
-    target: float | None = None  # the accuracy that counts as reached
-    steps_to_target: int | None = None  # None: never
-    fastest_rate: float | None = None  # the rate that gets there first
-    stable_rate: float | None = None  # None: none
-    stable_is_largest: bool = False  # no larger rate was tried
+    target: float | None = None  # the accuracy that `steps_to_target` is about
+    steps_to_target: int | None = None  # None if it is never reached
+    fastest_rate: float | None = None  # the rate that reaches it first
+    stable_rate: float | None = None  # None if no rate is stable
+    stable_is_largest: bool = False  # True if no larger rate was tried
 
     @property
     def applicable(self) -> bool:
@@ -87,26 +90,26 @@ class Recorded:
 
 @dataclasses.dataclass(frozen=True)
 class StudyResult:
-    """All results of a finished study."""
+    """The results of a finished study: settings, curves, summaries, samples."""
 
     settings: dict[str, Any]
     data: dict[str, Any]
     curves: tuple[Curves, ...]
-    summaries: tuple[Summary, ...]
+    summaries: tuple[StudySummary, ...]
     recorded: tuple[Recorded, ...]
     seconds: float
 
     def write_recordings(self, folder: Path) -> dict[tuple[str, str], Recording]:
-        """Write the monitor's samples, each run in a folder of its own.
+        """Write the monitor's samples, each run into a folder of its own.
 
         Args:
-          folder: for them; those of the same names in it are replaced.
+            folder: the parent of these folders. Folders of the same names in it are replaced.
 
         Returns:
-          (network, normalization) -> recording, in the order of the curves.
+            (network, normalization) -> recording, in the order of the curves.
 
         Raises:
-          RecordingError: the folder cannot be written.
+            RecordingError: the folder cannot be written.
         """
         recordings = {}
         for each in self.recorded:
@@ -122,9 +125,9 @@ class StudyResult:
         return recordings
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries, lists and numbers; what is not finite becomes None.
+        """The result as plain dictionaries, lists and numbers, without the monitor's samples.
 
-        All but what the monitor saw.
+        A number that is not finite becomes None.
         """
         plain = {
             "settings": self.settings,
@@ -134,38 +137,38 @@ class StudyResult:
             "summaries": [dataclasses.asdict(row) for row in self.summaries],
             "curves": [dataclasses.asdict(curves) for curves in self.curves],
         }
-        return _plain(plain)
+        return _json_value(plain)
 
 
-def summarize(curves: Sequence[Curves], normalizations: Sequence[str]) -> list[Summary]:
-    """The table's lines for one network, by the `DEFINITIONS` above.
+def summarize_curves(curves: Sequence[Curves], normalizations: Sequence[str]) -> list[StudySummary]:
+    """Compute the lines of the table for one network, by the `DEFINITIONS` above.
 
     Args:
-      curves: of one network, one for each normalization that applies to it.
-      normalizations: the lines, in order; those without curves do not apply.
+        curves: the curves of one network, one for each normalization that applies to it.
+        normalizations: the lines of the table, in order. Those without curves do not apply.
 
     Returns:
-      One `Summary` for each of `normalizations`.
+        One `StudySummary` for each of `normalizations`.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
     if not curves:
         return []
     highest = max(float(each.validation_accuracy[each.best, :, -1].mean()) for each in curves)
     found = {each.normalization: each for each in curves}
     return [
-        _summary(found[name], highest) if name in found else Summary(curves[0].network, name)
+        _summary(found[name], highest) if name in found else StudySummary(curves[0].network, name)
         for name in normalizations
     ]
 
 
 def steps_to_reach(steps: Sequence[int], accuracy: np.ndarray, target: float) -> int | None:
-    """The first measured step with this accuracy, or None.
+    """The first measured step with the target accuracy, or None.
 
     Example:
-      >>> steps_to_reach([0, 10, 20], np.array([0.1, 0.8, 0.9]), 0.8)
-      10
+        >>> steps_to_reach([0, 10, 20], np.array([0.1, 0.8, 0.9]), 0.8)
+        10
     """
     reached = np.flatnonzero(accuracy >= target)
     return int(steps[reached[0]]) if len(reached) else None
@@ -177,21 +180,21 @@ def highest_stable(
     """The largest rate at which every seed ends with a finite loss and 90 % of the best accuracy.
 
     Args:
-      rates: r learning rates, in any order.
-      final_loss: (r, seeds).
-      final_accuracy: (r, seeds).
-      least: the mean accuracy that the best rate must end with.
+        rates: r learning rates, in any order.
+        final_loss: (r, seeds).
+        final_accuracy: (r, seeds).
+        least: the mean accuracy that the best rate must end with.
 
     Returns:
-      The rate; None if the best rate ends with less than `least`, or if no rate qualifies.
+        The rate. None if the best rate ends with less than `least`, or if no rate qualifies.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example:
-      >>> losses, accuracy = np.array([[0.2], [0.1], [np.nan]]), np.array([[0.9], [0.95], [0.95]])
-      >>> highest_stable([0.1, 0.3, 1.0], losses, accuracy, least=0.5)
-      0.3
+        >>> losses, accuracy = np.array([[0.2], [0.1], [np.nan]]), np.array([[0.9], [0.95], [0.95]])
+        >>> highest_stable([0.1, 0.3, 1.0], losses, accuracy, least=0.5)
+        0.3
     """
     best = float(final_accuracy.mean(1).max())
     if best < least:
@@ -201,7 +204,7 @@ def highest_stable(
     return max((rate for rate, ok in zip(rates, stable, strict=True) if ok), default=None)
 
 
-def _summary(curves: Curves, highest: float) -> Summary:
+def _summary(curves: Curves, highest: float) -> StudySummary:
     target = TARGET_SHARE * highest
     test = curves.test_accuracy[curves.best]
     reached = [
@@ -218,7 +221,7 @@ def _summary(curves: Curves, highest: float) -> Summary:
         curves.validation_accuracy[:, :, -1],
         LEARNED_SHARE * highest,
     )
-    return Summary(
+    return StudySummary(
         network=curves.network,
         normalization=curves.normalization,
         best_rate=curves.learning_rates[curves.best],
@@ -232,13 +235,13 @@ def _summary(curves: Curves, highest: float) -> Summary:
     )
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_json_value(item) for item in value]
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
+        return _json_value(value.tolist())
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     return value

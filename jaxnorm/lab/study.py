@@ -1,9 +1,9 @@
 """The main study: networks under several normalizations, seeds and learning rates at once.
 
-A frozen `StudyConfig` goes in, a frozen `StudyResult` comes out; nothing is printed or written.
-For each network and normalization one program, vmapped over seeds x learning rates, trains all
-runs; between calls of it the validation accuracy is taken. What goes on inside the best of them a
-monitor sees afterwards, in the same steps made again.
+A frozen `StudyConfig` goes in, and a frozen `StudyResult` comes out. Nothing is printed or written.
+For each network and normalization, one program that is vmapped over seeds x learning rates trains
+all runs. Between its calls the validation accuracy is measured. Afterwards the steps of the best
+run are repeated with a monitor.
 """
 
 import concurrent.futures
@@ -23,63 +23,63 @@ import numpy as np
 import optax
 
 from jaxnorm import training
-from jaxnorm.lab.data import Dataset, Part, batch_rows
+from jaxnorm.lab.data import Dataset, LabeledImages, batch_rows
 from jaxnorm.lab.networks import (
     NORMALIZATIONS,
     build_network,
     draw_kernels,
     is_applicable,
 )
-from jaxnorm.lab.results import Curves, Recorded, StudyResult, summarize
+from jaxnorm.lab.results import Curves, Recorded, StudyResult, summarize_curves
 from jaxnorm.monitor import Monitor
 from jaxnorm.monitor.samples.buffer import Buffer
 
 VALIDATION_IMAGES = 300  # at most, of the validation part
-EVALUATION_BATCH = 60  # images per call: the patches of all runs stay in the cache
-# Of these the gradient-based shift is taken too, a gradient for each layer at every sample: the
-# claim that it rises with batch normalization is about the two.
+EVALUATION_BATCH = 60  # images per call; then the patches of all runs fit into the cache
+# The gradient-based shift is measured for these two only, since it costs a gradient for each layer
+# at every sample. The claim that it rises with batch normalization compares these two.
 SHIFT_OF = ("none", "batch")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The training of one network: steps, batch size, rates, normalizations."""
+class TrainingPlan:
+    """The training of one network: steps, batch size, learning rates, normalizations."""
 
     network: str
     steps: int
     batch_size: int
     learning_rates: tuple[float, ...]
     normalizations: tuple[str, ...] = tuple(NORMALIZATIONS)
-    decay: bool = False  # let the rate fall to zero, along half a cosine
+    decay: bool = False  # True lets the rate fall to zero, along half a cosine
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-    """Everything that determines a study, apart from the data."""
+    """The settings that determine a study, apart from the data."""
 
-    plans: tuple[Plan, ...] = (
-        Plan(
+    plans: tuple[TrainingPlan, ...] = (
+        TrainingPlan(
             "mlp",
             steps=400,
             batch_size=60,
             learning_rates=(0.3, 1.0, 3.0, 10.0, 30.0),
             normalizations=("none", "batch", "layer", "rms"),
         ),
-        Plan(
+        TrainingPlan(
             "conv",
             steps=80,
             batch_size=32,
             learning_rates=(0.3, 1.0, 3.0),
             normalizations=("none", "batch", "group", "instance", "weight"),
-            # At a constant rate so short a training ends wherever its last steps happen to lead.
+            # With a constant rate the result of so short a training depends on its last steps.
             decay=True,
         ),
     )
     seed: int = 0
     seeds: int = 3
-    samples: int = 12  # measurements per run, about
+    samples: int = 12  # number of measurements per run, approximately
 
-    def pairs(self) -> dict[Plan, list[str]]:
+    def pairs(self) -> dict[TrainingPlan, list[str]]:
         """For each plan those of its normalizations that its network can have."""
         return {
             plan: [name for name in plan.normalizations if is_applicable(plan.network, name)]
@@ -87,27 +87,28 @@ class StudyConfig:
         }
 
     def run_seeds(self) -> list[int]:
-        """The seed of each run, drawn from the study's."""
+        """The seed of each run, drawn from the seed of the study."""
         return np.random.SeedSequence(self.seed).generate_state(self.seeds).tolist()
 
 
 def demo_config(seed: int = 0, steps: int | None = None, quick: bool = False) -> StudyConfig:
-    """The study of `jaxnorm demo`.
+    """The configuration of the study of `jaxnorm demo`.
 
     Args:
-      seed: of all randomness.
-      steps: of the MLP; the convolutional net makes a fifth as many.
-      quick: two seeds, fewer learning rates and steps; every normalization all the same.
+        seed: the seed of all randomness.
+        steps: the number of steps of the MLP; the convolutional net makes a fifth as many.
+        quick: True for two seeds and fewer learning rates and steps. Every normalization is still
+            there.
 
     Returns:
-      A `StudyConfig`.
+        A `StudyConfig`.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example:
-      >>> [plan.steps for plan in demo_config(steps=400).plans]
-      [400, 80]
+        >>> [plan.steps for plan in demo_config(steps=400).plans]
+        [400, 80]
     """
     config = StudyConfig(seed=seed)
     mlp, conv = config.plans
@@ -123,13 +124,13 @@ def demo_config(seed: int = 0, steps: int | None = None, quick: bool = False) ->
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """A running study's report to its caller."""
+    """A report on a running study, for its caller."""
 
     network: str
     normalization: str
-    step: int  # made so far; 0 when its program is about to be compiled
+    step: int  # number of steps made; 0 before the program is compiled
     steps: int
-    accuracy: float  # the best validation accuracy of all its runs so far
+    accuracy: float  # best validation accuracy so far of all runs of the program
 
 
 def run_study(
@@ -138,26 +139,27 @@ def run_study(
     progress: Callable[[Progress], None] = lambda _: None,
     workers: int | None = None,
 ) -> StudyResult:
-    """Train every network under each of its normalizations, on this data.
+    """Train every network under each of its normalizations, on the given data.
 
     Args:
-      config: what to train, and from which seed.
-      data: what to train on.
-      progress: called, by one thread at a time, whenever a program has made some steps.
-      workers: programs that are compiled and run side by side; two by default, where there are two
-        cores. The numbers do not depend on it.
+        config: what to train, and the seed.
+        data: the data to train on.
+        progress: a function that is called, by one thread at a time, whenever a program has made
+            some steps.
+        workers: the number of programs that are compiled and run at the same time. The default is
+            two if there are two cores. The numbers do not depend on it.
 
     Returns:
-      Curves, their summary, and what the monitor saw of the first seed at the best rate, for every
-      pair of network and normalization that fit.
+        For every pair of network and normalization that fit: curves, their summary, and the
+        monitor's samples of the first seed at the best rate.
 
     Raises:
-      ValueError: a name in `config` is unknown, or a batch does not fit the data.
+        ValueError: a name in `config` is unknown, or a batch does not fit the data.
 
     Source: S. Ioffe and C. Szegedy, Batch Normalization, ICML 2015, section 4.1 and Figure 1.
     """
     started = time.perf_counter()
-    # The slow programs first, so that the last ones to finish are short.
+    # The slow programs start first, so that the programs that finish last are short.
     plans = sorted(config.pairs().items(), key=lambda pair: pair[0].network != "conv")
     pairs = [(plan, name) for plan, names in plans for name in names]
     workers = workers or min(2, os.cpu_count() or 1)
@@ -172,7 +174,7 @@ def run_study(
         futures = [pool.submit(_train, config, *pair, data, report, stop) for pair in pairs]
         try:
             trained = [future.result() for future in futures]
-        except BaseException:  # an interrupt too: let no thread run on
+        except BaseException:  # an interrupt too must leave no thread running
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
@@ -193,7 +195,7 @@ def run_study(
         summaries=tuple(
             row
             for plan in config.plans
-            for row in summarize(
+            for row in summarize_curves(
                 [curves for curves in trained if curves.network == plan.network],
                 plan.normalizations,
             )
@@ -205,16 +207,16 @@ def run_study(
 
 def _train(
     config: StudyConfig,
-    plan: Plan,
+    plan: TrainingPlan,
     normalization: str,
     data: Dataset,
     report: Callable[[Progress], None],
     stop: threading.Event,
 ) -> tuple[Curves, Recorded]:
-    """All runs of one network under one normalization."""
+    """Train all runs of one network under one normalization."""
     report(Progress(plan.network, normalization, 0, plan.steps, 0.0))
     network = build_network(plan.network, normalization, data.classes)
-    blank = network.clone(kernel_init=jax.nn.initializers.zeros)  # `draw_kernels` fills them
+    blank = network.clone(kernel_init=jax.nn.initializers.zeros)  # for `draw_kernels` to fill
     images, labels = jnp.asarray(data.train.images), jnp.asarray(data.train.labels)
     rates = plan.learning_rates
     seeds, hyperparams = training.grid(config.run_seeds(), learning_rate=rates)
@@ -236,7 +238,7 @@ def _train(
         return losses.mean()
 
     every = max(1, round(plan.steps / config.samples))
-    made = [0, *range(every, plan.steps, every), plan.steps]
+    sampled = [0, *range(every, plan.steps, every), plan.steps]
     step = training.make_sweep_step(
         network,
         optimizer,
@@ -253,66 +255,66 @@ def _train(
     validation = list(_batches(_validation(data)))
     accuracy = [_accuracy(evaluate, state, validation)]
     losses, states = [], []
-    for start, end in itertools.pairwise(made):
+    for start, end in itertools.pairwise(sampled):
         if stop.is_set():
             raise concurrent.futures.CancelledError
-        states.append(jax.tree.map(jnp.copy, state))  # the step takes its own
+        states.append(jax.tree.map(jnp.copy, state))  # a copy, because the step donates its state
         state, metrics = step(state, rows[:, start:end])
-        losses.append(np.asarray(metrics["loss"], np.float64))  # lest a mean of 1e38 overflow
+        losses.append(np.asarray(metrics["loss"], np.float64))  # float32 would overflow at 1e38
         accuracy.append(_accuracy(evaluate, state, validation))
         best = float(np.max(np.mean(accuracy[-1].reshape(len(rates), -1), 1)))
         report(Progress(plan.network, normalization, end, plan.steps, best))
     test = _accuracy(evaluate, state, list(_batches(data.test)))
 
     def split(values: Any) -> np.ndarray:
-        values = np.asarray(values)  # members, which `grid` orders by rate, then by seed
+        values = np.asarray(values)  # axis 0 is members, ordered by rate and then by seed
         return values.reshape(len(rates), config.seeds, *values.shape[1:])
 
     curves = Curves(
         network=plan.network,
         normalization=normalization,
         learning_rates=rates,
-        steps=tuple(made),
-        train_loss=split(np.stack([piece.mean(1) for piece in losses], 1)),
+        steps=tuple(sampled),
+        train_loss=split(np.stack([chunk.mean(1) for chunk in losses], 1)),
         final_loss=split(losses[-1][:, -1]),
         validation_accuracy=split(np.stack(accuracy, 1)),
         test_accuracy=split(test),
     )
     best = curves.best * config.seeds
-    watched: Any = training.make_train_step(
+    monitored: Any = training.make_train_step(
         network,
         optax.inject_hyperparams(optimizer)(learning_rate=rates[curves.best]),
         loss,
         inputs=lambda rows: (images[rows],),
         monitor=Monitor(1, len(states), channels=True, shift=normalization in SHIFT_OF),
     )
-    seen = [training.sweep_member(state, best) for state in states]
-    lowered = watched.lower(seen[0], rows[best, 0])
-    look = lowered.compile(_quick_options())
+    starts = [training.sweep_member(state, best) for state in states]
+    lowered = monitored.lower(starts[0], rows[best, 0])
+    monitored_step = lowered.compile(_quick_options())
     buffer = Buffer.empty(lowered.args_info[0][0].monitor.schema, len(states))
-    for start, state in zip(made, seen):
-        buffer = look(state.replace(monitor=buffer), rows[best, start])[0].monitor
+    for start, state in zip(sampled, starts):
+        buffer = monitored_step(state.replace(monitor=buffer), rows[best, start])[0].monitor
     settings = {"seed": seeds[best], "learning rate": rates[curves.best]}
     return curves, Recorded(plan.network, normalization, settings, buffer)
 
 
 def _quick_options() -> dict[str, Any]:
-    """Options of XLA for a program that takes longer to compile than it ever runs."""
+    """Options of XLA for a program whose compilation takes longer than all its runs."""
     if jax.default_backend() != "cpu":
         return {}
     options: dict[str, Any] = {"xla_backend_optimization_level": 0}
-    # Half the time; later versions have the slower emitters only, and refuse the option.
+    # This halves the time. Later versions have only the slower emitters and refuse the option.
     if metadata.version("jaxlib").startswith("0.10."):
         options["xla_cpu_use_fusion_emitters"] = False
     return options
 
 
-def _validation(data: Dataset) -> Part:
-    return Part(*(array[:VALIDATION_IMAGES] for array in data.validation))
+def _validation(data: Dataset) -> LabeledImages:
+    return LabeledImages(*(array[:VALIDATION_IMAGES] for array in data.validation))
 
 
-def _batches(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Images, labels and which of them count, in pieces of one size: one program serves all."""
+def _batches(part: LabeledImages) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Images, labels and a mask of valid rows, in chunks of one size that one program serves."""
     total = len(part.labels)
     size = math.ceil(total / math.ceil(total / EVALUATION_BATCH))
     for start in range(0, total, size):

@@ -88,11 +88,11 @@ class Monitor:
         selection = Selection.of("Monitor", self.layers)
         return adapted(operation, selection, model, mode_kwargs, compute_dtype)
 
-    def looking(self, made: Callable) -> Callable:
+    def sampling(self, step_with_gradients: Callable) -> Callable:
         """A step that takes a sample.
 
         Args:
-            made: `(state, batch) -> (state, metrics, (gradient, update))`.
+            step_with_gradients: `(state, batch) -> (state, metrics, (gradient, update))`.
 
         Returns:
             `(state, batch) -> (state, metrics)`; the state has a buffer.
@@ -100,25 +100,26 @@ class Monitor:
 
         def step(state: Any, batch: Any) -> Any:
             bare = state.replace(monitor=None)
-            new, metrics, row = self._row(_Traced(made, bare, batch), bare, batch, state.monitor)
+            traced = _Traced(step_with_gradients, bare, batch)
+            new, metrics, row = self._row(traced, bare, batch, state.monitor)
             return new.replace(monitor=state.monitor.push(state.step, row, True)), metrics
 
         return step
 
-    def choosing(self, made: Callable, members: str | None = None) -> Callable:
+    def conditional(self, step_with_gradients: Callable, members: str | None = None) -> Callable:
         """A step that takes a sample when it is time.
 
         Args:
-            made: as for `looking`.
+            made: as for `sampling`.
             members: the axis of a `vmap` around it whose members all make the same step.
 
         Returns:
-            As `looking`.
+            As `sampling`.
         """
 
         def step(state: Any, batch: Any) -> Any:
             bare = state.replace(monitor=None)
-            traced = _Traced(made, bare, batch)
+            traced = _Traced(step_with_gradients, bare, batch)
 
             def unmonitored(bare: Any, row: Any) -> Any:
                 new, metrics, _ = traced.run(jax.tree.leaves((bare, batch)))
@@ -135,11 +136,11 @@ class Monitor:
 
         return step
 
-    def buffer(self, made: Callable, state: Any, batch: Any) -> Buffer:
+    def buffer(self, step_with_gradients: Callable, state: Any, batch: Any) -> Buffer:
         """An empty buffer for the samples of a step; nothing is computed."""
 
         def sampled(state: Any, batch: Any) -> Sample:
-            return self._sample(_Traced(made, state, batch), state, batch)[2]
+            return self._sample(_Traced(step_with_gradients, state, batch), state, batch)[2]
 
         sample = jax.eval_shape(sampled, state, batch)
         return Buffer.empty(Schema.of(sample, state.params), self.capacity)

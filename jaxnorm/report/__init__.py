@@ -4,8 +4,8 @@ This package reads results and recordings, and computes nothing. It needs the pa
 `jaxnorm[lab]`.
 """
 
-from jaxnorm.report.files import OutputError, check_folder, write_files
 from jaxnorm.report.notebook import show
+from jaxnorm.report.output import OutputError, check_folder, write_files
 from jaxnorm.report.page import render_findings, render_page, render_runs
 from jaxnorm.report.runs import Run
 from jaxnorm.report.terminal import build_tables

@@ -1,6 +1,6 @@
 """The charts of a study as Vega-Lite specifications, made with Altair.
 
-The curves carry a Vega-Lite parameter, "measure", which the page's buttons set.
+The curves carry a Vega-Lite parameter, "measure", which the buttons of the page set.
 """
 
 import math
@@ -10,21 +10,21 @@ import altair as alt
 import numpy as np
 
 from jaxnorm.lab.results import Curves, StudyResult
-from jaxnorm.report.heat import steps
+from jaxnorm.report.heatmap import steps
 from jaxnorm.report.words import LINES, NORMALIZATIONS, Line
 
 
 def build_charts(result: StudyResult) -> dict[str, dict[str, Any]]:
-    """Every chart of a study's own.
+    """Build the charts that belong to a study itself.
 
     Args:
-      result: a finished study.
+        result: the result of a finished study.
 
     Returns:
-      Name -> Vega-Lite specification: "curves-N" and "rates-N" for each network N.
+        Name -> Vega-Lite specification. The names are "curves-N" and "rates-N" for each network N.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
     networks = list(dict.fromkeys(curves.network for curves in result.curves))
     charts: dict[str, Any] = {}
@@ -61,7 +61,7 @@ def _curves(group: list[Curves], target: float | None) -> Any:
         .encode(x=steps())
     )
     colour, dash, opacity, pick = _key(group)
-    # The range over seeds only for a name that was clicked: seven at once hide each other.
+    # The range over seeds is drawn only for a name that was clicked: seven ranges hide each other.
     only = {"param": "picked", "empty": False}
     y = alt.Y("mean(value):Q", title=None, axis=alt.Axis(format="~g", tickCount=6))
     band = base.mark_area().encode(
@@ -131,7 +131,7 @@ def _rates(group: list[Curves]) -> Any:
 
 
 def _key(group: list[Curves]) -> tuple[Any, Any, Any, alt.Parameter]:
-    """Colour, dash, opacity and the choice by a click on the legend."""
+    """Colour, dash and opacity of each line, and the selection by a click on the legend."""
     lines: list[Line] = [LINES[curves.normalization] for curves in group]
     names = [NORMALIZATIONS[curves.normalization] for curves in group]
     legend = alt.Legend(
@@ -152,5 +152,5 @@ def _key(group: list[Curves]) -> tuple[Any, Any, Any, alt.Parameter]:
 
 
 def _number(value: Any) -> float | None:
-    """Four digits, as many as a screen shows; None, a gap, for what is not finite."""
+    """A number with four digits, as many as a screen shows; None for one that is not finite."""
     return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None

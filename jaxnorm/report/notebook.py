@@ -1,4 +1,4 @@
-"""The views of the report in a notebook."""
+"""The HTML views of recordings and findings in a notebook."""
 
 from collections.abc import Sequence
 from importlib import metadata
@@ -12,7 +12,7 @@ from jaxnorm.monitor.diagnosis.findings import Finding
 from jaxnorm.report.page import render_findings, render_runs
 from jaxnorm.report.runs import Run
 
-HEIGHT = 640  # pixels: a frame that leaves room for the cells around it
+HEIGHT = 640  # pixels; a frame of this height leaves room for the cells around it
 
 
 class Shown(str):
@@ -29,7 +29,7 @@ def show(thing: Any) -> Shown:
         thing: a `Recording`, a `Finding`, or a sequence of findings.
 
     Returns:
-        HTML that needs nothing from the network, and that a notebook displays.
+        HTML that loads nothing from the network, and that a notebook displays.
 
     Raises:
         Nothing of its own.
@@ -46,16 +46,16 @@ def show(thing: Any) -> Shown:
 
 
 def show_recording(recording: Recording) -> str:
-    """The page of a run, in a frame of its own.
+    """The page of a run, inside a frame of a notebook.
 
     Args:
-      recording: of one run, with as many samples as it has.
+        recording: the recording of one run, with any number of samples.
 
     Returns:
-      HTML. In a frame the page keeps its own styles and scripts, and the notebook its own.
+        HTML. In a frame the page keeps its own styles and scripts, and the notebook keeps its own.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
     findings = diagnose(recording) if len(recording) else ()
     run = Run(recording.folder.name, "", recording, findings)
@@ -70,15 +70,15 @@ def show_recording(recording: Recording) -> str:
 
 
 def show_findings(findings: Sequence[Finding]) -> str:
-    """Findings, as the report shows them.
+    """The HTML of findings, as the report shows them.
 
     Args:
-      findings: of one run.
+        findings: the findings of one run.
 
     Returns:
-      HTML without scripts, which any notebook shows.
+        HTML without scripts, which any notebook shows.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
     return render_findings(findings)

@@ -1,4 +1,7 @@
-"""Numbers for a page in few bytes: a screen shows neither the 251st shade nor the 251st height."""
+"""Numbers for a page in few bytes, at the resolution of a screen.
+
+A screen shows no more than 251 shades or heights, so each number takes one byte.
+"""
 
 import base64
 import zlib
@@ -8,12 +11,12 @@ import numpy as np
 
 Mode = Literal["linear", "log", "sqrt", "signed"]
 MODES: tuple[Mode, ...] = ("linear", "log", "sqrt", "signed")
-"""How levels are spread between the least and the largest number."""
+"""Ways to distribute the levels between the least and the largest number."""
 LEVELS = 251
 ZERO, LOWEST, HIGHEST, NOTHING = 252, 253, 254, 255
-"""Codes of a zero where there is no logarithm of it, of the infinities, of what is no number."""
+"""Codes of a zero in mode "log", of minus and plus infinity, and of NaN."""
 NEAR = 0.1
-"""Up to here the levels of "signed" are evenly spread; further out they grow with the number."""
+"""Below this size the levels of "signed" have equal distances; above it the distances grow."""
 
 _FORWARD = {
     "linear": lambda a: a,
@@ -24,16 +27,16 @@ _FORWARD = {
 
 
 class Packer:
-    """Arrays behind one another, a byte for each number.
+    """Arrays one after another, with one byte for each number.
 
-    The page has the way back, in `runs.js`.
+    `runs.js` of the page has the inverse.
 
     Example:
-      >>> packer = Packer()
-      >>> packer.add(np.array([0.0, 1.0, 2.5, np.nan]), "linear")
-      [0, 0.0, 2.5, 0]
-      >>> list(zlib.decompress(base64.b64decode(packer.text())))
-      [0, 100, 250, 255]
+        >>> packer = Packer()
+        >>> packer.add(np.array([0.0, 1.0, 2.5, np.nan]), "linear")
+        [0, 0.0, 2.5, 0]
+        >>> list(zlib.decompress(base64.b64decode(packer.text())))
+        [0, 100, 250, 255]
     """
 
     def __init__(self) -> None:
@@ -41,17 +44,18 @@ class Packer:
         self._size = 0
 
     def add(self, values: np.ndarray, mode: Mode) -> list[float]:
-        """Take an array in.
+        """Append an array to the packed numbers.
 
         Args:
-          values: of any shape and range.
-          mode: how its levels are spread; "log" and "sqrt" are for what is nowhere negative.
+            values: an array of any shape and range.
+            mode: how the levels are distributed. "log" and "sqrt" are for arrays without negative
+                numbers.
 
         Returns:
-          Where it begins, the ends of its levels, and the number of its mode.
+            The position of the array, the lowest and the highest level, and the number of its mode.
 
         Raises:
-          Nothing of its own.
+            Nothing of its own.
         """
         values = np.asarray(values, np.float64).ravel()
         codes = np.full(values.shape, NOTHING, np.uint8)
@@ -60,9 +64,9 @@ class Packer:
         if mode == "log":
             codes[values == 0] = ZERO
             usable &= values > 0
-        spread = _FORWARD[mode](values[usable])
-        low, high = (_short(f(spread)) if spread.size else 0.0 for f in (np.min, np.max))
-        shares = (spread - low) / (high - low) if high > low else np.zeros_like(spread)
+        mapped = _FORWARD[mode](values[usable])
+        low, high = (_short(f(mapped)) if mapped.size else 0.0 for f in (np.min, np.max))
+        shares = (mapped - low) / (high - low) if high > low else np.zeros_like(mapped)
         codes[usable] = np.clip(np.rint(shares * (LEVELS - 1)), 0, LEVELS - 1)
         start = self._size
         self._parts.append(codes.tobytes())
@@ -70,7 +74,7 @@ class Packer:
         return [start, low, high, MODES.index(mode)]
 
     def text(self) -> str:
-        """All of it: deflated, in base64."""
+        """All packed numbers as text: deflated, in base64."""
         return base64.b64encode(zlib.compress(b"".join(self._parts), 9)).decode("ascii")
 
 

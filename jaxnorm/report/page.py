@@ -1,7 +1,7 @@
-"""One page of HTML that holds everything it shows: charts, data, and the code that draws them.
+"""A page of HTML that holds everything it shows: charts, data, and the code that draws them.
 
-The page is put together from sections. Those on a study and those on runs stand beside each other
-in one template, and each is there if the page has something for it.
+The page consists of sections. Sections on a study and sections on runs stand beside each other in
+one template, and each appears if the page has something for it.
 """
 
 import functools
@@ -23,19 +23,19 @@ from jaxnorm.report.words import COLUMNS, FOOTNOTE, LINES, NETWORKS, NORMALIZATI
 
 
 def render_page(result: StudyResult, versions: Mapping[str, str], runs: Sequence[Run]) -> str:
-    """The report of a study: one file that asks the network for nothing.
+    """Render the report of a study: one file that loads nothing from the network.
 
     Args:
-      result: a finished study.
-      versions: library -> version, shown at the end.
-      runs: recordings made in the study, grouped by network.
+        result: the result of a finished study.
+        versions: library -> version; the page shows them at its end.
+        runs: recordings that were made in the study, grouped by network.
 
     Returns:
-      HTML. Every name and number in it is escaped; a content security policy forbids it to load
-      anything from anywhere.
+        HTML. Every name and number in it is escaped. A content security policy forbids it to load
+        anything.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example, which takes seconds and so is not run here::
 
@@ -75,17 +75,17 @@ def render_page(result: StudyResult, versions: Mapping[str, str], runs: Sequence
 
 
 def render_runs(runs: Sequence[Run], versions: Mapping[str, str]) -> str:
-    """The report of one run, or of several side by side: one file as `render_page` makes it.
+    """Render the report of one run, or of several runs side by side, as one file.
 
     Args:
-      runs: of any models, with as many samples as they have.
-      versions: library -> version, shown at the end.
+        runs: runs of any models, with any number of samples.
+        versions: library -> version; the page shows them at its end.
 
     Returns:
-      HTML. Findings come first; then what the layers saw, on one scale for all runs.
+        HTML. Findings come first. Then come the values at the layers, on one scale for all runs.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example, which takes seconds and so is not run here::
 
@@ -96,23 +96,23 @@ def render_runs(runs: Sequence[Run], versions: Mapping[str, str]) -> str:
 
 
 def render_findings(findings: Sequence[Finding]) -> str:
-    """Findings alone, as a piece of HTML without scripts that stands in any page.
+    """Render findings alone, as a piece of HTML without scripts that fits into any page.
 
     Args:
-      findings: of one run.
+        findings: the findings of one run.
 
     Returns:
-      HTML, escaped.
+        HTML, escaped.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example:
-      >>> from jaxnorm.monitor import Finding
-      >>> finding = Finding("dead-units", "warning", ("relu_0",), "Units are < 0.", "", "", "")
-      >>> html = render_findings([finding])
-      >>> "Units are &lt; 0." in html, "<script" in html
-      (True, False)
+        >>> from jaxnorm.monitor import Finding
+        >>> finding = Finding("dead-units", "warning", ("relu_0",), "Units are < 0.", "", "", "")
+        >>> html = render_findings([finding])
+        >>> "Units are &lt; 0." in html, "<script" in html
+        (True, False)
     """
     template = _environment().get_template("findings.html")
     ill = [{"name": "", "findings": findings}] if findings else []
@@ -170,10 +170,10 @@ def _environment() -> jinja2.Environment:
     )
 
 
-@functools.cache  # it takes seconds to put together
+@functools.cache  # building the bundle takes seconds
 def _bundle() -> Any:
     code = vl_convert.javascript_bundle("window.embedChart = vegaEmbed;")
-    # The libraries name their schemas by address; a comment with "</script" would end the tag.
+    # "</script" inside a comment of a library would end the tag.
     return markupsafe.Markup(code.replace("</script", "<\\/script"))
 
 

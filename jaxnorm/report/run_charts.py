@@ -1,7 +1,7 @@
 """The charts of recordings as Vega-Lite specifications, made with Altair.
 
-They hold no numbers: the page fills the data sets "cells", "broken", "bars", "lines" and "now" with
-what is chosen. "now" is the step of the slider.
+The specifications hold no numbers. The page fills the data sets "cells", "broken", "bars", "lines"
+and "now" with the values that the reader chooses. "now" is the step of the slider.
 """
 
 import itertools
@@ -10,14 +10,15 @@ from typing import Any
 
 import altair as alt
 
-from jaxnorm.report.heat import SHORT, heatmap, steps
-from jaxnorm.report.scales import CHANNELS, LOOKS, NOT_FINITE, UPDATES, Look
+from jaxnorm.report.heatmap import SHORT, heatmap, steps
+from jaxnorm.report.scales import CHANNELS, NOT_FINITE, STYLES, UPDATES, MeasureStyle
 from jaxnorm.report.words import LINES, NORMALIZATIONS, Line
 
 LINE, MARKER = LINES["batch"].light, "#888888"
 PANELS: dict[str, tuple[str, Any, list[float]]] = {
-    # Of the section on shift: title, kind of scale, and what the axis covers at least. Scaled to
-    # their own range, numbers that hardly change would look as restless as any.
+    # The charts of the section on shift: title, kind of scale, and the values that the axis covers
+    # at least. With an axis of their own range, numbers that hardly change would seem to change a
+    # lot.
     "mean_drift": ("mean drift", "log", [0.001, 0.1]),
     "variance_ratio": ("variance ratio", "log", [0.5, 2.0]),
     "kl_divergence": ("KL divergence, in nats", "log", [0.0001, 0.1]),
@@ -25,8 +26,8 @@ PANELS: dict[str, tuple[str, Any, list[float]]] = {
     "cosine": ("gradient-based shift: cosine", "linear", [0.0, 1.0]),
     "loss": ("loss", "linear", []),
 }
-_EXTENT = 52  # of the axes of charts that stand above each other, so that their steps are in line
-# Of a long name the end is what tells it from the others.
+_EXTENT = 52  # width of the y axis: equal in all charts of a column, so that their steps align
+# A long name keeps its end, which tells it from the other names.
 _TAIL = """(length(datum.label) > (width < 400 ? 16 : 28)
   ? '…' + slice(datum.label, width < 400 ? -15 : -27) : datum.label)"""
 
@@ -37,23 +38,26 @@ def build_run_charts(
     """Every chart of the sections on runs.
 
     Args:
-      measures: name of each measure that a run has -> value -> colour.
-      names: of the runs.
+        measures: for each measure that a run has, its name -> value -> colour.
+        names: the names of the runs.
 
     Returns:
-      Name -> Vega-Lite specification.
+        Name -> Vega-Lite specification.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
-    charts = {f"heat-{name}": _cells(LOOKS[name], colours) for name, colours in measures.items()}
-    for name, look in {"channels": CHANNELS, "updates": UPDATES}.items():
-        assert look.colours is not None
-        charts[name] = _cells(look, look.colours, "channel" if name == "channels" else "parameter")
-    lowest = list(PANELS)[-1]  # the one whose axis has numbers, as its steps are those of all
+    charts = {
+        f"heatmap-{name}": _cells(STYLES[name], colours) for name, colours in measures.items()
+    }
+    for name, style in {"channels": CHANNELS, "updates": UPDATES}.items():
+        assert style.colours is not None
+        row = "channel" if name == "channels" else "parameter"
+        charts[name] = _cells(style, style.colours, row)
+    lowest = list(PANELS)[-1]  # only its axis has numbers: the steps are equal in all panels
     charts |= {f"panel-{name}": _panel(*panel, name == lowest) for name, panel in PANELS.items()}
     charts |= {"histogram": _histogram(), "band": _band(), "metric": _metric(names)}
-    # The tests draw them all; to check them against the grammar at each use would take seconds.
+    # Validation takes seconds at each call. It is left to the tests, which draw every chart.
     return {name: chart.to_dict(validate=False) for name, chart in charts.items()}
 
 
@@ -69,37 +73,41 @@ def _now() -> alt.Chart:
     )
 
 
-def _cells(look: Look, colours: Mapping[float, str], row: str = "layer") -> Any:
-    heat = heatmap(
-        _data("cells"), row, look.label, colours, look.kind,
+def _cells(style: MeasureStyle, colours: Mapping[float, str], row: str = "layer") -> Any:
+    rectangles = heatmap(
+        _data("cells"), row, style.label, colours, style.kind,
         title=None, labelExpr=_TAIL, labelLimit=200, labelOverlap=True, labelFontSize=11,
     )  # fmt: skip
-    heat.encoding.tooltip = [
+    tooltip = [
         alt.Tooltip(f"{row}:N"),
         alt.Tooltip("step:Q"),
-        alt.Tooltip("said:N", title=look.label),
+        alt.Tooltip("said:N", title=style.label),
     ]
-    # What is infinite or no number has no place on a scale, and is what must not be overlooked: it
-    # has a colour and a shape of its own, as not everybody sees the colour.
+    rectangles.encoding.tooltip = tooltip
+    # A value that is infinite or not a number has no place on the scale, and nobody must overlook
+    # it. It has a colour and a shape of its own, because not everybody can see the colour.
     broken = (
         alt.Chart(_data("broken"))
         .mark_rect(color=NOT_FINITE, aria=False, height=alt.RelativeBandSize(band=0.4))
         .encode(
-            x="step:Q", x2="end:Q", y=alt.Y(f"{row}:O", sort=None), tooltip=heat.encoding.tooltip
+            x="step:Q",
+            x2="end:Q",
+            y=alt.Y(f"{row}:O", sort=None),
+            tooltip=tooltip,
         )
     )
-    return _sized(heat + broken + _now())
+    return _sized(rectangles + broken + _now())
 
 
 def _sized(chart: Any, **options: Any) -> Any:
-    """As wide as its place on the page, and as tall as it is told."""
+    """A chart that is as wide as its container; its height comes from the options."""
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
     return chart.properties(width="container", autosize=fit, **options)
 
 
 def _histogram() -> Any:
-    # Every bin that matters at any step is in the data, and the highest bar of all steps with it:
-    # the axes stay while the slider moves.
+    # The data hold every bin that matters at any step, and the highest bar of all steps. So the
+    # axes stay fixed while the slider moves.
     x = alt.X(
         "start:Q",
         title="value",
@@ -168,10 +176,10 @@ def _panel(title: str, kind: Any, least: list[float], lowest: bool) -> Any:
 
 def _metric(names: Sequence[str]) -> Any:
     known = LINES | {NORMALIZATIONS[name]: line for name, line in LINES.items()}
-    taken = [known.get(name) for name in names]
-    # Dots are for what has no normalization, as long as there is another line.
+    used = [known.get(name) for name in names]
+    # The dotted line means "no normalization". Other runs get it only if no other line is left.
     lines = sorted(LINES.values(), key=lambda line: line is LINES["none"])
-    others = itertools.cycle([line for line in lines if line not in taken] or lines)
+    others = itertools.cycle([line for line in lines if line not in used] or lines)
     by_name: dict[str, Line] = {
         name: known[name] if name in known else next(others) for name in names
     }

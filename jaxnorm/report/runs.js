@@ -5,7 +5,7 @@
   const $ = (id) => document.getElementById(id);
   const checked = (name) => Number(document.querySelector(`input[name="${name}"]:checked`)?.value ?? 0);
 
-  // The way back from jaxnorm/report/pack.py.
+  // The inverse of jaxnorm/report/pack.py.
   const WAYS = [(a) => a, (a) => 10 ** a, (a) => a * a, (a) => 0.1 * Math.sinh(a)];
   const SPECIAL = { 252: 0, 253: -Infinity, 254: Infinity, 255: NaN };
   const inflate = async (text) => {
@@ -30,7 +30,7 @@
       const end = steps[at[k + 1]] ?? steps[i] + (steps[i] - steps[at[k - 1]] || 1);
       return [{ ...row, step: steps[i], end, value: drawable(values[i]), said: said(values[i]) }];
     });
-  // Of so many things some, evenly spread, with the first and the last.
+  // At most `most` of `count` indices, evenly spaced, with the first and the last.
   const some = (count, most) =>
     [...new Set(Array.from({ length: Math.min(count, most) }, (_, i) => Math.round((i * (count - 1)) / Math.max(1, Math.min(count, most) - 1))))];
   // Each row begins with a cell of no width: so all have their place, in their order, whatever is in
@@ -75,17 +75,17 @@
       });
       return row;
     };
-    const made = document.createElement("table");
-    made.createTHead().append(line(heads, "th"));
-    made.createTBody().append(...rows().map((row) => line(row, "td")));
-    details.querySelector(".scroll").replaceChildren(made);
+    const filled = document.createElement("table");
+    filled.createTHead().append(line(heads, "th"));
+    filled.createTBody().append(...rows().map((row) => line(row, "td")));
+    details.querySelector(".scroll").replaceChildren(filled);
   };
   const options = (select, texts, chosen) => {
     select.replaceChildren(...texts.map(([value, text]) => new Option(text, value, false, value === chosen)));
     select.value = chosen;
   };
 
-  const drawHeat = () => {
+  const drawHeatmap = () => {
     const name = $("measure").value;
     const kind = document.querySelector('input[name="kind"]:checked')?.value;
     const words = measures[name];
@@ -99,17 +99,17 @@
     const shown = rows.flatMap(([place, i]) =>
       cells({ layer: place.layer, place: i }, at, run().steps, values.get(i), (value, first) => words.compares && !first && Number.isNaN(value)));
     const single = `There is one sample of ${run().name}, and nothing to compare it with.`;
-    $("table-heat").hidden = !shown.length;
-    if (!either("heat", ["heat"], lacking() || (!rows.length ? none : shown.length ? "" : single))) return;
-    page.draw("heat", {
+    $("table-heatmap").hidden = !shown.length;
+    if (!either("heatmap", ["heatmap"], lacking() || (!rows.length ? none : shown.length ? "" : single))) return;
+    page.draw("heatmap", {
       key: `${name} ${rows.length}`,
-      spec: { ...specs[`heat-${name}`], height: tall(rows.length) },
+      spec: { ...specs[`heatmap-${name}`], height: tall(rows.length) },
       data: parts("layer", rows.map(([place]) => place.layer), shown),
       clicked: choose,
     });
-    $("chart-heat").ariaLabel = `Heatmap: ${words.label} of ${run().name}, ${kinds[kind]}, ${rows.length} layers by ${run().steps.length} steps`;
+    $("chart-heatmap").ariaLabel = `Heatmap: ${words.label} of ${run().name}, ${kinds[kind]}, ${rows.length} layers by ${run().steps.length} steps`;
     const few = some(run().steps.length, 6);
-    table($("table-heat"), ["layer", ...few.map((i) => `step ${run().steps[i]}`)], () =>
+    table($("table-heatmap"), ["layer", ...few.map((i) => `step ${run().steps[i]}`)], () =>
       rows.map(([place, i]) => [place.layer, ...few.map((k) => said(values.get(i)[k]))]));
   };
 
@@ -149,7 +149,7 @@
 
   const drawDistribution = () => {
     const at = run().bands[state.place];
-    const why = lacking() || (at ? "" : `${run().name} has nothing that was looked at.`);
+    const why = lacking() || (at ? "" : `${run().name} has nothing that was observed.`);
     $("pair-distribution").hidden = why;
     if (!either("distribution", [], why)) return;
     drawHistogram();
@@ -164,9 +164,9 @@
   const nearest = (layers, path) => {
     const shared = (layer) => {
       const [a, b] = [layer.split("/"), path.split("/")];
-      const apart = a.findIndex((part, i) => part !== b[i]);
+      const differing = a.findIndex((part, i) => part !== b[i]);
       const [number, other] = [layer, path].map((name) => /\d*$/.exec(name)[0]);
-      return 2 * (apart < 0 ? a.length : apart) + (number === other);
+      return 2 * (differing < 0 ? a.length : differing) + (number === other);
     };
     return layers.reduce((best, layer, i) => (shared(layer) > shared(layers[best]) ? i : best), 0);
   };
@@ -204,7 +204,7 @@
   const drawChannels = () => {
     const norm = run().channels[$("norm").value];
     $("norm-field").hidden = $("caption-channels").hidden = !norm;
-    const none = `${run().name} has no batch normalization whose running statistics were looked at.`;
+    const none = `${run().name} has no batch normalization whose running statistics were observed.`;
     if (!either("channels", ["channels"], lacking() || (norm ? "" : none))) return;
     const steps = run().frames.map((i) => run().steps[i]);
     const at = columns(steps.length, norm.rows.length);
@@ -267,7 +267,7 @@
     if (run().histograms[state.place]) drawHistogram();
   };
   const drawAll = () => {
-    drawHeat();
+    drawHeatmap();
     drawPlace();
     drawLearning();
   };
@@ -333,14 +333,14 @@
   for (const input of document.querySelectorAll('input[name="kind"]')) {
     input.parentElement.hidden = !present.includes(input.value);
     input.checked = input.value === first;
-    input.addEventListener("change", drawHeat);
+    input.addEventListener("change", drawHeatmap);
   }
-  // The spread of a channel says more than that of a layer, where channels were looked at.
+  // The spread of a channel says more than the spread of a layer. It is there if channels were observed.
   const known = (each, name) => each.places.some((place, i) => place.kind === first && each.measures[name]?.[i]);
   const measure = ["spread", "deviation"].find((name) => runs.every((each) => !each.places.length || known(each, name)));
   if (measure) $("measure").value = measure;
-  $("measure").addEventListener("change", drawHeat);
-  $("table-heat").addEventListener("toggle", drawHeat);
+  $("measure").addEventListener("change", drawHeatmap);
+  $("table-heatmap").addEventListener("toggle", drawHeatmap);
   $("table-agreement").addEventListener("toggle", drawAgreement);
   $("place").addEventListener("change", () => (pickPlace(Number($("place").value)), drawPlace()));
   $("norm").addEventListener("change", drawChannels);

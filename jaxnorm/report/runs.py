@@ -1,4 +1,4 @@
-"""The content of a page on runs: their numbers, packed, and what is said about them."""
+"""The content of a page on runs: their packed numbers, and sentences about them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxnorm.monitor.probe.summary import BINS, EDGES
 from jaxnorm.monitor.samples.measures import MEASURES, Series, measure, quantiles, running_kl
 from jaxnorm.monitor.samples.recording import Recording
 from jaxnorm.report.pack import Packer
-from jaxnorm.report.scales import CHANNELS, FREE, LOOKS, UPDATES
+from jaxnorm.report.scales import CHANNELS, FREE, STYLES, UPDATES
 
 KINDS = {
     "norm-input": "into normalizations",
@@ -27,8 +27,8 @@ KINDS = {
     "other-output": "out of other layers",
 }
 SHARES = (0.15, 0.5, 0.85)
-# A screen has room for so many columns, and a slider for so many stops; large recordings get fewer,
-# so that the page stays small.
+# The largest number of columns for a screen, and of stops for a slider. Large recordings get fewer
+# of them, so that the page stays small.
 COLUMNS, FEWEST_COLUMNS, COLUMN_BUDGET = 250, 60, 800_000
 STOPS, FEWEST_STOPS, STOP_BUDGET = 100, 20, 800_000
 MOST_CHANNELS = 48
@@ -36,13 +36,14 @@ MOST_CHANNELS = 48
 
 @dataclass(frozen=True)
 class Run:
-    """One recording under the name that a page shows.
+    """One recording, with the name under which a page shows it.
 
     Attributes:
-        name: such as the normalization, or the name of the folder.
-        group: the runs that it is compared with, such as those of one network; "" where all are.
-        recording: what the monitor saw.
-        findings: of `jaxnorm.monitor.diagnosis.diagnose`, for the page to list.
+        name: the name of the run, such as its normalization, or the name of its folder.
+        group: the name of the group of runs that it is compared with, such as those of one network;
+            "" for a single group.
+        recording: the samples of a monitor.
+        findings: the findings of `jaxnorm.monitor.diagnose`, which the page lists.
 
     Example:
         >>> import tempfile
@@ -61,31 +62,31 @@ class Run:
 
 @dataclass(frozen=True)
 class Collected:
-    """The material of the page's sections on runs."""
+    """The material for the sections of a page on runs."""
 
     data: dict[str, Any]
-    """For the script: runs with their packed numbers, and the words for measures."""
+    """Data for the script of the page: runs with packed numbers, and the words for measures."""
     colours: dict[str, dict[float, str]]
     """Measure -> value -> colour, the same for all runs."""
     diagnoses: list[dict[str, Any]]
-    """Group by group: the runs with findings, and the names of those without."""
+    """For each group: the runs with findings, and the names of the runs without."""
     facts: list[dict[str, Any]]
-    """Of each run: what made it, and what of it is not on the page."""
+    """For each run: its settings, its samples, and which of them the page leaves out."""
     differences: list[str]
-    """Sentences on the layers that not every run of a group has."""
+    """Sentences about layers that not every run of a group has."""
 
 
 def collect(runs: Sequence[Run]) -> Collected:
-    """All that a page shows of runs.
+    """Collect everything that a page shows about runs.
 
     Args:
-      runs: any number of them, of any models.
+        runs: any number of runs, of any models.
 
     Returns:
-      `Collected`.
+        The `Collected` material.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
     measured = [measure(run.recording) for run in runs]
     series = sum(len(places) for found in measured for places in found.values())
@@ -101,11 +102,11 @@ def collect(runs: Sequence[Run]) -> Collected:
             "edges": [float(f"{edge:.5g}") for edge in EDGES],
             "measures": {
                 name: {
-                    "label": LOOKS[name].label,
+                    "label": STYLES[name].label,
                     "definition": MEASURES[name],
-                    "good": LOOKS[name].good,
-                    "bad": LOOKS[name].bad,
-                    "compares": LOOKS[name].compares,
+                    "good": STYLES[name].good,
+                    "bad": STYLES[name].bad,
+                    "compares": STYLES[name].compares,
                 }
                 for name in present
             },
@@ -119,22 +120,22 @@ def collect(runs: Sequence[Run]) -> Collected:
 
 def _packed(run: Run, measured: dict[str, Series], most: int, stops: int) -> dict[str, Any]:
     recording, packer = run.recording, Packer()
-    kept = _spread(len(recording), most)
-    frames = _spread(len(kept), stops)
+    kept = _evenly_spaced(len(recording), most)
+    frames = _evenly_spaced(len(kept), stops)
     shown = kept[frames]
     index = {place.name: i for i, place in enumerate(recording.places)}
     bands, histograms, channels = {}, {}, {}
     for name, i in index.items():
-        sight = recording[name]
-        counts = np.asarray(sight.value.histogram)
-        lowest, highest = sight.value.minimum, sight.value.maximum
+        observation = recording[name]
+        counts = np.asarray(observation.value.histogram)
+        lowest, highest = observation.value.minimum, observation.value.maximum
         band = quantiles(counts, SHARES, minimum=lowest, maximum=highest)
         bands[i] = packer.add(band[kept].T, "linear")
         histograms[i] = packer.add(counts[shown], "sqrt")
-        if sight.batch is not None:
-            apart = running_kl(sight.batch)
-            rows = _furthest(apart)
-            packed = packer.add(apart[shown][:, rows].T, CHANNELS.mode)
+        if observation.batch is not None:
+            divergence = running_kl(observation.batch)
+            rows = _most_divergent(divergence)
+            packed = packer.add(divergence[shown][:, rows].T, CHANNELS.mode)
             channels[i] = {"rows": rows.tolist(), "at": packed}
     shift = recording.shift
     return {
@@ -147,7 +148,7 @@ def _packed(run: Run, measured: dict[str, Series], most: int, stops: int) -> dic
             for place in recording.places
         ],
         "measures": {
-            name: {index[place]: packer.add(a[kept], LOOKS[name].mode) for place, a in of.items()}
+            name: {index[place]: packer.add(a[kept], STYLES[name].mode) for place, a in of.items()}
             for name, of in measured.items()
         },
         "bands": bands,
@@ -176,14 +177,14 @@ def _most(budget: int, each: int, most: int, fewest: int) -> int:
     return int(np.clip(budget // max(each, 1), fewest, most))
 
 
-def _spread(count: int, most: int) -> np.ndarray:
-    """A choice of at most so many, evenly spread, with the first and the last."""
+def _evenly_spaced(count: int, most: int) -> np.ndarray:
+    """At most `most` of `count` indices, evenly spaced, with the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
-def _furthest(apart: np.ndarray) -> np.ndarray:
-    """The channels whose divergence is ever the largest, in their own order."""
-    highest = np.nan_to_num(apart, nan=np.inf).max(0, initial=0)
+def _most_divergent(divergence: np.ndarray) -> np.ndarray:
+    """The channels with the largest divergence at any step, in ascending order."""
+    highest = np.nan_to_num(divergence, nan=np.inf).max(0, initial=0)
     return np.sort(np.argsort(-highest, kind="stable")[:MOST_CHANNELS])
 
 
@@ -195,8 +196,8 @@ def _kind(place: Place) -> str:
 
 
 def _colours(name: str, measured: Sequence[dict[str, Series]]) -> dict[float, str]:
-    """Those of the measure; where no value is the good one, from the least to the largest."""
-    colours = LOOKS[name].colours
+    """The colours of a measure; without a good value they cover the range of its values."""
+    colours = STYLES[name].colours
     if colours is not None:
         return colours
     values = [a for found in measured for a in found.get(name, {}).values()]
@@ -230,7 +231,7 @@ def _diagnosis(group: str, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _differ(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each run that has layers which another run of its group has not."""
+    """A sentence for each run with layers that another run of its group does not have."""
     layers = {i: [p.layer for p in run.recording.places] for i, run in enumerate(runs)}
     common = set.intersection(*map(set, layers.values()))
     found = []
@@ -250,13 +251,13 @@ def _facts(run: Run, packed: dict[str, Any]) -> dict[str, Any]:
         rows["samples"] = f"{len(steps)}, from step {steps[0]} to step {steps[-1]}"
     else:
         rows["samples"] = "none: nothing was appended to the recording"
-    rows["looked at"] = (
+    rows["observed"] = (
         f"{len(recording.places)} places, {len(recording.parameters)} arrays of parameters"
     )
     if len(packed["steps"]) < len(steps):
         rows["shown"] = (
-            f"{len(packed['steps'])} of the samples, evenly spread, and {len(packed['frames'])} "
-            "histograms of each place; findings are drawn from all of them"
+            f"{len(packed['steps'])} of the samples, evenly spaced, and {len(packed['frames'])} "
+            "histograms of each place; findings use all samples"
         )
     rows["lost"] = (
         f"{recording.lost} samples, overwritten before they were read: append more often, or "

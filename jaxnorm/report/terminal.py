@@ -8,23 +8,23 @@ from jaxnorm.report.words import COLUMNS, NETWORKS, NORMALIZATIONS, cells
 
 
 def build_tables(result: StudyResult) -> list[Table]:
-    """One table per network: accuracy, steps to 90 % of the best, highest stable learning rate.
+    """Build a table for each network: accuracy, steps to 90 % of the best, highest stable rate.
 
     Args:
-      result: a finished study.
+        result: the result of a finished study.
 
     Returns:
-      Tables for `rich.console.Console.print`.
+        Tables for `rich.console.Console.print`.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example:
-      >>> from jaxnorm.lab.results import Summary
-      >>> row = Summary("mlp", "batch", 0.3, accuracy_mean=0.976, accuracy_deviation=0.005)
-      >>> result = StudyResult({}, {}, curves=(), summaries=(row,), recorded=(), seconds=0.0)
-      >>> [(table.title, table.row_count) for table in build_tables(result)]
-      [('Deep sigmoid MLP', 1)]
+        >>> from jaxnorm.lab.results import StudySummary
+        >>> row = StudySummary("mlp", "batch", 0.3, accuracy_mean=0.976, accuracy_deviation=0.005)
+        >>> result = StudyResult({}, {}, curves=(), summaries=(row,), recorded=(), seconds=0.0)
+        >>> [(table.title, table.row_count) for table in build_tables(result)]
+        [('Deep sigmoid MLP', 1)]
     """
     tables = []
     for network in dict.fromkeys(row.network for row in result.summaries):

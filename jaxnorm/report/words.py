@@ -1,8 +1,8 @@
-"""Names, numbers and colours, the same in the terminal and on the page."""
+"""Names, numbers and colours that the terminal and the page share."""
 
 from typing import NamedTuple
 
-from jaxnorm.lab.results import Summary
+from jaxnorm.lab.results import StudySummary
 
 NETWORKS = {"mlp": "Deep sigmoid MLP", "conv": "Small convolutional net"}
 
@@ -22,15 +22,15 @@ FOOTNOTE = "-  not applicable: instance normalization averages over pixels, and 
 
 
 class Line(NamedTuple):
-    """The line by which a normalization is drawn."""
+    """The style of the line of one normalization."""
 
-    light: str  # on a light page
-    dark: str  # on a dark one
-    dash: tuple[int, ...]  # a second sign beside the colour
+    light: str  # colour on a light page
+    dark: str  # colour on a dark page
+    dash: tuple[int, ...]  # dash pattern, a second sign beside the colour
 
 
-# Okabe and Ito's palette, which the colour-blind can tell apart; its two palest are darkened on
-# white, its darkest lightened on black.
+# Okabe and Ito's palette, whose colours the colour-blind can distinguish. Its two palest colours
+# are darker here on white, and its darkest one is lighter on black.
 LINES = {
     "none": Line("#555555", "#bbbbbb", (2, 3)),
     "batch": Line("#005a9c", "#3d9be9", ()),
@@ -42,14 +42,14 @@ LINES = {
 }
 
 
-def cells(row: Summary) -> tuple[str, str, str, str]:
-    """One line of the table, without its name, in the order of `COLUMNS`.
+def cells(row: StudySummary) -> tuple[str, str, str, str]:
+    """The cells of one line of the table, without its name, in the order of `COLUMNS`.
 
     Example:
-      >>> cells(Summary("mlp", "batch", 0.3, 0.976, 0.005, 0.88, 40, 1.0, 30.0, True))
-      ('97.6 ± 0.5 %', '0.3', '40', '≥ 30')
-      >>> cells(Summary("mlp", "instance"))
-      ('-', '-', '-', '-')
+        >>> cells(StudySummary("mlp", "batch", 0.3, 0.976, 0.005, 0.88, 40, 1.0, 30.0, True))
+        ('97.6 ± 0.5 %', '0.3', '40', '≥ 30')
+        >>> cells(StudySummary("mlp", "instance"))
+        ('-', '-', '-', '-')
     """
     if row.best_rate is None or row.accuracy_mean is None or row.accuracy_deviation is None:
         return "-", "-", "-", "-"

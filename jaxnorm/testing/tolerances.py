@@ -1,32 +1,32 @@
-"""The one place where tolerances come from.
+"""Tolerances, derived from dtypes and conditioning in this one place.
 
-A tolerance here is derived, never tuned: from the dtype of a result, the dtype in which it is
-accumulated (float32 at least), and the conditioning of what is computed. An error is measured in
+A tolerance here is derived and never tuned. It follows from the dtype of a result, the dtype of its
+accumulation (float32 at least), and the conditioning of the computation. An error is measured in
 units of rounding,
 
     unit_i = eps(dtype) * max(floor, |desired_i|)              for values,
     unit   = eps(dtype) * max(floor, max_j |desired_j|)        for derivatives,
 
-where eps is the spacing of the dtype at one, and floor is 1 unless a test sets it. Allowed are
+where eps is the spacing of the dtype at one, and floor is 1 unless a test sets it. A result may err
+by
 
-    budget * conditioning * eps(accumulated) / eps(dtype)  +  1/2 where dtype is narrower
+    budget * conditioning * eps(accumulated) / eps(dtype)  +  1/2 if dtype is narrower
 
-units, the budget being 32 for values and 64 for derivatives: so float32 and float64 may err by
-that many of their own units, while float16 and bfloat16 are accumulated in float32 and rounded
-once, by half a unit. A result that was rounded twice to bfloat16 (a cast before the scale, say)
-or summed in it does not pass; where two roundings are right, say `roundings=2`.
+units. The budget is 32 for values and 64 for derivatives. So float32 and float64 may err by that
+many of their own units. float16 and bfloat16 are accumulated in float32 and rounded once, by half a
+unit. A result that was rounded twice to bfloat16 (for example by a cast before the scale) does not
+pass, nor does one that was summed in bfloat16. If two roundings are right, pass `roundings=2`.
 
-Why 32 units hold for a value. Statistics come from shifted data, d = x - s with s within some
-deviations of the mean. The subtraction is exact or errs by eps/2 of d, so from there on every
+32 units are enough for a value, for this reason. Statistics come from shifted data, d = x - s with
+s within some deviations of the mean. The subtraction is exact or errs by eps/2 of d. After it every
 quantity is of the order of the deviation, whatever the offset of x: the mean of d errs by a few
 eps * deviation, var relatively by a few eps, and (d - mean(d)) * rstd by a few eps of
-max(1, |xhat|). The offset appears nowhere, and so neither does a conditioning. (Without a
-shift the error is eps * |offset| / deviation: that is the failure this budget exists to find.)
-Sums of more than 1024 terms: pass `conditioning=sum_conditioning(n)`. Large
-parameters scale the error as they scale xhat: pass `conditioning=max(1, max|scale|)` where
-scale * xhat + bias may cancel.
+max(1, |xhat|). The offset appears nowhere, so no conditioning appears either. (Without a shift the
+error is eps * |offset| / deviation. The budget exists to find that failure.) For sums of more than
+1024 terms pass `conditioning=sum_conditioning(n)`. Large parameters scale the error as they scale
+xhat: pass `conditioning=max(1, max|scale|)` if scale * xhat + bias may cancel.
 
-Why a derivative needs more: see `condition_number`.
+A derivative needs more, as `condition_number` explains.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ What = Literal["value", "derivative"]
 Axes = int | tuple[int, ...]
 
 BUDGETS: dict[What, float] = {"value": 32.0, "derivative": 64.0}
-"""Units of rounding of the accumulating dtype that a result may be off, at conditioning 1."""
+"""Allowed error of a result at conditioning 1, in units of rounding of the accumulating dtype."""
 
 TERMS_IN_BUDGET = 1024
-"""The length of a sum up to which the budget covers its rounding; see `sum_conditioning`."""
+"""Largest number of terms whose rounding the budget covers; see `sum_conditioning`."""
 
 
 def _eps(dtype: DTypeLike) -> float:
@@ -79,34 +79,37 @@ def tolerance(
     result of magnitude m > floor, pass `floor=m`.
 
     Args:
-        dtype: The dtype of the result: floating, or complex (judged by its parts).
+        dtype: the dtype of the result: floating, or complex (judged by its parts).
         what: "value" (budget 32) or "derivative" (budget 64).
-        conditioning: Factor by which the problem magnifies rounding; at least 1.
-        floor: The magnitude relative to which rounding counts.
-        roundings: How often the result is rounded to a dtype narrower than float32; more than 1
-            where it passes through several operations, each of which returns that dtype.
+        conditioning: the factor by which the problem magnifies rounding; at least 1.
+        floor: the magnitude relative to which rounding counts.
+        roundings: the number of roundings to a dtype narrower than float32. It is more than 1 if
+            the result passes through several operations that each return that dtype.
 
     Returns:
         A Python float.
 
     Raises:
         TypeError: dtype is not floating or complex.
-        ValueError: Unknown `what`, or a conditioning below 1 or NaN.
+        ValueError: unknown `what`, or a conditioning below 1 or NaN.
 
     Source: Higham 2002, "Accuracy and Stability of Numerical Algorithms", chapters 2 and 3 (the
     model of rounding); the budgets are this library's own.
 
-    >>> tolerance("float32") == 32 * 2.0**-23
-    True
-    >>> tolerance("bfloat16") == 2.0**-8 + 32 * 2.0**-23
-    True
+    Example:
+        >>> tolerance("float32") == 32 * 2.0**-23
+        True
+        >>> tolerance("bfloat16") == 2.0**-8 + 32 * 2.0**-23
+        True
     """
     if what not in BUDGETS:
-        raise ValueError(f"tolerance: what must be one of {list(BUDGETS)}; got {what!r}.")
+        raise ValueError(
+            f"tolerance: what must be one of {list(BUDGETS)}; got {what!r}. Use one of these."
+        )
     if not conditioning >= 1:
         raise ValueError(
-            f"tolerance: conditioning must be at least 1; got {conditioning}. A problem that "
-            f"damps its errors has conditioning 1."
+            f"tolerance: conditioning must be at least 1; got {conditioning}. For a problem that "
+            f"damps its errors pass conditioning=1."
         )
     own = _eps(dtype)
     accumulated = min(own, _eps(np.float32))
@@ -115,11 +118,13 @@ def tolerance(
 
 
 class _Worst(NamedTuple):
+    """The element with the largest error, and the errors of all elements."""
+
     units: float
     position: tuple[int, ...]
     error: float
     unit: float
-    beyond: NDArray[Any]  # the error of each element in units
+    beyond: NDArray[Any]  # longdouble, shape of the result: the error of each element in units
 
 
 def _measure(
@@ -146,7 +151,7 @@ def _measure(
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         error = _abs(got - wanted)
         units = np.where(error == 0, 0, error / unit)
-        # An infinity is right where the desired value rounds to it, or is it.
+        # An infinity is right if the desired value is infinite or rounds to infinity.
         if not (np.iscomplexobj(got) or np.iscomplexobj(wanted)):
             wanted = _wide(wanted.astype(_real(judged)))
     units = np.where((got == wanted) & ~np.isfinite(got), 0, units)
@@ -179,27 +184,29 @@ def rounding_units(
     infinity; an infinity counts as right where the desired value rounds to it.
 
     Args:
-        actual: What was computed, of any dtype that NumPy reads (bfloat16 too).
-        desired: What is right, same shape.
-        dtype: The dtype whose rounding is the unit; None: that of `actual`.
+        actual: the computed array, of any dtype that NumPy reads (bfloat16 too).
+        desired: the right array, of the same shape.
+        dtype: the dtype whose rounding is the unit. None means that of `actual`.
         what: "value" or "derivative".
-        axis: For derivatives, the axes over which the largest |desired| is taken: one scale for
-            each slice. None: one for the whole array.
-        floor: Smallest magnitude that counts; 1 unless results are known to be small throughout.
+        axis: for derivatives, the axes over which the largest |desired| is taken, which gives one
+            scale for each slice. None gives one scale for the whole array.
+        floor: the smallest magnitude that counts; 1 unless results are known to be small
+            throughout.
 
     Returns:
         A Python float; zero for empty arrays.
 
     Raises:
-        AssertionError: Shapes differ.
+        AssertionError: shapes differ.
         TypeError: dtype is not floating or complex.
 
     Source: Higham 2002, chapter 2.
 
-    >>> rounding_units([1.0 + 2.0**-22], [1.0], "float32")
-    2.0
-    >>> rounding_units([float("nan")], [1.0], "float32")
-    inf
+    Example:
+        >>> rounding_units([1.0 + 2.0**-22], [1.0], "float32")
+        2.0
+        >>> rounding_units([float("nan")], [1.0], "float32")
+        inf
     """
     return _measure(actual, desired, dtype, what, axis, floor).units
 
@@ -219,36 +226,37 @@ def assert_close(
     """Assert that no element errs by more than its dtype and conditioning allow.
 
     Args:
-        actual: What was computed.
-        desired: What is right, same shape; usually from `jaxnorm.testing.oracle`.
-        dtype: The dtype whose rounding is the unit; None: that of `actual`.
+        actual: the computed array.
+        desired: the right array, of the same shape; usually from `jaxnorm.testing.oracle`.
+        dtype: the dtype whose rounding is the unit. None means that of `actual`.
         what: "value" or "derivative".
-        conditioning: Factor on the budget; see `condition_number`.
-        axis: For derivatives, the axes of one scale; see `rounding_units`.
-        floor: Smallest magnitude that counts; see `rounding_units`.
-        roundings: How often the result is rounded to a narrow dtype; see `tolerance`.
-        name: What the failure calls the array.
+        conditioning: factor on the budget; see `condition_number`.
+        axis: for derivatives, the axes of one scale; see `rounding_units`.
+        floor: smallest magnitude that counts; see `rounding_units`.
+        roundings: how often the result is rounded to a narrow dtype; see `tolerance`.
+        name: the name of the array in a failure.
 
     Returns:
         None.
 
     Raises:
-        AssertionError: An element is beyond its budget, or the shapes differ; the message tells
+        AssertionError: an element is beyond its budget, or the shapes differ; the message tells
             the worst element, what it is, what it should be, and the error in units.
         TypeError: dtype is not floating or complex.
         ValueError: `what` or `conditioning` is not valid; see `tolerance`.
 
     Source: the module's docstring.
 
-    >>> assert_close([1.0, 2.0], [1.0, 2.0 + 1e-6], "float32")
-    >>> assert_close([1.0, 2.0], [1.0, 2.1], "float32", name="y")
-    Traceback (most recent call last):
-    AssertionError: y: 1 of 2 elements beyond the budget (value, float32)
-      worst at  (1,)
-      got       2.0
-      wanted    2.1
-      error     0.1 = 3.99e+05 units of 2.5e-07
-      budget    32 units (conditioning 1)
+    Example:
+        >>> assert_close([1.0, 2.0], [1.0, 2.0 + 1e-6], "float32")
+        >>> assert_close([1.0, 2.0], [1.0, 2.1], "float32", name="y")
+        Traceback (most recent call last):
+        AssertionError: y: 1 of 2 elements beyond the budget (value, float32)
+          worst at  (1,)
+          got       2.0
+          wanted    2.1
+          error     0.1 = 3.99e+05 units of 2.5e-07
+          budget    32 units (conditioning 1)
     """
     judged = np.asarray(actual).dtype if dtype is None else np.dtype(dtype)
     allowed = tolerance(judged, what=what, conditioning=conditioning, roundings=roundings)
@@ -279,7 +287,7 @@ def sum_conditioning(terms: int) -> float:
     m = 1024. It applies to values (their variance is such a sum) and to derivatives.
 
     Args:
-        terms: The number of elements that are added up.
+        terms: the number of elements that are added up.
 
     Returns:
         A Python float, at least 1.
@@ -289,8 +297,9 @@ def sum_conditioning(terms: int) -> float:
 
     Source: Higham and Mary 2019, "A New Approach to Probabilistic Rounding Error Analysis".
 
-    >>> sum_conditioning(100), sum_conditioning(4096)
-    (1.0, 2.0)
+    Example:
+        >>> sum_conditioning(100), sum_conditioning(4096)
+        (1.0, 2.0)
     """
     return math.sqrt(max(1.0, terms / TERMS_IN_BUDGET))
 
@@ -315,40 +324,41 @@ def condition_number(
                                                  |A| = rstd * epsilon / (var + epsilon)   if n = 2,
                                                  |A| = 0                       if n = 1,
 
-    since 1 and xhat span everything when n = 2, and A takes 1 to 0 and xhat to
+    since 1 and xhat span the whole space if n = 2, and A takes 1 to 0 and xhat to
     rstd * epsilon / (var + epsilon) * xhat. So a large rstd (a nearly constant slice) costs nothing
-    where the result is as large, and its full size where the terms cancel. For RMS
-    norm, which does not center, one element plays the part of two; a complex element counts as
-    two real ones, and so does the mean that is taken out.
+    if the result is as large, and costs its full size if the terms cancel. RMS norm does not
+    center, so there one element counts as two. A complex element counts as two real ones, and so
+    does a complex mean that is subtracted.
 
-    Multiplied with `sum_conditioning` of the slice's count, or of `terms` if that is more: for
-    dscale and dbias, pass the number of elements that are added up.
+    The result is multiplied with `sum_conditioning` of the slice's count, or of `terms` if that is
+    more. For dscale and dbias, pass the number of elements that are added up.
 
     The cotangent is assumed not to lie, by chance or design, almost in the span of 1 and xhat:
     for a constant cotangent the derivative is zero and its error is not.
 
     Args:
-        x: Real or complex, any shape.
-        axis: The axes of the moments; None: all.
-        epsilon: The one of the normalization.
-        mask: Broadcastable to x, nonzero means included.
+        x: real or complex, any shape.
+        axis: the axes of the moments. None means all axes.
+        epsilon: the epsilon of the normalization.
+        mask: broadcastable to x; nonzero means included.
         centered: False for RMS norm.
-        terms: Length of the longest sum, if not the slice's.
+        terms: the length of the longest sum, if it is longer than the slice.
 
     Returns:
         A Python float, at least 1: the largest over the slices.
 
     Raises:
-        ValueError: Axes or mask do not fit x.
+        ValueError: axes or mask do not fit x.
 
     Source: Higham 2002, section 1.7 (cancellation); the norms of A are derived above.
 
-    >>> condition_number([[0.0, 1.0, 5.0]], -1, 1e-6)
-    1.0
-    >>> round(condition_number([[0.0, 2e-3]], -1, 1e-6))
-    2
-    >>> condition_number([[7.0]], -1, 1e-6)
-    1000.0
+    Example:
+        >>> condition_number([[0.0, 1.0, 5.0]], -1, 1e-6)
+        1.0
+        >>> round(condition_number([[0.0, 2e-3]], -1, 1e-6))
+        2
+        >>> condition_number([[7.0]], -1, 1e-6)
+        1000.0
     """
     values = _wide(np.asarray(x))
     axes = tuple(range(values.ndim)) if axis is None else axis
@@ -360,7 +370,7 @@ def condition_number(
     count = np.sum(included, axis=axes, keepdims=True)
     safe = np.maximum(count, 1)
     if centered:
-        # Twice, so that a mean that was rounded at a large offset leaves nothing behind.
+        # Subtract twice: the first mean is rounded if the offset is large.
         values = values - total(values) / safe
         values = values - total(values) / safe
     shifted = total(_abs(values) ** 2) / safe + epsilon

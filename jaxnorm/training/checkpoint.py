@@ -1,8 +1,8 @@
 """Checkpoints of a run: saved from one mesh while training goes on, restored onto any other.
 
-Orbax writes and reads the arrays (https://orbax.readthedocs.io). What is added here is what makes
-a resumed run the same run: the random key with its kind, the position in the data, checksums that
-do not depend on the mesh, and errors that say what to do. The recipe:
+Orbax writes and reads the arrays (https://orbax.readthedocs.io). This module adds what makes a
+resumed run the same run: the random key with its kind, the position in the data, checksums that do
+not depend on the mesh, and errors that say what to do. Use it like this:
 
     with Checkpoints(folder) as checkpoints:
         data = {}
@@ -13,8 +13,8 @@ do not depend on the mesh, and errors that say what to do. The recipe:
             if (number + 1) % every == 0:
                 checkpoints.save(state, data={...})  # training goes on meanwhile
 
-A step draws from `fold_in(state.rng, state.step)`, so with batches that depend on (seed, step)
-alone a run that was killed and resumed computes, bit for bit, what an uninterrupted one does.
+A step draws from `fold_in(state.rng, state.step)`. If the batches depend on (seed, step) alone, a
+run that was killed and resumed computes the same bits as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from jaxnorm.training.record import (
     check_places,
     check_values,
     differences,
+    first_of,
     from_plain,
     has_values,
-    listed,
     make_record,
     named_leaves,
     not_stored,
@@ -57,10 +57,9 @@ _MOVED = "damaged"  # folder/damaged/<time>/<step>
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint cannot be read whole: truncated, with files missing, or with other bits.
+    """A checkpoint that cannot be read whole: truncated, with missing files, or with changed bits.
 
-    Attributes:
-      step: the step of the checkpoint.
+    Attributes: step: the step of the checkpoint.
     """
 
     def __init__(self, message: str, step: int) -> None:
@@ -71,32 +70,32 @@ class DamagedCheckpointError(ValueError):
 class Checkpoints:
     """The checkpoints of one run, in one folder: `folder/<step>`.
 
-    A folder is the history of one run and only grows at its end: no checkpoint is ever
-    overwritten, and the oldest are deleted when more than `keep` exist. One program at a time
-    (of one or many processes, which all call the same methods) may save to it; any may restore.
+    A folder is the history of one run and only grows at its end. No checkpoint is ever overwritten,
+    and the oldest ones are deleted if there are more than `keep`. One program at a time may save to
+    a folder; it may have many processes, which all call the same methods. Any program may restore.
 
     A checkpoint is written under another name and renamed when it is complete, so a crash leaves
-    none that is half written. It holds a checksum of every array, taken on the devices before
-    saving and again after restoring, so damage to the files is found too.
+    none that is half written. A checkpoint holds a checksum of every array, taken on the devices
+    before saving and again after restoring, so damage to the files is found too.
 
     Args:
-      folder: where. Made by the first `save`; nothing is written before that. A path, or a URL
-        that Orbax can write to, such as `gs://bucket/run`.
-      keep: how many checkpoints to keep, the newest; None keeps all.
+        folder: the folder of the checkpoints: a path, or a URL that Orbax can write to, such as
+            `gs://bucket/run`. The first `save` makes it; nothing is written before that.
+        keep: the number of newest checkpoints to keep; None keeps all.
 
     Raises:
-      NotADirectoryError: `folder` is a file.
-      ValueError: `keep` is not a positive integer or None.
+        NotADirectoryError: `folder` is a file.
+        ValueError: `keep` is not a positive integer or None.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax, tempfile
-      >>> from jaxnorm.training import create_train_state
-      >>> state = create_train_state(nn.BatchNorm(), optax.sgd(0.1), 0, jnp.ones((4, 3)))
-      >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
-      ...     checkpoints.save(state, data={"epoch": 2})
-      ...     restored, data = checkpoints.restore(state)
-      >>> restored.batch_stats["var"], data
-      (Array([1., 1., 1.], dtype=float32), {'epoch': 2})
+        >>> import flax.linen as nn, jax.numpy as jnp, optax, tempfile
+        >>> from jaxnorm.training import create_train_state
+        >>> state = create_train_state(nn.BatchNorm(), optax.sgd(0.1), 0, jnp.ones((4, 3)))
+        >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
+        ...     checkpoints.save(state, data={"epoch": 2})
+        ...     restored, data = checkpoints.restore(state)
+        >>> restored.batch_stats["var"], data
+        (Array([1., 1., 1.], dtype=float32), {'epoch': 2})
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int | None = 3) -> None:
@@ -117,7 +116,15 @@ class Checkpoints:
         self._damaged: set[int] = set()
 
     def save(self, state: TrainState, *, data: Mapping[str, Any] | None = None) -> None:
-        """Saves a state, under the number `state.step`, while training goes on.
+        """Save a state, under the number `state.step`, while training goes on.
+
+        The method returns when the values have left the devices, so that the next step may reuse
+        (donate) the buffers. The files are written in the background. A failure to write them is
+        raised by the next `save`, `restore` or `wait`, or at the end of the `with` block. If the
+        previous `save` has not finished, this one waits for it first.
+
+        Before it returns, it copies the state to the host, and reads it once more on the devices
+        for the checksums.
 
         Returns when the values have left the devices: the next step may reuse (donate) the
         buffers. The files are written meanwhile; a failure to write them is raised by the next
@@ -128,21 +135,21 @@ class Checkpoints:
         the devices for the checksums.
 
         Args:
-          state: of a run, or of a sweep. Over several processes: every leaf over a mesh of all
-            devices.
-          data: what else the run must remember, such as the position in the data. A dict that
-            JSON gives back unchanged.
+            state: the state of a run, or of a sweep. With several processes every leaf must lie on
+                a mesh of all devices.
+            data: whatever else the run must remember, such as the position in the data: a dict that
+                JSON gives back unchanged.
 
         Raises:
-          TypeError: `state` is not a TrainState of arrays with values, or `data` not such a dict.
-          ValueError: the folder has this step or a later one already; copies of a replicated
-            array differ between devices; the state's buffers were donated.
-          OSError: the previous checkpoint could not be written.
+            TypeError: `state` is not a TrainState of arrays with values, or `data` not such a dict.
+            ValueError: the folder has this step or a later one already; copies of a replicated
+                array differ between devices; the state's buffers were donated.
+            OSError: the previous checkpoint could not be written.
         """
         operation = "Checkpoints.save"
         leaves = named_leaves(operation, "state", state)
         check_values(operation, leaves)
-        # The leaves say where they lie, whichever mesh is set around the call.
+        # The shardings come from the leaves, and not from a mesh that is set around the call.
         with jax.set_mesh(None):
             plain = {name: to_plain(leaf) for name, leaf in leaves.items()}
             record = make_record(operation, state, leaves, checksums(operation, plain), data)
@@ -165,33 +172,34 @@ class Checkpoints:
     def restore(
         self, template: TrainState, step: int | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """A saved state with the layout of `template`, and the `data` saved with it.
+        """Read a saved state with the layout of `template`, and the `data` saved with it.
 
-        Every value comes back bit for bit, placed on the devices as the template's leaf is,
-        whichever mesh it was saved from. A leaf without a place (a fresh array that is bound to no
-        device, a ShapeDtypeStruct without a sharding) gives an array bound to no device.
+        Every value comes back bit for bit, on the devices of the template's leaf, whichever mesh it
+        was saved from. A leaf without a place (a fresh array that is bound to no device, or a
+        ShapeDtypeStruct without a sharding) gives an array that is bound to no device.
 
-        What a monitor saw is restored where the template has the same monitor on the same model;
-        otherwise it is left out, or starts empty. All else must be as it was saved.
+        The samples of a monitor are restored if the template has the same monitor on the same
+        model. Otherwise they are left out, or the buffer starts empty. All other parts must be as
+        they were saved.
 
-        Without a `step`, the newest checkpoint that is whole. A newer one that is damaged is
+        Without a `step`, the newest whole checkpoint is read. A newer one that is damaged is
         skipped with a warning that names it; the next `save` moves it to `folder/damaged`.
-        Nothing else changes on disk, and nothing at all by restoring.
+        Restoring itself changes nothing on disk.
 
         Args:
-          template: a TrainState of arrays, such as a fresh one, whose values are not used; or of
-            `jax.ShapeDtypeStruct`s with shardings.
-          step: which checkpoint. Default: the newest whole one.
+            template: a TrainState of arrays, such as a fresh one, whose values are not used; or one
+                of `jax.ShapeDtypeStruct`s with shardings.
+            step: the step of the checkpoint. The default is the newest whole one.
 
         Returns:
-          `(state, data)`; `data` is `{}` where none was saved.
+            `(state, data)`; `data` is `{}` if none was saved.
 
         Raises:
-          TypeError: `template` is not a TrainState of arrays or ShapeDtypeStructs.
-          FileNotFoundError: there is no folder, no checkpoint, or none of that step.
-          ValueError: the checkpoint is of another model (other leaves, shapes or dtypes); copies
-            of a replicated array of the template differ between devices.
-          DamagedCheckpointError: the checkpoint of `step`, or every checkpoint, is damaged.
+            TypeError: `template` is not a TrainState of arrays or ShapeDtypeStructs.
+            FileNotFoundError: there is no folder, no checkpoint, or no checkpoint of that step.
+            ValueError: the checkpoint is of another model (other leaves, shapes or dtypes); copies
+                of a replicated array of the template differ between devices.
+            DamagedCheckpointError: the checkpoint of `step`, or every checkpoint, is damaged.
         """
         operation = "Checkpoints.restore"
         leaves = named_leaves(operation, "template", template)
@@ -213,7 +221,7 @@ class Checkpoints:
         optional: Mapping[str, int],
         step: int | None,
     ) -> tuple[int, Any, list[DamagedCheckpointError]]:
-        """The step that was read, what was read, and why later ones were not."""
+        """The step that was read, the content of its checkpoint, and why later ones were not."""
         self.wait()
         found = self._steps()
         if not found or (step is not None and step not in found):
@@ -239,21 +247,21 @@ class Checkpoints:
         ) from skipped[0]
 
     def latest(self) -> int | None:
-        """The newest step that was saved to the end, or None. Its files are not read."""
+        """The newest step that was saved completely, or None. Its files are not read."""
         return max(self._steps(), default=None)
 
     def wait(self) -> None:
-        """Waits until the last `save` is on disk.
+        """Wait until the last `save` is on disk.
 
         Raises:
-          OSError: it could not be written. Earlier checkpoints are untouched.
+            OSError: it could not be written. Earlier checkpoints are untouched.
         """
         if self._manager is not None:
             with _writing("Checkpoints.wait", self._folder):
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends the threads that write. Leaving the context does it too."""
+        """Wait for the last `save`, and end the threads that write; leaving `with` does it too."""
         manager, self._manager = self._manager, None
         if manager is not None:
             with _writing("Checkpoints.close", self._folder):
@@ -272,7 +280,8 @@ class Checkpoints:
 
     def _writer(self) -> ocp.CheckpointManager:
         if self._damaged:
-            # Out of the way: a damaged one would count among those to keep, and hold its number.
+            # Move damaged checkpoints away. They would count among those to keep, and their
+            # numbers could not be saved again.
             away = f"{_MOVED}/{time.time_ns()}"
             options = ocp.CheckpointManagerOptions(create=False, todelete_subdir=away)
             with ocp.CheckpointManager(self._folder, options=options) as mover:
@@ -284,7 +293,7 @@ class Checkpoints:
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(self._keep),
-                cleanup_tmp_directories=True,  # what a crash left unfinished
+                cleanup_tmp_directories=True,  # delete what a crash left unfinished
             )
             handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
             handlers.add(_STATE, ocp.args.PyTreeSave, _StateHandler())
@@ -295,10 +304,10 @@ class Checkpoints:
 
 
 class _StateHandler(ocp.PyTreeCheckpointHandler):
-    """Writes the sizes of its files beside them, before the checkpoint gets its final name.
+    """An Orbax handler that writes the sizes of its files before the checkpoint is renamed.
 
-    A file that lost its end is then found before any array is read, by every process; TensorStore
-    finds it on those processes alone that need the lost part.
+    With the sizes every process finds a truncated file before it reads any array. TensorStore finds
+    it only on the processes that need the lost part.
     """
 
     def finalize(self, directory: Any) -> None:
@@ -310,7 +319,7 @@ class _StateHandler(ocp.PyTreeCheckpointHandler):
 def _writing(operation: str, folder: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the file system's, TensorStore's or the runtime's
+    except Exception as error:  # from the file system, TensorStore or the runtime
         raise OSError(
             f"{operation}: a checkpoint could not be written to {folder}: {brief(error)}. Earlier "
             "ones are untouched. Look at the free space and the permissions, and save again."
@@ -326,7 +335,7 @@ def _read(
 ) -> tuple[list[jax.Array], dict[str, Any]]:
     """The leaves of a checkpoint in the order of `leaves`, and its data.
 
-    Those of an optional field that was saved otherwise are zeros, of which it starts empty.
+    An optional field that was saved in another form becomes zeros, which is its empty state.
     """
 
     def damaged(why: str) -> DamagedCheckpointError:
@@ -344,8 +353,8 @@ def _read(
         read = {name: leaf for name, leaf in leaves.items() if name not in empty}
         values = {} if different else read_values(path / _STATE, read)
     except (MemoryError, jax.errors.JaxRuntimeError):
-        raise  # says nothing about the files
-    except Exception as caught:  # of any kind: a truncated file makes TensorStore's a bare one
+        raise  # such an error says nothing about the files
+    except Exception as caught:  # of any class: TensorStore raises a bare Exception
         error = caught
     if _on_any_process(error is not None):
         raise damaged(brief(error) if error else "another process could not read it") from error
@@ -358,7 +367,7 @@ def _read(
     found = checksums(operation, values)
     wrong = [name for name in values if found[name] != record["leaves"][name]["checksum"]]
     if wrong:
-        raise damaged(f"{listed(wrong)} came back with other bits than were saved")
+        raise damaged(f"{first_of(wrong)} came back with other bits than were saved")
     state = [
         zeros_for(leaves[name])
         if name in empty

@@ -1,12 +1,12 @@
-"""Checksums of arrays on their devices: independent of the mesh, different for different replicas.
+"""Checksums of arrays on their devices, which do not depend on the mesh.
 
     checksum(x) = sum over words w of x of mix(w xor mix(p)) mod 2^32,   p the word's place in x
 
-with the finalizer of MurmurHash3 as `mix`, a bijection: one wrong word always shows, several with
-probability 1 - 2^-32. A sum may be taken in any order, so each device sums over its own shard and
-the shards of any mesh add up to the same number. Devices that hold the same shard must agree;
-where they do not, the replicas have drifted apart. One read of the data on the device, four bytes
-for each array and device to the host.
+`mix` is the finalizer of MurmurHash3, a bijection. So one wrong word always changes the checksum,
+and several wrong words change it with probability 1 - 2^-32. A sum may be taken in any order: each
+device sums over its own shard, and the shards of any mesh add up to the same number. Devices that
+hold the same shard must have equal sums. If they have not, the replicas differ. The cost is one
+read of the data on the device, and four bytes for each array and device to the host.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 
 def checksums(operation: str, arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """The checksum of every array.
+    """The checksum of every array, computed on the devices.
 
     Args:
-      operation: the public function that is being called; it opens every error.
-      arrays: name -> array of any dtype but a random key's, on one device or a mesh. Over several
-        processes every process must call with the same names.
+        operation: the public function that is being called; errors begin with it.
+        arrays: name -> array of any dtype but a random key's, on one device or a mesh. Over several
+            processes every process must call with the same names.
 
     Returns:
-      name -> checksum, a Python integer below 2^32.
+        name -> checksum, a Python integer below 2^32.
 
     Raises:
-      TypeError: an array is laid out over devices in another way than by a mesh.
-      ValueError: devices that should hold the same values hold different ones.
+        TypeError: an array is laid out over devices in another way than by a mesh.
+        ValueError: devices that should hold the same values hold different ones.
     """
-    # All are on their way before the first is waited for.
+    # Start the sums of all arrays before waiting for the first.
     sums = [_over_devices(operation, name, array) for name, array in arrays.items()]
     found, drifted = {}, {}
     for (name, array), by_device in zip(arrays.items(), _from_all_processes(sums)):
@@ -62,7 +62,7 @@ def checksums(operation: str, arrays: Mapping[str, jax.Array]) -> dict[str, int]
 
 
 def _over_devices(operation: str, name: str, array: jax.Array) -> jax.Array:
-    """Sums of the shards, one for each device in the order of the mesh: uint32, (devices,)."""
+    """Sums of the shards, one for each device in the order of the mesh. uint32, (devices,)."""
     sharding = array.sharding
     if isinstance(sharding, SingleDeviceSharding):
         return _single(array)
@@ -81,7 +81,7 @@ def _single(x: jax.Array) -> jax.Array:
 
 @functools.lru_cache
 def _sharded(mesh: Any, spec: PartitionSpec) -> Any:
-    """The sums of all devices of a mesh, each where its shard is."""
+    """A function that gives the sums of all devices of a mesh, each on its own device."""
 
     def over_mesh(x: jax.Array) -> jax.Array:
         def local(shard: jax.Array) -> jax.Array:
@@ -89,18 +89,19 @@ def _sharded(mesh: Any, spec: PartitionSpec) -> Any:
             starts = [jax.lax.axis_index(n) * k if n else 0 for n, k in zip(names, shard.shape)]
             return _sum(shard, x.shape, starts)[None]
 
-        # Unchecked: what the types call replicated is exactly what may differ here. No
-        # communication either: hundreds of small collectives in flight can starve each other.
-        everywhere = PartitionSpec(mesh.axis_names)
-        return jax.shard_map(
-            local, mesh=mesh, in_specs=spec, out_specs=everywhere, check_vma=False
-        )(x)
+        # check_vma=False: values whose types say "replicated" may differ here, and that is what
+        # this function looks for. There is no communication either: hundreds of small collectives
+        # in flight can starve each other.
+        all_axes = PartitionSpec(mesh.axis_names)
+        return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=all_axes, check_vma=False)(
+            x
+        )
 
     return jax.jit(over_mesh)
 
 
 def _from_all_processes(sums: list[jax.Array]) -> list[dict[Any, int]]:
-    """For each array, device -> sum, those of other processes' devices too."""
+    """For each array a mapping device -> sum, with the devices of other processes too."""
     shards = [array.addressable_shards for array in sums]
     values = jax.device_get([[shard.data for shard in row] for row in shards])
     mine = [{s.device: int(v[0]) for s, v in zip(*pair)} for pair in zip(shards, values)]
@@ -108,7 +109,7 @@ def _from_all_processes(sums: list[jax.Array]) -> list[dict[Any, int]]:
         return mine
     slots = jax.local_devices()
     table = np.array([[by.get(device, 0) for device in slots] for by in mine], np.uint32)
-    # One exchange for all: (processes, arrays, slots).
+    # One exchange for all arrays. The result has axes (processes, arrays, slots).
     tables = multihost_utils.process_allgather(table)
     place = {
         device: (process, slot)
@@ -121,7 +122,7 @@ def _from_all_processes(sums: list[jax.Array]) -> list[dict[Any, int]]:
 
 
 def _sum(shard: jax.Array, shape: tuple[int, ...], starts: list[Any]) -> jax.Array:
-    """The part of the checksum of an array of `shape` that the shard at `starts` contributes."""
+    """The contribution of the shard at `starts` to the checksum of an array of `shape`."""
     words = _words(shard)
     place = jnp.zeros(words.shape, jnp.uint32)
     for axis, (size, start) in enumerate(zip((*shape, words.shape[-1]), (*starts, 0))):
@@ -131,7 +132,7 @@ def _sum(shard: jax.Array, shape: tuple[int, ...], starts: list[Any]) -> jax.Arr
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """The bits of `x` as uint32, in one further axis."""
+    """The bits of `x` as uint32, along one more axis."""
     if jnp.iscomplexobj(x):
         words = _words(jnp.stack([x.real, x.imag], -1))
         return words.reshape(*x.shape, words.shape[-2] * words.shape[-1])

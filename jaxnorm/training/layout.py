@@ -1,8 +1,8 @@
-"""The layout of a run on a mesh: which axes split the batch, and which the parameters.
+"""The layout of a run on a mesh: which axes split the batch, and which axes split the parameters.
 
-A layout never changes what is computed. It says where every leaf of a state and of a batch lies;
-the compiler's partitioner does the rest, so a model needs no axis name and no collective of its
-own: under `jit` the statistics of a batch spread over devices are those of the whole batch.
+A layout never changes the computed numbers. It names the sharding of every leaf of a state and of a
+batch, and the compiler's partitioner does the rest. So a model needs no axis name and no collective
+of its own: under `jit` the statistics of a sharded batch are those of the whole batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-if TYPE_CHECKING:
-    from jaxnorm.training.state import TrainState
+from jaxnorm.training.state import TrainState
 
 AxisNames = str | tuple[str, ...]
 Tree = TypeVar("Tree")
@@ -31,42 +30,43 @@ class Layout:
     """The placement of a training run on a mesh of devices.
 
     Give the same layout to `create_train_state`, `make_train_step` and `make_eval_step`. Two
-    spellings cover most runs: `Layout.data_parallel()` keeps the whole state on every device,
-    `Layout.fully_sharded()` splits parameters and optimizer state too (ZeRO stage 3, Rajbhandari
-    et al. 2020, section 5): a parameter is gathered where the forward pass needs it.
+    constructors cover most runs. `Layout.data_parallel()` keeps the whole state on every device.
+    `Layout.fully_sharded()` splits parameters and optimizer state too (ZeRO stage 3, Rajbhandari et
+    al. 2020, section 5): a parameter is gathered when the forward pass needs it.
 
     An axis of `parameter_axes` that is not one of `batch_axes` splits the arithmetic as well
-    (tensor parallelism): parameters are not gathered over it, and the compiler chooses how the
-    products with them are partitioned.
+    (tensor parallelism). Parameters are not gathered over such an axis, and the compiler chooses
+    how the products with them are partitioned.
 
-    Explicit meshes, which `jax.make_mesh` makes by default since JAX 0.12, become Auto ones: in
-    Explicit mode every operation of a model must say how its operands' shardings combine, and a
-    product with a split kernel does not type-check in a model that was written for one device.
+    `jax.make_mesh` makes Explicit meshes by default since JAX 0.12. A layout turns them into Auto
+    meshes. In Explicit mode every operation of a model must say how the shardings of its operands
+    combine, and a model that was written for one device does not type-check on a split kernel.
 
     Attributes:
-      mesh: the devices. Its axes are Auto, whatever they were in the mesh given.
-      batch_axes: names of the axes that split the leading axis of a batch. None: all axes.
-      parameter_axes: names of the axes that split parameters and optimizer state: together one
-        dimension of each leaf, the largest that their size divides (of equals the last).
-      min_size: leaves with fewer elements stay whole, as do running statistics, counters and
-        keys: gathering a short vector costs more than storing it.
+        mesh: the devices. Its axes are Auto, whatever they were in the mesh that was given.
+        batch_axes: names of the axes that split the leading axis of a batch. None means all axes.
+        parameter_axes: names of the axes that split parameters and optimizer state. Together they
+            split one dimension of each leaf: the largest one that their size divides, and of equal
+            ones the last.
+        min_size: leaves with fewer elements stay whole, and so do running statistics, counters and
+            keys. Gathering a short vector costs more than storing it.
 
     Raises:
-      TypeError: `mesh` is not a `jax.sharding.Mesh`.
-      ValueError: the mesh lacks an axis that is named, or one is named twice.
+        TypeError: `mesh` is not a `jax.sharding.Mesh`.
+        ValueError: the mesh lacks an axis that is named, or an axis is named twice.
 
     Example:
-      >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, optax
-      >>> from jaxnorm.training import Layout, create_train_state, make_train_step
-      >>> layout = Layout.fully_sharded(jax.make_mesh((1,), ("data",)))
-      >>> model, optimizer = nn.Dense(64), optax.adam(1e-3)
-      >>> state = create_train_state(model, optimizer, 0, jnp.ones((1, 32)), layout=layout)
-      >>> state.params["kernel"].sharding == layout.parameter((32, 64))
-      True
-      >>> step = make_train_step(model, optimizer, lambda y, b: (y**2).mean(), layout=layout)
-      >>> state, metrics = step(state, layout.batch(np.ones((8, 32), np.float32)))
-      >>> state.params["kernel"].sharding == layout.parameter((32, 64))
-      True
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, optax
+        >>> from jaxnorm.training import Layout, create_train_state, make_train_step
+        >>> layout = Layout.fully_sharded(jax.make_mesh((1,), ("data",)))
+        >>> model, optimizer = nn.Dense(64), optax.adam(1e-3)
+        >>> state = create_train_state(model, optimizer, 0, jnp.ones((1, 32)), layout=layout)
+        >>> state.params["kernel"].sharding == layout.parameter((32, 64))
+        True
+        >>> step = make_train_step(model, optimizer, lambda y, b: (y**2).mean(), layout=layout)
+        >>> state, metrics = step(state, layout.batch(np.ones((8, 32), np.float32)))
+        >>> state.params["kernel"].sharding == layout.parameter((32, 64))
+        True
     """
 
     mesh: Mesh
@@ -92,19 +92,19 @@ class Layout:
 
     @classmethod
     def data_parallel(cls, mesh: Mesh | None = None) -> Layout:
-        """The batch is split over all axes, the state is whole on every device.
+        """A layout that splits the batch over all axes and keeps the whole state on every device.
 
         Args:
-          mesh: default: all devices, of all processes, on one axis "data".
+            mesh: the devices. The default is all devices of all processes, on one axis "data".
         """
         return cls(_all_devices() if mesh is None else mesh)
 
     @classmethod
     def fully_sharded(cls, mesh: Mesh | None = None) -> Layout:
-        """Batch, parameters and optimizer state are split over all axes.
+        """A layout that splits batch, parameters and optimizer state over all axes.
 
         Args:
-          mesh: default: all devices, of all processes, on one axis "data".
+            mesh: the devices. The default is all devices of all processes, on one axis "data".
         """
         mesh = _all_devices() if mesh is None else mesh
         return cls(mesh, parameter_axes=tuple(mesh.axis_names))
@@ -113,12 +113,13 @@ class Layout:
         """The sharding of each leaf of a state: a TrainState of `jax.sharding.NamedSharding`.
 
         Args:
-          state: arrays or `jax.ShapeDtypeStruct`s (of `jax.eval_shape`); only shapes matter.
+            state: a state of arrays, or of the `jax.ShapeDtypeStruct`s of `jax.eval_shape`; only
+                shapes matter.
 
         Raises:
-          TypeError: `state` is not the TrainState of one run.
+            TypeError: `state` is not the TrainState of one run.
         """
-        is_state = hasattr(state, "opt_state") and hasattr(state, "step")
+        is_state = isinstance(state, TrainState)
         if not is_state or state.step.ndim:
             given = "a sweep" if is_state else type(state).__name__
             raise TypeError(
@@ -131,47 +132,50 @@ class Layout:
         return whole.replace(params=params, opt_state=opt_state)
 
     def place(self, state: TrainState) -> TrainState:
-        """A state moved to where it belongs; `jax.ShapeDtypeStruct`s are told where.
+        """Move a state to its shardings; a `jax.ShapeDtypeStruct` gets the sharding instead.
 
         Args:
-          state: a TrainState, wherever it lies now: the same on every process.
+            state: a TrainState, on any devices. It must be the same on every process.
 
         Raises:
-          TypeError: `state` is not the TrainState of one run.
+            TypeError: `state` is not the TrainState of one run.
         """
         return jax.tree.map(put, state, self.shardings(state))
 
     def batch(self, batch: Any, *, scan: bool = False) -> Any:
         """A batch as global arrays, its leading axis split over `batch_axes`.
 
-        What lies on the mesh as it should is returned as it is. Arrays of shape () are for all.
+        An array that lies on the mesh in this way already is returned as it is. Arrays of shape ()
+        go to all devices.
 
         Args:
-          batch: pytree of arrays, NumPy's or JAX's: this process's share of the rows, in the
-            order of its devices in the mesh, which with one process is the whole batch. Or arrays
-            over all devices of the mesh already. Or `jax.ShapeDtypeStruct`s of global shape.
-          scan: the leading axis counts steps (`make_train_step(..., scan=True)`) and the second
-            one is split.
+            batch: a pytree of NumPy's or JAX's arrays. They are this process's share of the rows,
+                in the order of its devices in the mesh; with one process that is the whole batch.
+                Arrays over all devices of the mesh are accepted too, and so are
+                `jax.ShapeDtypeStruct`s of the global shape.
+            scan: True if the leading axis counts steps, as in `make_train_step(..., scan=True)`.
+                Then the second axis is split.
 
         Returns:
-          The same tree of global `jax.Array`s.
+            The same tree of global `jax.Array`s.
 
         Raises:
-          ValueError: the rows cannot be split evenly over the devices.
+            ValueError: the rows cannot be split evenly over the devices.
         """
         return place_batch("Layout.batch", self, batch, scan)
 
     def rows(self, ndim: int, *, scan: bool = False) -> NamedSharding:
-        """The sharding of a batch's leaf, an array of rank `ndim`; see `batch`."""
+        """The sharding of one leaf of a batch, an array of rank `ndim`; see `batch`."""
         leading = (None,) * scan
         axes = tuple(self.batch_axes or ())
         return self._sharding(*leading, axes) if ndim > scan else self._sharding()
 
     def parameter(self, shape: tuple[int, ...], *, gathered: bool = False) -> NamedSharding:
-        """The sharding of a parameter, or with `gathered`, as the forward pass sees it."""
+        """The sharding of a parameter, or with `gathered` its sharding in the forward pass."""
         of_batch = tuple(self.batch_axes or ())
-        # The axes of the batch last: then what a gather over them leaves is contiguous. None of
-        # size 1: the compiler leaves them out, and a step must return what it was given.
+        # The axes of the batch come last, so that the result of a gather over them is contiguous.
+        # Axes of size 1 are left out: the compiler drops them, and a step must return the shardings
+        # that it was given.
         axes = [name for name in self.parameter_axes if self.mesh.shape[name] > 1]
         axes.sort(key=lambda name: name in of_batch)
         parts = math.prod(self.mesh.shape[name] for name in axes)
@@ -184,11 +188,11 @@ class Layout:
         return self._sharding(*(None,) * dimension, tuple(axes) or None)
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Trace for this mesh, whatever mesh the caller has set, perhaps an Explicit one."""
+        """A context that traces for this mesh, whatever mesh the caller has set."""
         return use_abstract_mesh(self.mesh.abstract_mesh)
 
     def _sharding(self, *axes: tuple[str, ...] | None) -> NamedSharding:
-        # One name alone is not written as a tuple: JAX compares the two as different.
+        # JAX takes a name and a tuple of one name for different shardings: use the name.
         flat = (a[0] if a and len(a) == 1 else a or None for a in axes)
         return NamedSharding(self.mesh, PartitionSpec(*flat))
 
@@ -204,14 +208,14 @@ class Layout:
 
 
 def place_batch(operation: str, layout: Layout, batch: Any, scan: bool = False) -> Any:
-    """`Layout.batch` on behalf of another operation."""
+    """Place a batch as `Layout.batch` does, with errors that name the calling operation."""
 
     def place(leaf: Any) -> Any:
         leaf = leaf if hasattr(leaf, "shape") else np.asarray(leaf)
         sharding = layout.rows(leaf.ndim, scan=scan)
         if isinstance(leaf, jax.Array) and _lies(leaf, sharding):
             return leaf
-        # With several processes an array that one of them sees whole is its share of the rows.
+        # With several processes, an array that one process holds whole is its share of the rows.
         share = not sharding.is_fully_addressable and not (
             isinstance(leaf, jax.ShapeDtypeStruct)
             or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable)
@@ -226,7 +230,7 @@ def place_batch(operation: str, layout: Layout, batch: Any, scan: bool = False) 
 
 
 def check_layout(operation: str, layout: Any) -> Layout | None:
-    """Three-part TypeError for anything but a layout or None."""
+    """Raise a three-part TypeError for anything but a layout or None."""
     if layout is None or isinstance(layout, Layout):
         return layout
     raise TypeError(
@@ -236,7 +240,7 @@ def check_layout(operation: str, layout: Any) -> Layout | None:
 
 
 def check_placed(operation: str, layout: Layout, state: TrainState) -> None:
-    """Three-part ValueError for a state that is not where `layout` has it."""
+    """Raise a three-part ValueError for a state that does not lie as `layout` says."""
     leaves, treedef = jax.tree.flatten(state)
     wanted = _shardings(layout, treedef, tuple(leaf.shape for leaf in leaves))
     for i, (leaf, sharding) in enumerate(zip(leaves, wanted)):
@@ -244,23 +248,24 @@ def check_placed(operation: str, layout: Layout, state: TrainState) -> None:
             continue
         path = jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path(state)[i][0])
         raise ValueError(
-            f"{operation}: the state must lie where the layout has it; state{path} of shape "
+            f"{operation}: the state must lie where the layout puts it; state{path} of shape "
             f"{leaf.shape} is on {leaf.sharding} instead of {sharding}. Give create_train_state "
             "the same layout, or move the state: layout.place(state)."
         )
 
 
-@functools.lru_cache(maxsize=64)  # asked for before each step
+@functools.lru_cache(maxsize=64)  # called before each step
 def _shardings(layout: Layout, treedef: Any, shapes: tuple[tuple[int, ...], ...]) -> list[Any]:
     structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return jax.tree.leaves(layout.shardings(jax.tree.unflatten(treedef, structs)))
 
 
-# The rest is for use inside a compiled step. Without a layout each returns its argument.
+# The functions `keep_...` are for use inside a compiled step. Without a layout each of them returns
+# its argument.
 
 
 def keep_batch(operation: str, layout: Layout | None, batch: Tree, groups: int = 1) -> Tree:
-    """The batch stays split; each of `groups` equal parts of it can be split as evenly."""
+    """The batch, constrained to stay split, as is each of `groups` equal parts of it."""
     if layout is None:
         return batch
 
@@ -274,17 +279,18 @@ def keep_batch(operation: str, layout: Layout | None, batch: Tree, groups: int =
 
 
 def keep_state(layout: Layout | None, state: TrainState) -> TrainState:
-    """The new state stays where the old one was."""
+    """The new state, constrained to the shardings of the old one."""
     if layout is None:
         return state
     return lax.with_sharding_constraint(state, layout.shardings(state))
 
 
 def keep_parameters(layout: Layout | None, params: Tree, *, gathered: bool = False) -> Tree:
-    """Parameters, or their gradients, stay split; with `gathered`, as the forward pass sees them.
+    """Parameters or their gradients, constrained to stay split, or with `gathered` to be gathered.
 
-    Without this the compiler, where a kernel is larger than the activations that meet it, gathers
-    the activations and leaves the kernel split.
+    `gathered` gives the sharding that the forward pass needs. Without this constraint the compiler
+    sometimes gathers the activations and leaves the kernel split. It does so if a kernel is larger
+    than the activations that it is multiplied with.
     """
     if layout is None or not layout.parameter_axes:
         return params
@@ -300,15 +306,16 @@ def _lies(leaf: Any, sharding: NamedSharding) -> bool:
     given = leaf.sharding
     return given == sharding or (
         isinstance(given, NamedSharding)
-        and given.mesh == sharding.mesh  # an Explicit mesh would enter the types of the arrays
+        and given.mesh == sharding.mesh  # an Explicit mesh would enter the arrays' types
         and given.is_equivalent_to(sharding, leaf.ndim)
     )
 
 
 def put(leaf: Any, sharding: NamedSharding) -> Any:
-    """An array moved to `sharding`, or a `jax.ShapeDtypeStruct` told of it.
+    """An array moved to `sharding`, or a `jax.ShapeDtypeStruct` that carries it.
 
-    With several processes each holds all of the array, and keeps its devices' part.
+    With several processes, each process holds the whole array and keeps the part of its own
+    devices.
     """
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -334,7 +341,7 @@ def _check_rows(
     mesh, names = layout.mesh, tuple(layout.batch_axes or ())
     parts = math.prod(mesh.shape[name] for name in names)
     where = f"the {parts} parts of the mesh axes {', '.join(map(repr, names))}"
-    if share:  # of this process: as many as its devices have different rows
+    if share:  # as many parts as this process's devices have different rows
         rows = layout.rows(1).addressable_devices_indices_map((parts,)).values()
         parts = len({index[0].start for index in rows})  # type: ignore[index]
         where = f"the {parts} parts of this process"

@@ -1,17 +1,17 @@
 """One small interface over Linen modules, NNX modules and NNX factories.
 
-The rest of this package never asks which framework a model comes from. It sees
+The rest of this package never asks which framework a model comes from. It uses
 
-* `initialize(operation, model, key, args, kwargs)`, the first variables of a model, and
+* `initial_variables(operation, model, key, args, kwargs)`, the first variables of a model, and
 * `adapt(operation, model)`, an object with two methods: `train`, which returns the outputs and the
-  variables after the call, and `evaluate`, which returns the outputs alone, so that nothing an
-  evaluation writes has a way out.
+  variables after the call, and `evaluate`, which returns the outputs alone, so that nothing that an
+  evaluation writes can leave it.
 
-How a model is told the mode. The names in `MODE_FLAGS` are looked for in the signature of the
-model's `__call__` and passed there; for a Linen module that takes none of them, in its dataclass
-fields (`Net(train=True)`), which are set on a clone. An NNX model is rebuilt inside the traced
-function anyway, so its `.train()` or `.eval()` is called on the copy, and `nnx.view` reaches the
-modules that only know `set_view`.
+A model learns its mode in this way. The names in `MODE_FLAGS` are searched in the signature of the
+model's `__call__` and passed there. For a Linen module whose call takes none of them, they are
+searched in its dataclass fields (`Net(train=True)`) and set on a clone. An NNX model is rebuilt
+inside the traced function anyway, so its `.train()` or `.eval()` is called on the copy, and
+`nnx.view` reaches the modules that only know `set_view`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import errors, nnx
 from flax import linen as nn
 
-# Names that tell a model its mode, each with the value it takes in training.
+# Names of arguments that tell a model its mode, each with its value in training.
 MODE_FLAGS: Mapping[str, bool] = {
     "train": True,
     "training": True,
@@ -39,6 +39,7 @@ MODE_FLAGS: Mapping[str, bool] = {
 class Variables(NamedTuple):
     """The variables that a model carries from call to call, apart from random state."""
 
+    # Trees of arrays; shapes and dtypes are the model's.
     params: Any  # Linen: the "params" collection; NNX: State of nnx.Param
     batch_stats: Any  # Linen: the "batch_stats" collection; NNX: State of nnx.BatchStat
     model_state: Any  # Linen: dict of all other collections; NNX: State of all other variables
@@ -56,7 +57,7 @@ class Model(Protocol):
     def evaluate(
         self, variables: Variables, key: jax.Array, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Outputs in evaluation mode."""
+        """Outputs of the model in evaluation mode."""
         ...
 
 
@@ -69,45 +70,45 @@ def adapt(
     """The adapter of a Linen module, an NNX module or a factory of NNX modules.
 
     Args:
-      operation: the public function that is being called; it opens every error.
-      model: `flax.linen.Module` instance, `flax.nnx.Module` instance, or a callable that takes
-        `nnx.Rngs` and returns an `nnx.Module`.
-      mode_kwargs: keyword arguments of the model's call that the caller fixes; they win over the
-        detected mode flags, and giving them (even empty) says that the mode is taken care of.
-      compute_dtype: what parameters and inputs will be cast to, if anything.
+        operation: the public function that is being called; errors begin with it.
+        model: `flax.linen.Module` instance, `flax.nnx.Module` instance, or a callable that takes
+            `nnx.Rngs` and returns an `nnx.Module`.
+        mode_kwargs: keyword arguments of the model's call that the caller fixes. They win over the
+            mode flags. If they are given, even empty, the mode is left to the caller.
+        compute_dtype: the dtype that parameters and inputs will be cast to, or None.
 
     Raises:
-      TypeError: the model is none of the three, or `mode_kwargs` names an unknown argument.
+        TypeError: the model is none of the three, or `mode_kwargs` names an unknown argument.
     """
     if isinstance(model, nn.Module):
         return _LinenModel(operation, model, mode_kwargs)
     return _NNXModel(operation, model, mode_kwargs, compute_dtype)
 
 
-def initialize(
+def initial_variables(
     operation: str, model: Any, key: jax.Array, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Variables:
-    """The first variables of a model; traceable, so that it can be jitted and vmapped over keys.
+    """The first variables of a model; the function can be traced, jitted and mapped over keys.
 
     Args:
-      operation: the public function that is being called; it opens every error.
-      model: as for `adapt`.
-      key: typed random key, shape (). Linen: the key of `model.init`. NNX factory: the key of
-        `nnx.Rngs`. NNX instance: unused, the instance has its values already.
-      args: example inputs of a Linen module; unused by NNX.
-      kwargs: further keyword arguments of a Linen module's call.
+        operation: the public function that is being called; errors begin with it.
+        model: as for `adapt`.
+        key: typed random key, shape (). Linen: the key of `model.init`. NNX factory: the key of
+            `nnx.Rngs`. NNX instance: unused, the instance has its values already.
+        args: example inputs of a Linen module; unused by NNX.
+        kwargs: further keyword arguments of a Linen module's call.
 
     Returns:
-      Variables. For an NNX instance its arrays themselves, not copies.
+        The variables. For an NNX instance they are its arrays themselves, not copies.
 
     Raises:
-      TypeError: the model is none of the three, or cannot be called with these inputs.
+        TypeError: the model is none of the three, or cannot be called with these inputs.
     """
     if isinstance(model, nn.Module):
         return _LinenModel(operation, model, kwargs or None).init(key, args)
     if isinstance(model, nnx.Module):
-        # Merging makes new module objects around the same arrays: popping leaves the caller's
-        # instance as it was.
+        # Merging makes new module objects around the same arrays. So popping does not change the
+        # caller's instance.
         fresh = nnx.merge(*nnx.split(model))
     else:
         fresh = build(operation, model, nnx.Rngs(key))
@@ -118,7 +119,7 @@ def initialize(
 def _bind(
     operation: str, name: str, signature: inspect.Signature, args: Any, kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments as the call wants them, positional where they can be.
+    """Arguments in the form that the call takes, positional if they can be.
 
     A model under `nn.remat(..., static_argnums=...)` must get its flag by position.
     """
@@ -127,7 +128,7 @@ def _bind(
     except TypeError as error:
         shapes = ", ".join(
             [str(jax.tree.map(jnp.shape, a)) for a in args]
-            + [f"{k}={v!r}" for k, v in kwargs.items() if _plain(v)]
+            + [f"{k}={v!r}" for k, v in kwargs.items() if _is_plain(v)]
         )
         raise TypeError(
             f"{operation}: the model must accept its inputs; {name}.__call__{signature} was given "
@@ -137,7 +138,7 @@ def _bind(
     return bound.args[1:], bound.kwargs
 
 
-def _plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
@@ -168,7 +169,7 @@ def _check_known(
 
 
 class _LinenModel:
-    """A `flax.linen.Module`: variables are the dictionaries of its collections."""
+    """A `flax.linen.Module` as a `Model`: variables are the dictionaries of its collections."""
 
     def __init__(
         self, operation: str, module: nn.Module, mode_kwargs: Mapping[str, Any] | None
@@ -244,8 +245,8 @@ class _LinenModel:
 
     @staticmethod
     def _rngs(key: jax.Array) -> dict[str, jax.Array]:
-        # A stream that is not given draws from "params" (flax.core.Scope.make_rng), so these two
-        # serve every name a model may use.
+        # A stream that is not given draws from "params" (flax.core.Scope.make_rng). So these two
+        # streams serve every name that a model may use.
         return {"params": key, "dropout": jax.random.fold_in(key, _DROPOUT_STREAM)}
 
     @staticmethod
@@ -261,12 +262,12 @@ class _LinenModel:
         return Variables(rest.pop("params", {}), rest.pop("batch_stats", {}), rest)
 
 
-# Separates the streams drawn from one key; far from the small counters that Flax folds in.
+# Separates the streams that are drawn from one key. It is far from the small counters of Flax.
 _DROPOUT_STREAM = 0x6E6F726D  # "norm"
 
 
 class _NNXModel:
-    """A `flax.nnx.Module`, or a factory of one: only its graph is kept, no values."""
+    """A `flax.nnx.Module` or a factory of one, as a `Model`: only its graph is kept."""
 
     def __init__(
         self,
@@ -327,7 +328,7 @@ class _NNXModel:
             raise ValueError(
                 f"{self._operation}: the state must belong to the model; {self._name} and the "
                 f"state differ in {', '.join(differing)}. Make the state with create_train_state "
-                "of this model, or pass the model that made it."
+                "of this model, or pass the model that it was made for."
             )
         leaves, treedef = jax.tree.flatten(self._rngs)
         streams = [
@@ -336,13 +337,13 @@ class _NNXModel:
             else jnp.zeros(leaf.shape, leaf.dtype)
             for i, leaf in enumerate(leaves)
         ]
-        # `merge` puts the Variables it is given into the model, where a call would write to them
-        # behind the state's back; rebuilding the tree makes new ones, of the present trace.
+        # `merge` puts the given Variables themselves into the model, and a call would then write to
+        # the state. Rebuilding the tree makes new Variables that belong to the present trace.
         variables = jax.tree.map(lambda x: x, variables)
         model = nnx.merge(self._graphdef, jax.tree.unflatten(treedef, streams), *variables)
         if self._compute_dtype is not None:
-            # An NNX norm with dtype=None returns what x and its float32 statistics promote to,
-            # and all layers after it would compute in float32.
+            # An NNX norm with dtype=None returns the dtype to which x and its float32 statistics
+            # promote. All layers after it would then compute in float32.
             for _, module in nnx.iter_modules(model):
                 fields = vars(module)
                 stats = any(isinstance(v, nnx.BatchStat) for v in fields.values())
@@ -360,7 +361,7 @@ def _paths(tree: Any) -> set[str]:
 
 
 def _split(model: Any) -> tuple[Any, Any, Variables]:
-    """Graph, random state and variables of an NNX module; sown intermediates are dropped."""
+    """Graph, random state and variables of an NNX module, without sown intermediates."""
     graphdef, rngs, _, params, batch_stats, rest = nnx.split(
         model, nnx.RngState, nnx.Intermediate, nnx.Param, nnx.BatchStat, ...
     )
@@ -368,7 +369,7 @@ def _split(model: Any) -> tuple[Any, Any, Variables]:
 
 
 def build(operation: str, factory: Callable[..., Any], rngs: nnx.Rngs) -> Any:
-    """Calls a factory of NNX modules, `factory(rngs)` or `factory(*, rngs)`."""
+    """Call a factory of NNX modules, as `factory(rngs)` or `factory(*, rngs)`."""
     hint = (
         "Pass an instance, such as Net(features=8), or for NNX a function that builds one: "
         "lambda rngs: Net(8, rngs=rngs)."

@@ -1,8 +1,8 @@
 """The loss of a batch as a function of the parameters, and its gradient.
 
-Everything that decides how the loss is computed, and nothing of what is done with its gradient,
-lives here: which part of the batch is the input, precision, rematerialization, and the
-accumulation over micro-batches. The statistics that come out are those of one pass over the batch.
+This module decides how the loss is computed: which part of the batch is the input, precision,
+rematerialization, and the accumulation over micro-batches. It does not decide what is done with the
+gradient. The statistics that it returns are those of one pass over the batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax import lax
 from jaxnorm.training.layout import Layout, keep_batch, keep_parameters
 from jaxnorm.training.models import Model, Variables
 from jaxnorm.training.precision import narrowed, widened
-from jaxnorm.training.rematerialize import in_stretches
+from jaxnorm.training.rematerialize import in_segments
 from jaxnorm.training.state import same_kind, strong
 
 Batch = Any
@@ -26,7 +26,7 @@ Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch], Any]
 InputsFn = Callable[[Batch], Any]
 Policy = Callable[..., Any]
-Result = tuple[jax.Array, tuple[Metrics, Variables]]  # loss, (metrics, variables after the pass)
+Result = tuple[jax.Array, tuple[Metrics, Variables]]  # (loss, (metrics, new variables))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Objective:
             )
 
     def value(self, params: Any, variables: Variables, key: jax.Array, batch: Batch) -> jax.Array:
-        """The loss at `params`, as a line search needs it."""
-        if not self._one_after_another:
+        """The loss at `params`, which an optimizer with a line search asks for."""
+        if not self._accumulates:
             return self._pass(params, variables, key, batch)[0]
 
-        @jax.checkpoint  # whoever differentiates this keeps one micro-batch at a time
+        @jax.checkpoint  # under differentiation one micro-batch is kept at a time
         def micro_batch(variables: Variables, i: jax.Array) -> tuple[Variables, jax.Array]:
             loss, (_, written) = self._micro_batch(params, variables, key, batch, i)
             return written, loss
@@ -77,9 +77,9 @@ class Objective:
     def value_and_grad(
         self, variables: Variables, key: jax.Array, batch: Batch
     ) -> tuple[Result, Any]:
-        """The result at `variables.params` and the gradient of the loss there."""
+        """The result at `variables.params`, and the gradient of the loss there."""
         params, carried = variables.params, variables._replace(params=None)
-        if not self._one_after_another:
+        if not self._accumulates:
             return jax.value_and_grad(self._pass, has_aux=True)(params, carried, key, batch)
 
         def micro_batch(carry: Any, i: jax.Array) -> tuple[Any, Any]:
@@ -89,8 +89,8 @@ class Objective:
                 return self._micro_batch(params, variables, key, batch, i)
 
             loss, back, (metrics, written) = jax.vjp(loss_of, params, has_aux=True)
-            # Its share of the step's loss: so all gradients on the way, which a monitor may look
-            # at, are those of the step's loss, too.
+            # The cotangent is this micro-batch's share of the step's loss. So all gradients inside,
+            # which a monitor may sample, are gradients of the step's loss too.
             (grads,) = back(jnp.full_like(loss, 1 / self.accumulate))
             total = jax.tree.map(jnp.add, total, widened(grads))
             return (keep_parameters(self.layout, total), written), (loss, metrics)
@@ -101,7 +101,7 @@ class Objective:
         return (losses.mean(), (_mean(metrics), written)), grads
 
     @property
-    def _one_after_another(self) -> bool:
+    def _accumulates(self) -> bool:
         return self.accumulate > 1 and self.statistics == "micro_batch"
 
     @property
@@ -111,14 +111,14 @@ class Objective:
     def _micro_batch(
         self, params: Any, variables: Variables, key: jax.Array, batch: Batch, i: jax.Array
     ) -> Result:
-        """A step's forward pass over micro-batch `i`."""
+        """The forward pass of a step over micro-batch `i`."""
         key, batch = jax.random.fold_in(key, i), self._part("the batch", batch, i)
         outputs, written = self._forward(params, variables, key, batch)
         loss, metrics = take_loss(self.operation, self.loss_fn(outputs, batch))
         return loss, (metrics, same_kind(self.operation, variables, written))
 
     def _pass(self, params: Any, variables: Variables, key: jax.Array, batch: Batch) -> Result:
-        """One forward pass over the whole batch; the loss is the mean over its micro-batches."""
+        """One forward pass over the whole batch; the loss is the mean over the micro-batches."""
         outputs, written = self._forward(params, variables, key, batch)
         if self.accumulate == 1:
             loss, metrics = take_loss(self.operation, self.loss_fn(outputs, batch))
@@ -134,11 +134,11 @@ class Objective:
     def _forward(
         self, params: Any, variables: Variables, key: jax.Array, batch: Batch
     ) -> tuple[Any, Variables]:
-        """Outputs, and the variables after the pass without the parameters."""
+        """Outputs of the model, and its variables after the pass without the parameters."""
         args, kwargs = narrowed(take_inputs(self.operation, self.inputs, batch), self.compute_dtype)
 
         def forward(params: Any) -> tuple[Any, Variables]:
-            # Cast first: then half the bytes are gathered.
+            # The cast comes first, so that half the bytes are gathered.
             params = narrowed(params, self.compute_dtype)
             params = keep_parameters(self.layout, params, gathered=True)
             given = variables._replace(params=params)
@@ -146,17 +146,17 @@ class Objective:
             return outputs, written._replace(params=None)
 
         if self.remat is True:
-            forward = in_stretches(forward)
+            forward = in_segments(forward)
         elif self.remat:
             forward = jax.checkpoint(forward, policy=self.remat)
         outputs, written = forward(params)
         return widened(outputs) if self.compute_dtype else outputs, written
 
     def _part(self, what: str, tree: Any, i: jax.Array) -> Any:
-        """Rows i, i + k, i + 2k, ... of k micro-batches.
+        """Rows i, i + k, i + 2k and so on of a tree, which are micro-batch i of k.
 
-        Not k runs of neighbouring rows: these would lie on a few devices each, and which rows
-        make a micro-batch would depend on the number of devices.
+        A micro-batch is not a run of neighbouring rows. Such a run would lie on a few devices, and
+        the rows of a micro-batch would depend on the number of devices.
         """
         sizes = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(tree) if jnp.ndim(leaf)}
         if len(sizes) != 1 or min(sizes) % self.accumulate:
@@ -164,7 +164,7 @@ class Objective:
             raise ValueError(
                 f"{self.operation}: accumulate={self.accumulate} splits {what} into as many equal "
                 f"parts along the leading axis; got arrays of shape {shapes or '(none)'}. Make the "
-                "number of rows the same everywhere and a multiple of accumulate."
+                "number of rows equal in all arrays and a multiple of accumulate."
             )
 
         def split(leaf: Any) -> Any:
@@ -173,11 +173,11 @@ class Objective:
             size, *rest = jnp.shape(leaf)
             return jnp.reshape(leaf, (size // self.accumulate, self.accumulate, *rest))
 
-        def take(leaf: Any) -> Any:
+        def select(leaf: Any) -> Any:
             return lax.dynamic_index_in_dim(leaf, i, 1, keepdims=False) if jnp.ndim(leaf) else leaf
 
         halves = keep_batch(self.operation, self.layout, jax.tree.map(split, tree))
-        return keep_batch(self.operation, self.layout, jax.tree.map(take, halves))
+        return keep_batch(self.operation, self.layout, jax.tree.map(select, halves))
 
 
 def _mean(metrics: Metrics) -> Metrics:
@@ -187,7 +187,7 @@ def _mean(metrics: Metrics) -> Metrics:
 def take_inputs(
     operation: str, inputs: InputsFn | None, batch: Batch
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Positional and keyword inputs of the model."""
+    """The positional and the keyword inputs of the model, taken from a batch."""
     if inputs is None:
         return (_default_input(operation, batch),), {}
     taken = inputs(batch)
@@ -224,7 +224,7 @@ def _default_input(operation: str, batch: Batch) -> Any:
 
 
 def take_loss(operation: str, result: Any) -> tuple[jax.Array, Metrics]:
-    """Loss and metrics from what `loss_fn` returned."""
+    """Loss and metrics from the value that `loss_fn` returned."""
     pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
     loss, metrics = result if pair else (result, {})
     if not hasattr(loss, "dtype") and not isinstance(loss, float):

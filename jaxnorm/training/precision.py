@@ -1,4 +1,4 @@
-"""Mixed precision: a model computes in a narrow dtype, everything that is kept stays wide."""
+"""Mixed precision: a model computes in a narrow dtype, and everything that is stored stays wide."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Tree = TypeVar("Tree")
 
 
 def compute_dtype_of(operation: str, dtype: Any) -> Any:
-    """None, bfloat16 or float32; three-part error for anything else."""
+    """The dtype as None, bfloat16 or float32; a three-part error for any other."""
     if dtype is None:
         return None
     try:
@@ -31,14 +31,14 @@ def compute_dtype_of(operation: str, dtype: Any) -> Any:
 
 
 def narrowed(tree: Tree, dtype: Any) -> Tree:
-    """Floating arrays in `dtype`; all else, and with None everything, as it is."""
+    """The tree with its floating arrays in `dtype`; with None the tree as it is."""
     if dtype is None:
         return tree
     return jax.tree.map(lambda x: x.astype(dtype) if _floating(x) else x, tree)
 
 
 def widened(tree: Tree) -> Tree:
-    """Floating arrays in float32 at least."""
+    """The tree with its floating arrays in float32 at least."""
 
     def widen(x: Any) -> Any:
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if _floating(x) else x

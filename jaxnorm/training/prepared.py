@@ -1,4 +1,4 @@
-"""Preparation on the host before a compiled step runs."""
+"""Preparation of a step's arguments on the host, before a compiled step runs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from jaxnorm.training.state import TrainState
 
 
 class PreparedStep:
-    """A compiled step that first sees to its arguments.
+    """A compiled step that checks and completes its arguments before it runs.
 
-    The state gets a buffer where there is a monitor; state and batch lie where the layout has them.
+    With a monitor, a state without a buffer gets an empty one. With a layout, the batch is placed,
+    and the state must lie where the layout puts it.
     """
 
     def __init__(
@@ -39,15 +40,15 @@ class PreparedStep:
         self._check = check or (lambda state, batch: check_single(operation, state))
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
-        """New state and metrics, or metrics alone."""
+        """Run the step. A training step returns (state, metrics), an evaluation returns metrics."""
         return self._run(self.compiled, state, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-        """The step before compilation; arguments may be `jax.ShapeDtypeStruct`s."""
+        """The step before compilation. The arguments may be `jax.ShapeDtypeStruct`s."""
         return self._run(self.compiled.lower, state, batch)
 
     def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
-        """The step before lowering; arguments may be `jax.ShapeDtypeStruct`s."""
+        """The step before lowering. The arguments may be `jax.ShapeDtypeStruct`s."""
         return self._run(self.compiled.trace, state, batch)
 
     def _run(self, function: Callable[..., Any], state: Any, batch: Any) -> Any:
@@ -70,7 +71,7 @@ class PreparedStep:
             return function(state, batch)
 
     def _empty(self, state: TrainState, batch: Batch, abstract: bool) -> Any:
-        """A buffer before the first step; of a state of shapes its shapes."""
+        """An empty buffer, or its shapes if the state is made of shapes."""
         assert self._buffer is not None
         first = jax.tree.map(lambda x: x[0], batch) if self._scan else batch
         buffer = self._buffer(state, first)

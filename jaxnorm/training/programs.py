@@ -1,7 +1,7 @@
 """Training and evaluation as pure functions `(state, batch) -> ...`, to be compiled.
 
-`steps.py` compiles them for one run, `sweep.py` maps the same functions over members, so that a
-member of a sweep and a run alone are one computation.
+`steps.py` compiles them for one run. `sweep.py` maps the same functions over members. So a member
+of a sweep and a single run are one computation.
 """
 
 from __future__ import annotations
@@ -22,44 +22,48 @@ from jaxnorm.training.state import TrainState, same_kind
 
 MetricsFn = Callable[[Any, Batch], Mapping[str, Any]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-Made = Callable[[TrainState, Batch], tuple[TrainState, Metrics, Any]]
+StepWithGradients = Callable[[TrainState, Batch], tuple[TrainState, Metrics, Any]]
 """A step that also returns the gradient and the update of the parameters."""
 EvalStep = Callable[[TrainState, Batch], Metrics]
 
 
-class Monitor(Protocol):
-    """The part of `jaxnorm.monitor.Monitor` that a step knows."""
+class StepMonitor(Protocol):
+    """The part of `jaxnorm.monitor.Monitor` that a training step uses."""
 
     def adapt(
         self, operation: str, model: Any, mode_kwargs: Any = None, compute_dtype: Any = None
     ) -> Model:
-        """The model with marks on what is to be seen."""
+        """The model with marks at the places that are observed."""
         ...
 
     @property
     def every(self) -> int:
-        """It looks at every so many steps."""
+        """The number of steps from one sample to the next."""
         ...
 
-    def looking(self, made: Made) -> Step:
-        """A step that looks at these, and keeps what it sees in the state."""
+    def sampling(self, step_with_gradients: StepWithGradients, /) -> Step:
+        """A step that always takes a sample and keeps it in the state."""
         ...
 
-    def choosing(self, made: Made, members: str | None = None) -> Step:
-        """A step that looks when it is time."""
+    def conditional(
+        self, step_with_gradients: StepWithGradients, /, members: str | None = None
+    ) -> Step:
+        """A step that decides on the device whether it takes a sample."""
         ...
 
-    def buffer(self, made: Made, state: TrainState, batch: Batch) -> Any:
+    def buffer(
+        self, step_with_gradients: StepWithGradients, /, state: TrainState, batch: Batch
+    ) -> Any:
         """The empty buffer that `state.monitor` is before the first step."""
         ...
 
 
 def build_train_step(
     objective: Objective, optimizer: optax.GradientTransformation, skip_nonfinite: bool
-) -> Made:
+) -> StepWithGradients:
     """The pure function that `make_train_step` and `make_sweep_step` compile.
 
-    Besides state and metrics it returns the gradient and the update, for whoever looks at them.
+    Besides the state and the metrics it returns the gradient and the update, for a monitor.
     """
     operation, layout = objective.operation, objective.layout
     update = optax.with_extra_args_support(optimizer).update
@@ -131,7 +135,7 @@ def build_eval_step(
 
 
 def build_loop(operation: str, step: Step) -> Step:
-    """`step` over batches stacked on a leading axis, in one `lax.scan`."""
+    """A function that makes `step` over batches stacked on a leading axis, in one `lax.scan`."""
 
     def loop(state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
         leading_size(operation, batches, "with scan=True, steps")
@@ -141,7 +145,7 @@ def build_loop(operation: str, step: Step) -> Step:
 
 
 def leading_size(operation: str, batch: Batch, what: str) -> int:
-    """The common size of the leading axis of all leaves; three-part ValueError if none."""
+    """The common size of the leading axis of all leaves, or a three-part ValueError."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
     sizes = {shape[0] if shape else None for shape in shapes}
     if len(sizes) == 1 and None not in sizes:
@@ -154,7 +158,7 @@ def leading_size(operation: str, batch: Batch, what: str) -> int:
 
 
 def check_single(operation: str, state: Any) -> None:
-    """Three-part TypeError for anything but the state of one run."""
+    """Raise a three-part TypeError for anything but the state of one run."""
     if not isinstance(state, TrainState):
         raise TypeError(
             f"{operation}: the first argument of the step must be a TrainState; got "

@@ -1,7 +1,7 @@
-"""The record of a checkpoint's leaves: their names, shapes, dtypes, checksums.
+"""The record of a checkpoint's leaves: their names, shapes, dtypes and checksums.
 
-Orbax stores plain arrays under names that do not depend on the classes of a state; a random key is
-stored as its data, and what kind of key it was stands in the record. The record is a JSON object:
+Orbax stores plain arrays under names that do not depend on the classes of a state. A random key is
+stored as its data, and the record holds the kind of the key. The record is a JSON object:
 
     {"data": {...}, "leaves": {name: {"shape", "dtype", "checksum", "key"?}},
      "optional": {field: checksum of its structure}, "crc32": of all else}
@@ -22,12 +22,12 @@ from jaxnorm._jax import is_traced
 from jaxnorm.training.state import TrainState
 
 Leaves = Mapping[str, Any]  # name, such as params/Dense_0/kernel -> array or ShapeDtypeStruct
-# Fields of a TrainState that a run goes on without: instruments, which change no other number.
+# Fields of a TrainState that a run can continue without. They change no other number of the run.
 OPTIONAL = ("monitor",)
 
 
 def named_leaves(operation: str, argument: str, state: Any) -> dict[str, Any]:
-    """The leaves of a TrainState by name."""
+    """The leaves of a TrainState, by name such as params/Dense_0/kernel."""
     if not isinstance(state, TrainState):
         raise TypeError(
             f"{operation}: {argument} must be a TrainState; got {type(state).__name__}. Make one "
@@ -47,7 +47,10 @@ def named_leaves(operation: str, argument: str, state: Any) -> dict[str, Any]:
 
 
 def check_values(operation: str, leaves: Leaves) -> None:
-    """Every leaf must have values, and in a run of many processes lie where all of them see it."""
+    """Raise unless every leaf has values that can be read.
+
+    In a run of many processes every leaf must also lie on a mesh over the devices of all processes.
+    """
     for name, leaf in leaves.items():
         if is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(
@@ -70,7 +73,7 @@ def check_values(operation: str, leaves: Leaves) -> None:
 
 
 def check_places(operation: str, leaves: Leaves) -> None:
-    """A leaf with a sharding must name real devices."""
+    """Raise unless every leaf with a sharding names real devices."""
     for name, leaf in leaves.items():
         sharding = place(leaf)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
@@ -82,12 +85,12 @@ def check_places(operation: str, leaves: Leaves) -> None:
 
 
 def has_values(leaf: Any) -> bool:
-    """True if there are values to read: not a type alone, nor donated to a later step."""
+    """True if a leaf has values: it is no bare type, and was not donated to a later step."""
     return isinstance(leaf, jax.Array) and not leaf.is_deleted()
 
 
 def place(leaf: Any) -> Sharding | None:
-    """The devices to put a restored leaf on; None for the default one, without binding it there."""
+    """The sharding that a restored leaf gets; None for an array that is bound to no device."""
     bound = getattr(leaf, "committed", True)
     return getattr(leaf, "sharding", None) if bound else None
 
@@ -98,24 +101,24 @@ def is_key(leaf: Any) -> bool:
 
 
 def to_plain(leaf: Any) -> jax.Array:
-    """A leaf as it is stored: the data of random keys, everything else as it is."""
+    """The array that is stored for a leaf: for random keys their data, else the leaf itself."""
     return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def from_plain(value: jax.Array, stored: Mapping[str, Any]) -> jax.Array:
-    """The inverse of `to_plain`; `stored` is what the record says of the leaf."""
+    """The inverse of `to_plain`; `stored` is the leaf's entry in the record."""
     return jax.random.wrap_key_data(value, impl=stored["key"]) if "key" in stored else value
 
 
 def plain_type(leaf: Any) -> tuple[tuple[int, ...], Any]:
-    """Shape and dtype of a leaf as it is stored."""
+    """Shape and dtype of the array that is stored for a leaf."""
     plain = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     plain = jax.eval_shape(jax.random.key_data, plain) if is_key(leaf) else plain
     return plain.shape, plain.dtype
 
 
 def structures(state: TrainState) -> dict[str, int]:
-    """A checksum of the structure of each optional field: what its arrays mean."""
+    """A checksum of the structure of each optional field, which fixes the meaning of its arrays."""
     return {
         field: zlib.crc32(str(jax.tree.structure(getattr(state, field))).encode())
         for field in OPTIONAL
@@ -146,7 +149,7 @@ def make_record(
 
 
 def read_record(stored: Any) -> dict[str, Any]:
-    """The record of a checkpoint; ValueError if it is not what was written."""
+    """The record of a checkpoint; a ValueError if it differs from the one that was written."""
     record = {name: value for name, value in stored.items() if name != "crc32"}
     if stored.get("crc32") != _crc32(record):
         raise ValueError("its record is not the one that was written")
@@ -154,24 +157,24 @@ def read_record(stored: Any) -> dict[str, Any]:
 
 
 def not_stored(record: Mapping[str, Any], leaves: Leaves, template: Mapping[str, int]) -> set[str]:
-    """Leaves of optional fields that are stored otherwise than a template has them, or not at all.
+    """Names of the leaves of optional fields that the checkpoint lacks or stores in another form.
 
-    `template` is what `structures` says of it.
+    `template` is the result of `structures` for the template.
     """
     stored, missing = record["leaves"], set()
     for field in OPTIONAL:
         wanted = {name: _type(leaf) for name, leaf in leaves.items() if _field(name) == field}
         has = {name: _kind(stored[name]) for name in stored if _field(name) == field}
-        # Records from before there were structures have none.
+        # The records of older checkpoints hold no structures.
         if wanted != has or record.get("optional", template)[field] != template[field]:
             missing |= wanted.keys()
     return missing
 
 
 def differences(record: Mapping[str, Any], leaves: Leaves) -> str:
-    """In words, how the leaves of a template differ from those stored; empty if they do not.
+    """The differences between the leaves of a template and those stored, in words.
 
-    Optional fields may differ.
+    The text is empty if there are none. Optional fields may differ.
     """
     stored, found = record["leaves"], []
     names = [*stored, *(name for name in leaves if name not in stored)]
@@ -180,23 +183,23 @@ def differences(record: Mapping[str, Any], leaves: Leaves) -> str:
         wants = _type(leaves[name]) if name in leaves else None
         if has != wants:
             found.append(f"{name} is stored as {_shown(has)} and wanted as {_shown(wants)}")
-    return listed(found)
+    return first_of(found)
 
 
-def listed(items: list[str], limit: int = 4) -> str:
-    """The first of many, and how many more."""
+def first_of(items: list[str], limit: int = 4) -> str:
+    """The first of many items, and the number of the others."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return "; ".join(items[:limit]) + more
 
 
 def brief(thing: Any) -> str:
-    """One line of an error of another library, or of a value."""
+    """One line of text for a value, or for an error of another library."""
     text = " ".join(str(thing).split()) or type(thing).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _field(name: str) -> str:
-    """The field of a TrainState in which a leaf lies."""
+    """The field of a TrainState that holds a leaf."""
     return name.partition("/")[0]
 
 

@@ -1,9 +1,9 @@
-"""Less memory for the backward pass of any function: keep a few values, compute the rest again.
+"""Less memory for the backward pass of any function: keep a few values and recompute the others.
 
-`jax.checkpoint` around a whole forward pass lowers nothing: the backward pass begins by computing
-all of it again, and then holds what it would have kept. It has to be applied to stretches of the
-function, one after another, and most models do not say where theirs begin and end. So this module
-looks for itself: the function is traced, and cut where least is alive.
+`jax.checkpoint` around a whole forward pass saves nothing: the backward pass begins with the whole
+recomputation, and then holds all the values after all. It must be applied to segments of the
+function, one after another, and most models do not say where their segments begin and end. So this
+module finds the segments. It traces the function and cuts it where the fewest bytes are alive.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxnorm.core.normalize import MOMENTS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Within a stretch too, statistics are kept: they are small, and over a mesh each is a collective.
+# Statistics are kept within a segment too. They are small, and over a mesh each is a collective.
 _REDUCTIONS = {
     *("reduce_sum", "reduce_max", "reduce_min", "argmax", "argmin"),
     *("psum", "psum_invariant", "pmin", "pmax"),
@@ -32,11 +32,12 @@ _statistics = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
-def in_stretches(function: Function) -> Function:
-    """`function`, its backward pass keeping the values between stretches of it, and statistics.
+def in_segments(function: Function) -> Function:
+    """`function` in segments: its backward pass keeps the values between segments, and statistics.
 
-    With n layers there are about sqrt(n) stretches, so that the values between them and those
-    within one take about as much (Chen et al. 2016, arXiv:1604.06174, section 4).
+    With n layers there are about sqrt(n) segments. Then the values between the segments and the
+    values within one segment take about the same memory (Chen et al. 2016, arXiv:1604.06174,
+    section 4).
     """
 
     def run(*args: Any) -> Any:
@@ -44,18 +45,18 @@ def in_stretches(function: Function) -> Function:
         jaxpr = closed.jaxpr
         values = dict(zip(jaxpr.invars, jax.tree.leaves(args)))
         values |= dict(zip(jaxpr.constvars, closed.consts))
-        for stretch in _stretches(jaxpr):
-            compute = jax.checkpoint(stretch.compute, policy=_statistics)
-            results = compute(*(values[v] for v in stretch.inputs))
-            values |= dict(zip(stretch.outputs, results))
+        for segment in _segments(jaxpr):
+            compute = jax.checkpoint(segment.compute, policy=_statistics)
+            results = compute(*(values[v] for v in segment.inputs))
+            values |= dict(zip(segment.outputs, results))
         outputs = read(values, jaxpr.outvars)
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return run  # type: ignore[return-value]
 
 
-class _Stretch(NamedTuple):
-    """Consecutive equations, as a function of what earlier ones left."""
+class _Segment(NamedTuple):
+    """Consecutive equations, as a function of the results of earlier ones."""
 
     equations: list[JaxprEqn]
     inputs: list[Var]
@@ -69,35 +70,35 @@ class _Stretch(NamedTuple):
         return [values[v] for v in self.outputs]
 
 
-def _stretches(jaxpr: Jaxpr) -> list[_Stretch]:
-    """All equations of `jaxpr`, in stretches."""
+def _segments(jaxpr: Jaxpr) -> list[_Segment]:
+    """All equations of `jaxpr`, divided into segments."""
     cuts = [0, *_cuts(jaxpr), len(jaxpr.eqns)]
     needed = _variables(jaxpr.outvars)
-    stretches: list[_Stretch] = []
+    segments: list[_Segment] = []
     for start, end in reversed(list(itertools.pairwise(cuts))):
         eqns = jaxpr.eqns[start:end]
-        made = _variables(v for eqn in eqns for v in eqn.outvars)
+        defined = _variables(v for eqn in eqns for v in eqn.outvars)
         used = _variables(v for eqn in eqns for v in eqn.invars)
-        inputs = [v for v in used if v not in made]
-        outputs = [v for v in made if v in needed]
-        stretches.insert(0, _Stretch(eqns, inputs, outputs))
-        needed = dict.fromkeys([*(v for v in needed if v not in made), *inputs])
-    return stretches
+        inputs = [v for v in used if v not in defined]
+        outputs = [v for v in defined if v in needed]
+        segments.insert(0, _Segment(eqns, inputs, outputs))
+        needed = dict.fromkeys([*(v for v in needed if v not in defined), *inputs])
+    return segments
 
 
 def _cuts(jaxpr: Jaxpr) -> list[int]:
-    """The cuts: at equal shares of the bytes computed, moved to where least is alive."""
+    """The positions of the cuts: equal shares of the work, moved to where the fewest bytes live."""
     last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
     last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
-    made, alive = np.zeros(len(jaxpr.eqns)), np.zeros(len(jaxpr.eqns) + 1)
+    computed, alive = np.zeros(len(jaxpr.eqns)), np.zeros(len(jaxpr.eqns) + 1)
     for i, eqn in enumerate(jaxpr.eqns):
         for v in _variables(eqn.outvars):
             size = getattr(v.aval, "size", 0) * getattr(getattr(v.aval, "dtype", 0), "itemsize", 1)
-            made[i] += size
+            computed[i] += size
             alive[i + 1 : last.get(v, i) + 1] += size
     layers = sum(map(_products, jaxpr.eqns))
     count = max(1, math.ceil(math.sqrt(layers)))
-    share = np.cumsum(made) / max(made.sum(), 1) * count  # of the stretches, after each equation
+    share = np.cumsum(computed) / max(computed.sum(), 1) * count  # segments after each equation
     cuts = []
     for middle in range(1, count):
         near = np.flatnonzero(abs(share - middle) < 0.5) + 1
@@ -113,5 +114,5 @@ def _products(eqn: JaxprEqn) -> int:
 
 
 def _variables(atoms: Any) -> dict[Var, None]:
-    """The variables among literals and variables, each once, in order."""
+    """The variables among literals and variables, each once and in order."""
     return dict.fromkeys(v for v in atoms if isinstance(v, Var))

@@ -1,4 +1,4 @@
-"""Compiled training and evaluation steps of one run."""
+"""Compiled training and evaluation steps of a single run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import optax
 
+from jaxnorm.training.alternating import compile_step
+from jaxnorm.training.create import check_optimizer
 from jaxnorm.training.layout import Layout, check_layout
 from jaxnorm.training.models import adapt
 from jaxnorm.training.objective import InputsFn, LossFn, Objective, Policy
@@ -17,13 +19,11 @@ from jaxnorm.training.prepared import PreparedStep
 from jaxnorm.training.programs import (
     EvalStep,
     MetricsFn,
-    Monitor,
     Step,
+    StepMonitor,
     build_eval_step,
     build_train_step,
 )
-from jaxnorm.training.state import check_optimizer
-from jaxnorm.training.turns import compile_step
 
 
 def make_train_step(
@@ -41,107 +41,113 @@ def make_train_step(
     statistics: str = "micro_batch",
     remat: bool | Policy = False,
     compute_dtype: Any = None,
-    monitor: Monitor | None = None,
+    monitor: StepMonitor | None = None,
 ) -> Step:
-    """A compiled training step: `step(state, batch) -> (state, metrics)`.
+    """Make a compiled training step: `step(state, batch) -> (state, metrics)`.
 
     With parameters `p`, statistics `s`, optimizer state `o` and the batch `b` of step `t`:
 
         outputs, s' = model(p, s, inputs(b); training mode, random key fold_in(rng, t))
         loss, metrics = loss_fn(outputs, b);   u, o' = optimizer(d loss / d p, o, p);   p' = p + u
 
-    The statistics are those of the one forward pass whose loss is returned, stored once: neither
-    rematerialization nor a line search nor a retry of the step counts a batch twice. The random
-    key depends on the state alone, so the same state and batch give the same result.
+    The statistics are those of the one forward pass whose loss is returned, and they are stored
+    once. Neither rematerialization nor a line search nor a retry of the step counts a batch twice.
+    The random key depends on the state alone, so the same state and batch give the same result.
 
-    The state is donated: its buffers are reused for the new state and must not be read again.
-    The step is a `jax.jit` function, with `lower` and the rest; with a layout or a monitor it has
-    `lower`, which takes `jax.ShapeDtypeStruct`s too.
+    The state is donated: its buffers are reused for the new state and must not be read again. The
+    step is a `jax.jit` function, with `lower` and the rest. With a layout or a monitor it is a
+    callable with `lower`, which also takes `jax.ShapeDtypeStruct`s.
 
     Args:
-      model: a Linen module, an NNX module, or a function `rngs -> nnx.Module`, as in
-        `create_train_state`. Of an NNX instance only the structure is used: its values, those of
-        its random streams too, come from the state.
-      optimizer: any `optax.GradientTransformation`. One that takes further arguments gets
-        `value`, `grad` and `value_fn` (optax.lbfgs, polyak_sgd, contrib.reduce_on_plateau).
-      loss_fn: `(outputs, batch) -> loss` or `-> (loss, metrics)`: `loss` a floating scalar,
-        `metrics` a dict of arrays without the key "loss".
-      inputs: takes the model's inputs out of a batch: a tuple of positional inputs, a dict of
-        keyword inputs, or a single array. Default: `batch["x"]` of a mapping, `batch[0]` of a
-        tuple or list, an array itself.
-      train_kwargs: keyword arguments for the model's call. The mode is found without them where
-        the call takes `train`, `training`, `is_training`, `deterministic` or
-        `use_running_average` (a Linen module may have such a field instead); these win. An NNX
-        model is switched by `.train()` and `nnx.view`, which turns on the layers that a user froze
-        with `use_running_average=True` too, as `.train()` does everywhere.
-      skip_nonfinite: leave parameters, statistics and optimizer state untouched by a step whose
-        loss is not finite. Otherwise the update is applied, NaN or not. The step counts and is
-        recorded in `state.nonfinite_step` either way. Only the loss is looked at; for gradients
-        see `optax.apply_if_finite`.
-      scan: run many steps in one compiled loop: every leaf of the batch has a leading axis of
-        steps, and so have the metrics. Worth it where a step is so small that dispatch dominates.
-      donate: False keeps the old state readable, at the price of its memory.
-      layout: run over the layout's mesh. The numbers are those of one device with the whole
-        batch, up to rounding. The state must be placed (`create_train_state(..., layout=layout)`)
-        and every leaf of the new one lies where the old one did. A batch that is not yet on the
-        mesh is placed by `layout.batch`.
-      accumulate: k > 1 makes one update from k micro-batches, taken one after another: rows
-        j, j + k, j + 2k, ... of every leaf of the batch are micro-batch j, on any number of
-        devices. The loss is the mean over the micro-batches, and so are gradient (summed in
-        float32 at least) and metrics. Leaves of shape () go to each micro-batch.
-      statistics: with `accumulate`. "micro_batch": every micro-batch is normalized with its own
-        statistics, running statistics are updated k times, and the activations of one micro-batch
-        are in memory at a time. "exact": statistics, gradient and the one running update are
-        those of the whole batch. A layer's statistics need the layers before it on all rows, so
-        this is one forward pass over the whole batch and takes its memory; `remat` lowers that.
-      remat: keep less for the backward pass, and compute the rest again there. True: of a forward
-        pass with n products and convolutions, only what is alive at about sqrt(n) places is kept,
-        those where it is least, and sums, so that statistics are neither computed again nor
-        summed over devices again. The price is most of a second forward pass. A policy of
-        `jax.checkpoint_policies`: the whole pass is one `jax.checkpoint` with it, which lowers
-        what is kept but, as the backward pass begins by computing all of it again, seldom the
-        peak. Random numbers are the same, and statistics are counted once, in any case.
-      compute_dtype: bfloat16 casts parameters and floating inputs for the forward pass, those of
-        normalization layers too: a float32 scale would turn the layer's output into float32
-        (Flax's rule) and with it the rest of the network. Statistics are computed in float32 from
-        any input. Parameters in the state, optimizer state, running statistics and gradient keep
-        their dtypes, and the outputs are float32 when `loss_fn` sees them. float16 is refused, as
-        it would need loss scaling.
-      monitor: a `jaxnorm.monitor.Monitor`, which looks at every k-th step and keeps what it sees in
-        `state.monitor`. Two programs are compiled before the first step, with a look and without,
-        and the host takes them in turns by a count of its own. It reads the device once for a state
-        that comes from elsewhere, a checkpoint or another function.
+        model: a Linen module, an NNX module, or a function `rngs -> nnx.Module`, as in
+            `create_train_state`. Of an NNX instance only the structure is used. Its values come
+            from the state, and so do those of its random streams.
+        optimizer: any `optax.GradientTransformation`. One that takes further arguments gets
+            `value`, `grad` and `value_fn` (optax.lbfgs, polyak_sgd, contrib.reduce_on_plateau).
+        loss_fn: `(outputs, batch) -> loss` or `-> (loss, metrics)`. `loss` is a floating scalar,
+            and `metrics` is a dict of arrays without the key "loss".
+        inputs: a function that takes the model's inputs out of a batch. It returns a tuple of
+            positional inputs, a dict of keyword inputs, or a single array. The default is
+            `batch["x"]` of a mapping, `batch[0]` of a tuple or list, and an array itself.
+        train_kwargs: keyword arguments for the model's call. The mode is found without them if the
+            call takes `train`, `training`, `is_training`, `deterministic` or `use_running_average`
+            (a Linen module may have such a field instead). These arguments win over what is found.
+            An NNX model is switched by `.train()` and `nnx.view`. This also switches layers that a
+            user froze with `use_running_average=True`, as `.train()` always does.
+        skip_nonfinite: True leaves parameters, statistics and optimizer state unchanged in a step
+            whose loss is not finite. Otherwise the update is applied, NaN or not. In both cases the
+            step counts, and it is recorded in `state.nonfinite_step`. Only the loss is checked; for
+            gradients see `optax.apply_if_finite`.
+        scan: True runs many steps in one compiled loop. Every leaf of the batch then has a leading
+            axis of steps, and so have the metrics. This helps if a step is so small that its
+            dispatch takes most of the time.
+        donate: False keeps the old state readable, at the cost of its memory.
+        layout: run over the layout's mesh. The numbers are those of one device with the whole
+            batch, up to rounding. The state must be placed (`create_train_state(...,
+            layout=layout)`), and every leaf of the new state keeps the sharding of the old one. A
+            batch that is not yet on the mesh is placed by `layout.batch`.
+        accumulate: k > 1 makes one update from k micro-batches, one after another. Rows j, j + k, j
+            + 2k and so on of every leaf of the batch are micro-batch j, on any number of devices.
+            Loss, gradient and metrics are means over the micro-batches; the gradient is summed in
+            float32 at least. Leaves of shape () go to each micro-batch.
+        statistics: used with `accumulate`. "micro_batch": every micro-batch is normalized with its
+            own statistics, running statistics are updated k times, and the activations of one
+            micro-batch are in memory at a time. "exact": statistics, gradient and the one running
+            update are those of the whole batch. A layer's statistics need the earlier layers on all
+            rows, so this is one forward pass over the whole batch and takes its memory; `remat`
+            lowers that.
+        remat: keep less for the backward pass, and compute the rest again there. True: a forward
+            pass with n products and convolutions is cut at about sqrt(n) places where the fewest
+            bytes are alive. Only the values at the cuts are kept, and sums, so that no statistics
+            are computed again or summed over devices again. The cost is most of a second forward
+            pass. A policy of `jax.checkpoint_policies`: the whole pass is one `jax.checkpoint` with
+            it. This lowers what is kept, but seldom the peak, because the backward pass begins by
+            computing everything again. In both cases random numbers are the same, and statistics
+            are counted once.
+        compute_dtype: bfloat16 casts parameters and floating inputs for the forward pass.
+            Parameters of normalization layers are cast too: a float32 scale would turn the layer's
+            output into float32 (Flax's rule), and with it the rest of the network. Statistics are
+            computed in float32 from any input. Parameters in the state, optimizer state, running
+            statistics and gradient keep their dtypes, and `loss_fn` gets float32 outputs. float16
+            is refused, because it would need loss scaling.
+        monitor: a `jaxnorm.monitor.Monitor`, which takes a sample at every k-th step and keeps it
+            in `state.monitor`. Two programs are compiled before the first step, one that takes a
+            sample and one that does not. The host counts the steps and chooses the program. It
+            reads the device once for a state that comes from elsewhere, such as a checkpoint or
+            another function.
 
     Returns:
-      The step. `metrics` holds "loss", shape (), or (steps,) with `scan`, and what `loss_fn` adds.
+        The step. `metrics` holds "loss", of shape () or (steps,) with `scan`, and the metrics of
+        `loss_fn`.
 
     Raises:
-      TypeError: `model` or `optimizer` is of another kind, or `train_kwargs` unknown to the model.
-        When the step is traced: `state` is not a TrainState; the loss is not floating, or
-        `loss_fn` returned something else; a leaf of the state changed its shape or dtype.
-      ValueError: `accumulate`, `statistics` or `compute_dtype` is none of those above. When the
-        step is called: the state does not lie where the layout has it; the rows of the batch are
-        no multiple of micro-batches times devices. When the step is traced: the loss is not a
-        scalar; the batch shows no inputs; a model with batch statistics has no argument for the
-        mode; the state is another model's.
+        TypeError: `model` or `optimizer` is of another kind, or the model does not know
+            `train_kwargs`. When the step is traced: `state` is not a TrainState; the loss is not
+            floating, or `loss_fn` returned something else; a leaf of the state changed its shape or
+            dtype.
+        ValueError: `accumulate`, `statistics` or `compute_dtype` is none of those above. When the
+            step is called: the state does not lie where the layout puts it; the number of rows is
+            no multiple of micro-batches times devices. When the step is traced: the loss is not a
+            scalar; the batch shows no inputs; a model with batch statistics has no argument for the
+            mode; the state belongs to another model.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax
-      >>> from jaxnorm.training import check_finite, create_train_state, make_train_step
-      >>> class Net(nn.Module):
-      ...     @nn.compact
-      ...     def __call__(self, x, train):
-      ...         return nn.Dense(1)(nn.BatchNorm(not train)(x))
-      >>> batch = {"x": jnp.arange(6.0).reshape(3, 2), "y": jnp.ones((3, 1))}
-      >>> state = create_train_state(Net(), optax.sgd(0.1), 0, batch["x"])
-      >>> step = make_train_step(Net(), optax.sgd(0.1), lambda y, b: ((y - b["y"]) ** 2).mean())
-      >>> for _ in range(3):
-      ...     state, metrics = step(state, batch)
-      >>> check_finite(state)
-      >>> [f"{mean:.4f}" for mean in state.batch_stats["BatchNorm_0"]["mean"]]
-      ['0.0594', '0.0891']
-      >>> [f"{mean * (1 - 0.99**3):.4f}" for mean in batch["x"].mean(0)]
-      ['0.0594', '0.0891']
+        >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> from jaxnorm.training import check_finite, create_train_state, make_train_step
+        >>> class Net(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x, train):
+        ...         return nn.Dense(1)(nn.BatchNorm(not train)(x))
+        >>> batch = {"x": jnp.arange(6.0).reshape(3, 2), "y": jnp.ones((3, 1))}
+        >>> state = create_train_state(Net(), optax.sgd(0.1), 0, batch["x"])
+        >>> step = make_train_step(Net(), optax.sgd(0.1), lambda y, b: ((y - b["y"]) ** 2).mean())
+        >>> for _ in range(3):
+        ...     state, metrics = step(state, batch)
+        >>> check_finite(state)
+        >>> [f"{mean:.4f}" for mean in state.batch_stats["BatchNorm_0"]["mean"]]
+        ['0.0594', '0.0891']
+        >>> [f"{mean * (1 - 0.99**3):.4f}" for mean in batch["x"].mean(0)]
+        ['0.0594', '0.0891']
     """
     operation = "make_train_step"
     check_optimizer(operation, optimizer)
@@ -157,11 +163,11 @@ def make_train_step(
         remat=remat,
         compute_dtype=compute_dtype,
     )
-    made = build_train_step(objective, optimizer, skip_nonfinite)
-    compiled = compile_step(operation, made, monitor, scan=scan, donate=donate, layout=layout)
+    step = build_train_step(objective, optimizer, skip_nonfinite)
+    compiled = compile_step(operation, step, monitor, scan=scan, donate=donate, layout=layout)
     if layout is None and monitor is None:
         return compiled
-    buffer = functools.partial(monitor.buffer, made) if monitor else None
+    buffer = functools.partial(monitor.buffer, step) if monitor else None
     return PreparedStep(operation, compiled, layout, scan=scan, buffer=buffer)
 
 
@@ -174,38 +180,38 @@ def make_eval_step(
     layout: Layout | None = None,
     compute_dtype: Any = None,
 ) -> EvalStep:
-    """A compiled evaluation: `evaluate(state, batch) -> metrics`.
+    """Make a compiled evaluation: `evaluate(state, batch) -> metrics`.
 
-    The model runs in evaluation mode on the stored statistics. Nothing is written: a Linen model
-    is applied with `mutable=False`, what an NNX model writes is dropped, and the state, which is
-    not donated, goes in and does not come out.
+    The model runs in evaluation mode on the stored statistics. Nothing is written: a Linen model is
+    applied with `mutable=False`, and everything that an NNX model writes is dropped. The state is
+    not donated, and no new state is returned.
 
     Args:
-      model: as for `make_train_step`.
-      metrics_fn: `(outputs, batch) -> dict of arrays`.
-      inputs: as for `make_train_step`.
-      eval_kwargs: as `train_kwargs` of `make_train_step`, for evaluation.
-      layout: as for `make_train_step`.
-      compute_dtype: as for `make_train_step`.
+        model: as for `make_train_step`.
+        metrics_fn: `(outputs, batch) -> dict of arrays`.
+        inputs: as for `make_train_step`.
+        eval_kwargs: keyword arguments for the model's call, as `train_kwargs` of `make_train_step`.
+        layout: as for `make_train_step`.
+        compute_dtype: as for `make_train_step`.
 
     Returns:
-      The evaluation, a `jax.jit` function, or with a layout one with `lower`. Metrics as
-      `metrics_fn` returns them.
+        The evaluation: a `jax.jit` function, or with a layout a callable with `lower`. Its metrics
+        are those of `metrics_fn`.
 
     Raises:
-      TypeError: `model` is of another kind, or `eval_kwargs` unknown to it. When traced: `state`
-        is not a TrainState; `metrics_fn` did not return a dict.
-      ValueError: when traced: the batch shows no inputs; a model with batch statistics has no
-        argument for the mode, or writes its statistics in evaluation mode.
+        TypeError: `model` is of another kind, or does not know `eval_kwargs`. When traced: `state`
+            is not a TrainState; `metrics_fn` did not return a dict.
+        ValueError: when traced: the batch shows no inputs; a model with batch statistics has no
+            argument for the mode, or writes its statistics in evaluation mode.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax
-      >>> from jaxnorm.training import create_train_state, make_eval_step
-      >>> x = jnp.arange(6.0).reshape(3, 2)
-      >>> state = create_train_state(nn.BatchNorm(epsilon=0.0), optax.sgd(0.1), 0, x)
-      >>> evaluate = make_eval_step(nn.BatchNorm(epsilon=0.0), lambda y, b: {"mean": y.mean()})
-      >>> evaluate(state, x)["mean"]
-      Array(2.5, dtype=float32)
+        >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> from jaxnorm.training import create_train_state, make_eval_step
+        >>> x = jnp.arange(6.0).reshape(3, 2)
+        >>> state = create_train_state(nn.BatchNorm(epsilon=0.0), optax.sgd(0.1), 0, x)
+        >>> evaluate = make_eval_step(nn.BatchNorm(epsilon=0.0), lambda y, b: {"mean": y.mean()})
+        >>> evaluate(state, x)["mean"]
+        Array(2.5, dtype=float32)
     """
     operation = "make_eval_step"
     dtype = compute_dtype_of(operation, compute_dtype)

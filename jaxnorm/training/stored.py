@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint as its files hold them, and the sizes that these files must have."""
+"""The arrays in the files of a checkpoint, and the sizes that these files must have."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxnorm.training.record import listed, place, plain_type
+from jaxnorm.training.record import first_of, place, plain_type
 
-SIZES = "_SIZES"  # a file beside them
+SIZES = "_SIZES"  # a file beside the arrays
 
 
 def sizes_of_files(directory: Any) -> dict[str, int]:
-    """Bytes of every file below a directory."""
+    """The number of bytes of every file below a directory."""
     files = (root / name for root, _, names in directory.walk() for name in names)
     return {str(file.relative_to(directory)): file.stat().length for file in files}
 
 
 def read_values(path: Any, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Plain arrays by name, each in the place of its leaf."""
+    """Plain arrays by name, each with the sharding of its leaf."""
 
     def restore_args(leaf: Any) -> ocp.RestoreArgs:
         sharding = place(leaf)
@@ -37,9 +37,9 @@ def read_values(path: Any, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
     sizes = json.loads((path / SIZES).read_text())
     lost = [name for name, size in sizes.items() if found.get(name) != size]
     if lost:
-        raise ValueError(f"{listed(lost)} missing or of another size")
-    # The handler rather than a manager: it waits for no other process, so that one which cannot
-    # read its part does not leave the others waiting for it.
+        raise ValueError(f"{first_of(lost)} missing or of another size")
+    # A handler waits for no other process, as a manager would. So a process that cannot read its
+    # part does not keep the others waiting.
     handler = ocp.PyTreeCheckpointHandler()
     try:
         stored = {name: restore_args(leaf) for name, leaf in leaves.items() if leaf.size}
@@ -54,5 +54,5 @@ def read_values(path: Any, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 
 def zeros_for(leaf: Any) -> jax.Array:
-    """Zeros in the shape, dtype and place of a leaf, as it is stored."""
+    """Zeros in the stored shape and dtype of a leaf, with its sharding."""
     return jnp.zeros(*plain_type(leaf), device=place(leaf))

@@ -1,8 +1,9 @@
-"""Many runs in one compiled program: seeds and hyperparameters as one more array axis.
+"""Many runs in one compiled program: seeds and hyperparameters become one more array axis.
 
 A sweep is a `TrainState` whose every leaf has a leading axis of members. Its step is the step of a
-single run under `jax.vmap`, so a member computes what the same run alone computes, up to rounding.
-Small models leave most of a machine idle; a sweep of them costs little more than one run.
+single run under `jax.vmap`. So a member computes what the same run computes by itself, up to
+rounding. Small models leave most of a machine idle, and a sweep of them costs little more than one
+run.
 """
 
 from __future__ import annotations
@@ -19,28 +20,21 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxnorm.training.alternating import compile_step
+from jaxnorm.training.create import as_key, check_optimizer, concrete, initial_state
 from jaxnorm.training.models import adapt
 from jaxnorm.training.objective import Batch, InputsFn, LossFn, Metrics, Objective
 from jaxnorm.training.prepared import PreparedStep
 from jaxnorm.training.programs import (
     EvalStep,
     MetricsFn,
-    Monitor,
     Step,
+    StepMonitor,
     build_eval_step,
     build_train_step,
     leading_size,
 )
-from jaxnorm.training.state import (
-    TrainState,
-    as_key,
-    check_optimizer,
-    concrete,
-    initial_state,
-    own,
-    strong,
-)
-from jaxnorm.training.turns import compile_step
+from jaxnorm.training.state import TrainState, own, strong
 
 MakeOptimizer = Callable[..., optax.GradientTransformation]
 _MEMBERS = "jaxnorm_members"  # the mapped axis
@@ -49,21 +43,21 @@ _MEMBERS = "jaxnorm_members"  # the mapped axis
 def grid(
     seeds: Iterable[Any], **hyperparams: Iterable[Any]
 ) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Every combination of seeds and hyperparameter values, seeds varying fastest.
+    """List every combination of seeds and hyperparameter values; the seeds vary fastest.
 
     Args:
-      seeds: seeds or keys.
-      **hyperparams: values of each hyperparameter.
+        seeds: seeds or keys.
+        **hyperparams: the values of each hyperparameter.
 
     Returns:
-      `(seeds, hyperparams)` for `create_sweep_state`, one entry for each member.
+        `(seeds, hyperparams)` for `create_sweep_state`, one entry for each member.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
 
     Example:
-      >>> grid(range(2), learning_rate=[0.1, 0.3])
-      ([0, 1, 0, 1], {'learning_rate': [0.1, 0.1, 0.3, 0.3]})
+        >>> grid(range(2), learning_rate=[0.1, 0.3])
+        ([0, 1, 0, 1], {'learning_rate': [0.1, 0.1, 0.3, 0.3]})
     """
     rows = list(itertools.product(*hyperparams.values(), list(seeds)))
     columns = {name: [row[i] for row in rows] for i, name in enumerate(hyperparams)}
@@ -78,37 +72,38 @@ def create_sweep_state(
     *inputs: Any,
     **call_kwargs: Any,
 ) -> TrainState:
-    """The state of `m` runs before their first step.
+    """Create the state of `m` runs before their first step.
 
     Member `i` is `create_train_state(model, make_optimizer(**hyperparams at i), seeds[i], ...)`.
-    The hyperparameters live in the optimizer state (`optax.inject_hyperparams`), as arrays
+    The hyperparameters are part of the optimizer state (`optax.inject_hyperparams`), as arrays
     `state.opt_state.hyperparams[name]` of shape (m,).
 
     Args:
-      model: a Linen module or a function `rngs -> nnx.Module`. An NNX instance has one set of
-        values already, so it serves only a sweep over one seed.
-      make_optimizer: takes the hyperparameters by name and returns an Optax optimizer, such as
-        `optax.sgd`, or `lambda learning_rate, weight_decay: optax.chain(...)`.
-      seeds: m seeds, or m random keys.
-      hyperparams: name -> m numbers. `{}` for a sweep over seeds alone. `grid` makes both from
-        lists to be combined.
-      *inputs: example inputs of a Linen module, the same for all members.
-      **call_kwargs: further keyword arguments of a Linen module's call.
+        model: a Linen module or a function `rngs -> nnx.Module`. An NNX instance has one set of
+            values already, so it works only for a sweep over one seed.
+        make_optimizer: a function that takes the hyperparameters by name and returns an Optax
+            optimizer, such as `optax.sgd`, or `lambda learning_rate, weight_decay:
+            optax.chain(...)`.
+        seeds: m seeds, or m random keys.
+        hyperparams: name -> m numbers. `{}` means a sweep over seeds alone. `grid` makes seeds and
+            numbers from lists that are to be combined.
+        *inputs: example inputs of a Linen module, the same for all members.
+        **call_kwargs: further keyword arguments of a Linen module's call.
 
     Returns:
-      TrainState with a leading axis of m members on every leaf.
+        A TrainState with a leading axis of m members on every leaf.
 
     Raises:
-      TypeError: `model`, a seed, or the result of `make_optimizer` is of another kind.
-      ValueError: no members; the numbers of seeds and values differ; `make_optimizer` does not
-        take these names; an NNX instance with several seeds.
+        TypeError: `model`, a seed, or the result of `make_optimizer` is of another kind.
+        ValueError: there are no members; the numbers of seeds and values differ; `make_optimizer`
+            does not take these names; or an NNX instance was given with several seeds.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax
-      >>> seeds, hyperparams = grid(range(2), learning_rate=[0.1, 0.3])
-      >>> state = create_sweep_state(nn.Dense(2), optax.sgd, seeds, hyperparams, jnp.ones((1, 3)))
-      >>> state.params["kernel"].shape, state.opt_state.hyperparams["learning_rate"]
-      ((4, 3, 2), Array([0.1, 0.1, 0.3, 0.3], dtype=float32))
+        >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> seeds, hyperparams = grid(range(2), learning_rate=[0.1, 0.3])
+        >>> state = create_sweep_state(nn.Dense(2), optax.sgd, seeds, hyperparams, jnp.ones((1, 3)))
+        >>> state.params["kernel"].shape, state.opt_state.hyperparams["learning_rate"]
+        ((4, 3, 2), Array([0.1, 0.1, 0.3, 0.3], dtype=float32))
     """
     operation = "create_sweep_state"
     seeds = list(seeds)
@@ -147,51 +142,52 @@ def make_sweep_step(
     skip_nonfinite: bool = False,
     scan: bool = False,
     donate: bool = True,
-    monitor: Monitor | None = None,
+    monitor: StepMonitor | None = None,
 ) -> Step:
-    """A compiled step of all runs of a sweep: `step(state, batch) -> (state, metrics)`.
+    """Make a compiled step of all runs of a sweep: `step(state, batch) -> (state, metrics)`.
 
-    The step of `make_train_step` under `jax.vmap`: one program, one trace, all members at once.
-    A loss that is not finite spoils, and with `skip_nonfinite` skips, its own member only.
+    It is the step of `make_train_step` under `jax.vmap`: one program, one trace, all members at
+    once. A loss that is not finite affects its own member only, also with `skip_nonfinite`.
 
     Args:
-      model: as for `create_sweep_state`.
-      make_optimizer: the function given to `create_sweep_state`. Which of its arguments are swept,
-        and their values, the state knows.
-      loss_fn: as for `make_train_step`, written for one member.
-      batch_per_member: every leaf of the batch has a leading axis of members. Otherwise all
-        members see the same batch, which is stored once.
-      inputs: as for `make_train_step`.
-      train_kwargs: as for `make_train_step`.
-      skip_nonfinite: as for `make_train_step`.
-      scan: run many steps in one compiled loop. Leaves of the batch are (steps, ...), or
-        (members, steps, ...) with `batch_per_member`; metrics are (members, steps).
-      donate: as for `make_train_step`.
-      monitor: as for `make_train_step`; every member has a buffer of its own.
+        model: as for `create_sweep_state`.
+        make_optimizer: the function that was given to `create_sweep_state`. The state knows which
+            of its arguments are swept, and their values.
+        loss_fn: as for `make_train_step`, written for one member.
+        batch_per_member: True if every leaf of the batch has a leading axis of members. Otherwise
+            all members use the same batch, which is stored once.
+        inputs: as for `make_train_step`.
+        train_kwargs: as for `make_train_step`.
+        skip_nonfinite: as for `make_train_step`.
+        scan: True runs many steps in one compiled loop. Leaves of the batch are (steps, ...), or
+            (members, steps, ...) with `batch_per_member`; metrics are (members, steps).
+        donate: as for `make_train_step`.
+        monitor: as for `make_train_step`; every member has a buffer of its own.
 
     Returns:
-      The step, a `jax.jit` function. Every metric has a leading axis of members.
+        The step, a `jax.jit` function. Every metric has a leading axis of members.
 
     Raises:
-      TypeError, ValueError: as `make_train_step`. When traced, besides: the state is not a
-        sweep's; the batch does not have one entry for each member, or each step.
+        TypeError, ValueError: as for `make_train_step`. When traced, also: the state is not that of
+            a sweep; the batch does not have one entry for each member, or each step.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax
-      >>> x = jnp.arange(6.0).reshape(3, 2)
-      >>> rates = {"learning_rate": [0.0, 0.01]}
-      >>> state = create_sweep_state(nn.Dense(1), optax.sgd, [0, 0], rates, x)
-      >>> step = make_sweep_step(nn.Dense(1), optax.sgd, lambda y, batch: (y**2).mean(), scan=True)
-      >>> state, metrics = step(state, jnp.stack([x, x]))
-      >>> metrics["loss"].shape, (metrics["loss"][:, 1] < metrics["loss"][:, 0]).tolist()
-      ((2, 2), [False, True])
+        >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> x = jnp.arange(6.0).reshape(3, 2)
+        >>> rates = {"learning_rate": [0.0, 0.01]}
+        >>> state = create_sweep_state(nn.Dense(1), optax.sgd, [0, 0], rates, x)
+        >>> loss = lambda y, batch: (y**2).mean()
+        >>> step = make_sweep_step(nn.Dense(1), optax.sgd, loss, scan=True)
+        >>> state, metrics = step(state, jnp.stack([x, x]))
+        >>> metrics["loss"].shape, (metrics["loss"][:, 1] < metrics["loss"][:, 0]).tolist()
+        ((2, 2), [False, True])
     """
     operation = "make_sweep_step"
     _check_factory(operation, make_optimizer)
     adapted = (monitor.adapt if monitor else adapt)(operation, model, train_kwargs)
     objective = Objective(operation, adapted, loss_fn, inputs)
 
-    def made(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Any]:
+    def full_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Any]:
         swept = dict.fromkeys(state.opt_state.hyperparams, 0.0)  # type: ignore[union-attr]
         optimizer = _injected(operation, make_optimizer, swept)
         return build_train_step(objective, optimizer, skip_nonfinite)(state, batch)
@@ -200,17 +196,23 @@ def make_sweep_step(
         return _over_members(operation, step, batch_per_member)
 
     compiled = compile_step(
-        operation, made, monitor, scan=scan, donate=donate, mapped=mapped, members=_MEMBERS
+        operation,
+        full_step,
+        monitor,
+        scan=scan,
+        donate=donate,
+        mapped=mapped,
+        members=_MEMBERS,
     )
     if monitor is None:
         return compiled
 
     def buffers(state: TrainState, batch: Batch) -> Any:
-        """One for each member."""
+        """The empty buffers of all members."""
 
         def buffer(state: TrainState, batch: Batch) -> Any:
             first = jax.tree.map(lambda x: x[0], batch) if scan else batch
-            return monitor.buffer(made, state, first)
+            return monitor.buffer(full_step, state, first)
 
         return jax.vmap(buffer, in_axes=_axes(batch_per_member))(state, batch)
 
@@ -226,28 +228,28 @@ def make_sweep_eval_step(
     inputs: InputsFn | None = None,
     eval_kwargs: Mapping[str, Any] | None = None,
 ) -> EvalStep:
-    """A compiled evaluation of all runs of a sweep: `evaluate(state, batch) -> metrics`.
+    """Make a compiled evaluation of all runs of a sweep: `evaluate(state, batch) -> metrics`.
 
     Args:
-      model: as for `create_sweep_state`.
-      metrics_fn: as for `make_eval_step`, written for one member.
-      batch_per_member: as for `make_sweep_step`.
-      inputs: as for `make_train_step`.
-      eval_kwargs: as for `make_eval_step`.
+        model: as for `create_sweep_state`.
+        metrics_fn: as for `make_eval_step`, written for one member.
+        batch_per_member: as for `make_sweep_step`.
+        inputs: as for `make_train_step`.
+        eval_kwargs: as for `make_eval_step`.
 
     Returns:
-      The evaluation, a `jax.jit` function. Every metric has a leading axis of members.
+        The evaluation, a `jax.jit` function. Every metric has a leading axis of members.
 
     Raises:
-      TypeError, ValueError: as `make_eval_step`; and as `make_sweep_step` when traced.
+        TypeError, ValueError: as for `make_eval_step`, and when traced as for `make_sweep_step`.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax
-      >>> x = jnp.ones((3, 2))
-      >>> state = create_sweep_state(nn.Dense(1), optax.sgd, [0, 1], {"learning_rate": [1, 1]}, x)
-      >>> evaluate = make_sweep_eval_step(nn.Dense(1), lambda y, batch: {"mean": y.mean()})
-      >>> evaluate(state, x)["mean"].shape
-      (2,)
+        >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> x = jnp.ones((3, 2))
+        >>> state = create_sweep_state(nn.Dense(1), optax.sgd, [0, 1], {"learning_rate": [1, 1]}, x)
+        >>> evaluate = make_sweep_eval_step(nn.Dense(1), lambda y, batch: {"mean": y.mean()})
+        >>> evaluate(state, x)["mean"].shape
+        (2,)
     """
     operation = "make_sweep_eval_step"
     adapted = adapt(operation, model, eval_kwargs)
@@ -256,28 +258,28 @@ def make_sweep_eval_step(
 
 
 def sweep_member(state: TrainState, member: int) -> TrainState:
-    """The state of one run of a sweep, copied out, without the leading axis.
+    """Copy the state of one run out of a sweep, without the leading axis.
 
-    Its optimizer state is that of `optax.inject_hyperparams(make_optimizer)(...)`. To use the
-    trained values, `params`, `batch_stats` and `model_state` are what a single run would have.
+    Its optimizer state is that of `optax.inject_hyperparams(make_optimizer)(...)`. Its `params`,
+    `batch_stats` and `model_state` have the form of a single run.
 
     Args:
-      state: of a sweep with m members.
-      member: 0 <= member < m.
+        state: the state of a sweep with m members.
+        member: the index of the member, 0 <= member < m.
 
     Returns:
-      TrainState without the axis of members.
+        A TrainState without the axis of members.
 
     Raises:
-      IndexError: there is no such member.
+        IndexError: the sweep has no such member.
 
     Example:
-      >>> import flax.linen as nn, jax.numpy as jnp, optax
-      >>> state = create_sweep_state(
-      ...     nn.Dense(2), lambda: optax.sgd(0.1), [0, 1], {}, jnp.ones((1, 3))
-      ... )
-      >>> sweep_member(state, 1).params["kernel"].shape
-      (3, 2)
+        >>> import flax.linen as nn, jax.numpy as jnp, optax
+        >>> state = create_sweep_state(
+        ...     nn.Dense(2), lambda: optax.sgd(0.1), [0, 1], {}, jnp.ones((1, 3))
+        ... )
+        >>> sweep_member(state, 1).params["kernel"].shape
+        (3, 2)
     """
     members = state.step.shape[0] if state.step.ndim else 0
     if not 0 <= member < members:
@@ -289,7 +291,7 @@ def sweep_member(state: TrainState, member: int) -> TrainState:
 
 
 def _over_members(operation: str, function: Any, batch_per_member: bool) -> Any:
-    """`function(state, batch)` under `jax.vmap`, its arguments checked first."""
+    """`function(state, batch)` under `jax.vmap`, with a check of its arguments before."""
     axes = _axes(batch_per_member)
 
     def mapped(state: TrainState, batch: Batch) -> Any:
@@ -304,7 +306,7 @@ def _axes(batch_per_member: bool) -> tuple[int, int | None]:
 
 
 def _check_sweep(operation: str, batch_per_member: bool, state: Any, batch: Batch) -> None:
-    """Three-part error unless the state is that of a sweep, and the batch one for it."""
+    """Raise a three-part error unless the state is that of a sweep and the batch fits it."""
     swept = isinstance(state, TrainState) and state.step.ndim == 1
     if not swept or not hasattr(state.opt_state, "hyperparams"):
         shown = (
@@ -340,10 +342,11 @@ def _check_factory(operation: str, make_optimizer: Any) -> None:
 def _injected(
     operation: str, make_optimizer: MakeOptimizer, hyperparams: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-    """`optax.inject_hyperparams` for the swept hyperparameters alone.
+    """An optimizer with `optax.inject_hyperparams` applied to the swept hyperparameters alone.
 
-    Injecting into `make_optimizer` itself would turn every number in its signature into an array
-    (Adam's b1, b2, eps), which changes rounding, and call every function in it as a schedule.
+    `inject_hyperparams(make_optimizer)` would turn every number in its signature into an array
+    (Adam's b1, b2, eps), which changes rounding. It would also call every function in the signature
+    as a schedule.
     """
     _check_factory(operation, make_optimizer)
     try:
@@ -366,8 +369,8 @@ def _injected(
     inject = optax.inject_hyperparams(build)
 
     def init(params: Any) -> optax.OptState:
-        # Rounded as the Python number of a single run is when it meets the parameters; an array
-        # keeps its own dtype in optax, which with x64 is float64.
+        # The cast rounds the value as the Python number of a single run is rounded when it meets
+        # the parameters. Optax keeps the dtype of an array, which with x64 would be float64.
         dtype = optax.tree.dtype(params, "highest")
         return inject(**{k: _as_hyperparam(v, dtype) for k, v in hyperparams.items()}).init(params)
 

@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they found keeps the promises that the README makes of them."""
+"""The benchmarks run, and their committed results keep the promises of the README."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def committed(from_the_repository):
 
 
 def numbers_are_right(results):
-    """jaxnorm's promises: units by dtype, exactness at the edge, and no NaN anywhere."""
+    """jaxnorm's promises: units by dtype, exactness at the edge, and no NaN at all."""
     ours = results["settings"]["peers"].index("jaxnorm")
     assert results["values"] and results["derivatives"]
     for row in results["values"]:

@@ -1,4 +1,4 @@
-"""A compiled program is read right: a text whose answers are known, and beside XLA's own count."""
+"""A compiled program is read right: a text with known figures, and XLA's own count."""
 
 import importlib.util
 import math
@@ -127,7 +127,7 @@ def test_a_loop_is_refused():
     importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs: not installed"
 )
 def test_the_tpu_compiler_counts_the_same():
-    """One read and one write, and for a norm of Flax's, which has no branch, XLA's own count."""
+    """One read and one write; for Flax's norm, which has no branch, XLA's own count."""
     from benchmarks.hlo import Program
     from benchmarks.tpu import mesh_of
 

@@ -1,4 +1,4 @@
-"""What is timed: the right shapes, right peers, no work left out."""
+"""The timed functions: the right shapes, the right peers, no work left out."""
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def test_a_peer_that_is_wrong_is_not_timed(small):
 
 
 def test_the_training_forward_hands_out_what_the_backward_needs(small, monkeypatch):
-    """Bytes beside x and y, from the step that the loop is made of."""
+    """Bytes beside x and y, returned by the step of the timed loop."""
     from benchmarks import ops, peers, timing
 
     case, norms = small

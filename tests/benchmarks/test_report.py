@@ -1,4 +1,4 @@
-"""The report: figures that can be checked by hand, every committed result shown, pictures drawn."""
+"""The report: figures checked by hand, every committed result shown, pictures drawn."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def record(name, peers, **more):
 
 
 def ops():
-    """Two cells of layer norm; torch has only one of them."""
+    """Two cells of layer norm, of which torch has only one."""
     moves = {"forward": 2, "forward and backward": 5, "copy": 2}
     return record(
         "ops",

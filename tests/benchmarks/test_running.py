@@ -1,4 +1,4 @@
-"""A run that was interrupted goes on where it stopped, and only where it is the same run."""
+"""An interrupted run continues at the place where it stopped, if it is the same run."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def work():
-    """A plan of three units, of which the last fails as often as it is told; and what ran."""
+    """A plan of three units, the last of which fails some times; and a list of calls."""
     from benchmarks.running import Plan, Unit
 
     ran, failures = [], []

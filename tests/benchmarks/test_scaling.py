@@ -1,4 +1,4 @@
-"""A training step on TPU pods: what the benchmark finds, and what it found and the README shows."""
+"""A training step on TPU pods: the benchmark, and its committed results in the README."""
 
 import importlib.util
 
@@ -56,7 +56,7 @@ def test_the_committed_steps_have_one_collective_each_way(committed):
         if row["norm"] == "batch":
             one_collective_each_way(row, LAYERS, CHANNELS)
         else:
-            # Statistics of an example are its own: nothing to sum but the gradients.
+            # An example's statistics need no other example, so only gradients are summed.
             assert row["forward"] == row["backward"] == [0, 0, 0], row
             assert row["other"] == [] and row["in branches"] == [0, 0], row
 
@@ -73,5 +73,5 @@ def test_nothing_that_a_device_does_grows_with_their_number(committed):
         for same in ("forward", "backward", "gradients", "other"):
             assert small[same] == large[same], (small, large)
         for cost in ("hbm bytes", "temp bytes"):
-            # The compiler decides anew what stays on chip: a few percent are not growth.
+            # The compiler decides for each size what stays on chip. So a few percent are no growth.
             assert large[cost] <= 1.03 * small[cost], (small, large)

@@ -1,4 +1,4 @@
-"""Passes of programs that the TPU compiler makes: known ones of Flax's, and the benchmark's."""
+"""Passes of programs that the TPU compiler makes: known ones of Flax, and the benchmark's."""
 
 import os
 
@@ -9,7 +9,7 @@ pytestmark = pytest.mark.optimized
 
 
 def test_passes_of_flax_alone():
-    """Read twice and written once; backward: x and dy twice, dx once, less what XLA fuses."""
+    """Forward reads twice and writes once; backward reads x and dy twice and writes dx once."""
     from benchmarks import peers, tpu
 
     forward, both = tpu.alone(peers.FLAX, "rms", (16384, 4096), "v5e:2x2x1")
@@ -45,7 +45,7 @@ def test_the_quick_form():
 def test_a_compiler_that_crashes_takes_only_itself_down():
     from benchmarks import tpu
 
-    assert tpu.apart(os._exit, 1) is None
-    assert tpu.apart(os.getpid) not in (None, os.getpid())
+    assert tpu.in_subprocess(os._exit, 1) is None
+    assert tpu.in_subprocess(os.getpid) not in (None, os.getpid())
     with pytest.raises(ZeroDivisionError):
-        tpu.apart(divmod, 1, 0)
+        tpu.in_subprocess(divmod, 1, 0)

@@ -20,7 +20,7 @@ STATS = jaxnorm.BatchStats(*map(np.float32, RUNNING), np.int32(7))
 MESHES = [(8,), (4, 2), (2, 4), (2, 2, 2), (1, 8), (2,), (4,), (1, 2, 1)]
 NAMES = ("a", "b", "c")
 
-# What the arrays of one compiled program hold: a share of rows kept, an offset, a seed.
+# The data of one compiled program: the share of kept rows, an offset, a seed.
 DATA = [(1.0, 0.0, 0), (0.3, -30.0, 1), (0.7, 1e4, 2)]
 
 some_examples = settings(
@@ -32,7 +32,7 @@ some_examples = settings(
 
 
 def arrays(seed, rows, offset, kept):
-    """Rows that drift from replica to replica, a cotangent, a mask that keeps a share of them."""
+    """Rows that drift from replica to replica, a cotangent, and a mask that keeps some rows."""
     rng = np.random.default_rng(seed)
     x = (
         rng.normal(size=(*rows, C)) * rng.uniform(0.5, 2, C)
@@ -51,7 +51,7 @@ def statistics(x, mask, part, **options):
 
 
 def judge(y, gradients, parts, x, ct, scale, bias, mask):
-    """Compare with the oracle's, each part of the batch by itself."""
+    """Compare a result with the oracle's, each part of the batch by itself."""
     dx, *summed = map(np.asarray, gradients)
     total, worst = [np.zeros(C), np.zeros(C)], 1.0
     for part in parts:
@@ -142,7 +142,7 @@ def test_groups_of_replicas(groups, context, check_vma, rows):
     parts=st.sampled_from([1, 1, 2, 4, 8]),
 )
 def test_layouts_of_a_mesh(shape, placed, kind, parts):
-    """Any axis of the data over any axis of the mesh; the batch whole or in virtual batches."""
+    """Any axis of the data over any axis of the mesh, with the whole batch or virtual batches."""
     sizes = 8, 8, C
     names = NAMES[: len(shape)]
     mesh = jax.make_mesh(
@@ -164,10 +164,8 @@ def test_layouts_of_a_mesh(shape, placed, kind, parts):
     for kept, offset, seed in DATA:
         (x, ct, scale, bias), mask = arrays(seed, sizes[:2], offset, kept)
         with jax.set_mesh(mesh):
-            everywhere = np.broadcast_to(mask, x.shape)
-            sharded = (
-                jax.device_put(a, NamedSharding(mesh, P(*spec))) for a in (everywhere, x, ct)
-            )
+            full_mask = np.broadcast_to(mask, x.shape)
+            sharded = (jax.device_put(a, NamedSharding(mesh, P(*spec))) for a in (full_mask, x, ct))
             y, mean, var, *gradients = compiled(*sharded, scale, bias)
         judge(y, gradients, chunks, x, ct, scale, bias, mask)
         counts = np.array([mask[chunk].sum() for chunk in chunks])

@@ -46,7 +46,7 @@ def twice_vmapped(function, *arrays):
 
 
 def sharded(function, *arrays, check_vma, names=("d",), shape=(N,)):
-    """Each device holds one replica, which sees its arrays as `vmap` would show them."""
+    """Each device holds one replica, with the arrays that it would have under `vmap`."""
 
     def local(*arrays):
         out = function(*(a[0] for a in arrays), name=names)
@@ -80,7 +80,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:jax.pmap is deprecated")
 
 
 def replicas(context, options, x, scale, bias, mask):
-    """y of all replicas, and what each of them takes for the running statistics."""
+    """y of all replicas, and the running statistics that each of them computes."""
 
     def one(x, mask, name):
         y, stats = batch_norm(x, scale, bias, mask, axis_name=name, **options)
@@ -90,7 +90,7 @@ def replicas(context, options, x, scale, bias, mask):
 
 
 def one_device(parts, x, scale, bias, mask):
-    """The same of each part of the replicas in turn, on one device."""
+    """The results of each part of the replicas, one after another on one device."""
     every = [None] * N
     for part in parts:
         rows = jnp.array(part)
@@ -102,7 +102,7 @@ def one_device(parts, x, scale, bias, mask):
 
 @cache
 def inputs(offset):
-    # Each replica's share at a place of its own, so that a mean of variances would be wrong.
+    # Each replica's share has a mean of its own, so that a mean of variances would be wrong.
     x = RNG.normal(size=(N, R, C)) + np.arange(N)[:, None, None] + offset
     scale, bias = RNG.normal(size=(2, C)) + 1
     return *(jnp.asarray(a, jnp.float32) for a in (x, scale, bias)), MASK
@@ -161,7 +161,7 @@ SECOND = {
 @each_context
 @pytest.mark.parametrize("groups", GROUPS)
 def test_as_on_one_device(context, groups, offset):
-    """Uneven masks, two replicas without a sample; value, statistics, derivatives."""
+    """Values, statistics and derivatives with uneven masks and two replicas without a sample."""
     members, second = GROUPS[groups], context in SECOND[groups]
     got = on_replicas(context, members and as_tuples(members), second)(*inputs(offset))
     wanted = on_one_device(as_tuples(members or [range(N)]))(*inputs(offset))
@@ -170,7 +170,7 @@ def test_as_on_one_device(context, groups, offset):
 
 @cache
 def virtual_by_hand(size):
-    """Each virtual batch by itself; the new statistics averaged."""
+    """Each virtual batch by itself, and the mean of their new statistics."""
 
     def parts(x, scale, bias, mask):
         y, stats = jax.vmap(lambda rows: batch_norm(rows, scale, bias, None, unbiased=True))(
@@ -182,7 +182,7 @@ def virtual_by_hand(size):
     return jax.jit(partial(derivatives, parts, second=False))(*inputs(1e4))
 
 
-# Less than a replica's rows, all of them, those of some replicas, and of all.
+# Fewer rows than a replica has, as many, those of some replicas, and those of all replicas.
 SIZES = {
     "one device": (2, 32),
     "vmap": (2, 4, 16, 32),
@@ -255,7 +255,7 @@ def apply_alone(norm):
 @pytest.mark.parametrize("context", ["vmap", "shard_map", "shard_map of two axes unchecked"])
 @pytest.mark.parametrize("norm", ["layer", "rms", "group", "instance"])
 def test_examples_that_go_on_over_replicas(context, norm):
-    """Norms without a state, the rows of an example spread over the axis."""
+    """Norms without a state, with the rows of an example sharded over the axis."""
 
     def run(x, scale, bias, mask):
         return (CONTEXTS[context](partial(apply, norm), x, mask),)
@@ -279,7 +279,7 @@ def test_moments_merge_over_an_axis(context):
 
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_a_derivative_of_a_compiled_vmap(norm):
-    """Taken outside of `jit`, where the axis has no name any more."""
+    """A derivative taken outside of `jit`, where the axis has lost its name."""
     x, scale, bias, _ = inputs(0.0)
     epsilon = 1.7e-5  # like nowhere else: a rule that was traced in time before would be found
 
@@ -297,7 +297,7 @@ def test_a_derivative_of_a_compiled_vmap(norm):
 
 
 def test_a_state_for_each_device():
-    """As `pmap` keeps it: statistics that are equal, and by their types need not be."""
+    """Statistics as `pmap` keeps them: equal, although their types allow different values."""
     x, *_ = inputs(1e4)
     stacked = jax.tree.map(lambda a: np.stack([a] * N), STATS)
 
@@ -328,7 +328,7 @@ def test_channels_over_one_axis_and_rows_over_another():
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_one_collective_each_way(check_vma):
-    """In the compiled program, outside of the branch of a poor guess."""
+    """Count collectives in the compiled program, without the branch for a poor guess."""
 
     def gradient(x, scale, ct):
         def loss(x):
@@ -381,7 +381,7 @@ def test_virtual_batches_of_the_largest_numbers():
 
 @pytest.mark.unchecked_types
 class TestRefused:
-    """When they are traced: nothing is computed."""
+    """Calls that are refused when they are traced, before anything is computed."""
 
     x = jnp.ones((N, R, C))
 

@@ -1,4 +1,4 @@
-"""Processes find each other, end together, and leave nothing behind."""
+"""Processes find each other, end together, and leave no process running."""
 
 import signal
 import socket
@@ -19,7 +19,7 @@ PRINT_PID = "import os; print('pid', os.getpid(), flush=True); "
 @pytest.mark.seconds(90, "three processes")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_its_launcher(number):
-    """They are bound to it by a pipe: it need not come to clean up."""
+    """A pipe binds the processes to the launcher, so they end even if it is killed."""
     program = "import time; " + JOINED + PRINT_PID + "time.sleep(60)"
     options = launcher("-c", program)
     with subprocess.Popen(**options, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -42,7 +42,7 @@ def test_no_process_outlives_its_launcher(number):
 
 @pytest.mark.seconds(90, "three processes")
 def test_an_exception_ends_the_run():
-    """Without care JAX would let process 1 wait, at its exit, for the other one."""
+    """Without `initialize`'s hook, process 1 would wait at its exit for the other process."""
     program = JOINED + PRINT_PID + (
         "import jax, time\n"
         "if jax.process_index() == 1: raise KeyError('of process 1')\n"

@@ -1,4 +1,4 @@
-"""`jit` over arrays that are sharded over a mesh: one result on any layout, and little traffic."""
+"""`jit` over sharded arrays: one result on any layout, and little communication."""
 
 from functools import cache, partial
 
@@ -58,7 +58,7 @@ def mesh(layout, kind):
 
 
 def both(name, x, ct, scale, bias):
-    """Values, and gradients by a random cotangent."""
+    """Values, and the gradients for a random cotangent."""
 
     def loss(x, scale, bias):
         out = NORMS[name](x, scale, bias)
@@ -71,7 +71,7 @@ def both(name, x, ct, scale, bias):
 @cache
 def data(offset):
     x = RNG.normal(size=SHAPE) * 2 + np.arange(SHAPE[0])[:, None, None] + offset
-    # NumPy's: an array of JAX made while a mesh is set would belong to that mesh for good.
+    # A NumPy array: a JAX array that is made while a mesh is set belongs to that mesh for good.
     return np.float32(x), np.asarray(cotangent(SHAPE))
 
 
@@ -120,7 +120,7 @@ def test_traffic(name, layout, kind):
     assert all(a.elements < channels for c in gathered for a in c.arrays), gathered
     reduced = [c for c in found if c.kind == "all-reduce"]
     if name == "batch" and layout != "features":
-        # Whether the guess is near is one number more.
+        # One more number tells if the guess is near.
         sums = [c for c in reduced if sum(a.elements for a in c.arrays) > 1]
         assert [c.backward for c in sums] == [False, True], sums
         share = SHAPE[-1] // (1 if layout == "rows" else 2)
@@ -130,7 +130,7 @@ def test_traffic(name, layout, kind):
         # Statistics of an example are its own; what is summed is the parameters' gradient.
         assert all(c.backward for c in found), found
     predicates = [c for c in reduced if any(a.dtype == "pred" for a in c.arrays)]
-    # Whether the running mean was a poor guess is one answer for all channels and virtual batches.
+    # All channels and virtual batches share one answer to the question if the guess is near.
     assert not predicates or ("batch" in name and (name, layout) != ("batch", "rows"))
     assert sum(a.elements for c in predicates for a in c.arrays) <= 2
 
@@ -150,7 +150,7 @@ def two_steps(x, mask, stats, size):
 @pytest.mark.parametrize("spec", [P(), P("m")], ids=["whole", "like the features"])
 @each_kind
 def test_statistics_keep_their_layout(kind, spec, size):
-    """Passed in, as a training step does, under a mask of the usual shape."""
+    """Statistics as arguments, as in a training step, under a mask of the usual shape."""
     sharding = NamedSharding(mesh("both", kind), AXES["both"])
     x, _ = data(1e4)
     mask = np.arange(SHAPE[0])[:, None, None] % 3 > 0

@@ -1,4 +1,4 @@
-"""Norms over arrays that several real processes hold together agree with one device."""
+"""Norms over arrays that several real processes share agree with one device."""
 
 import functools
 import importlib.util
@@ -24,7 +24,7 @@ spec.loader.exec_module(worker)
 
 def inputs() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    # Each pair of rows at a place of its own, so that a mean of variances would be wrong.
+    # Each pair of rows has a mean of its own, so that a mean of variances would be wrong.
     x = rng.normal(size=(ROWS, FEATURES)) + np.arange(ROWS)[:, None] // 2
     # The four devices keep 4, 1, 2 and no rows; of two processes one keeps 5, the other 2.
     mask = np.isin(np.arange(ROWS), (0, 1, 2, 3, 6, 8, 11)).reshape(ROWS, 1)
@@ -54,7 +54,7 @@ def four_processes(tmp_path_factory):
 
 
 def plain(norm, mask, x, scale, bias):
-    """A textbook's two passes, for autodiff in float64."""
+    """The textbook's two passes, for autodiff in float64."""
     axis, epsilon = (0, 1e-5) if norm == "batch_norm" else (1, 1e-6)
     count = mask.sum() if axis == 0 else FEATURES
     mean = (x * mask).sum(axis, keepdims=True) / count * (norm != "rms_norm")
@@ -65,7 +65,7 @@ def plain(norm, mask, x, scale, bias):
 
 @functools.cache
 def on_one_device(norm):
-    """One process, one device, float64."""
+    """The results of one process with one device, in float64."""
 
     @jax.jit
     def compute(mask, *arrays):

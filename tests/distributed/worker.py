@@ -1,9 +1,9 @@
-"""One process of a run: norms over arrays that are spread over all processes, results to a file.
+"""One process of a run: norms over arrays that are sharded over all processes.
 
     worker.py FOLDER CASE...
 
-Run by test_processes.py through `jaxnorm.distributed.launch`. FOLDER/inputs.npz holds the whole
-batch; every process takes its own rows from it. Process 0 writes FOLDER/results.npz.
+test_processes.py runs it through `jaxnorm.distributed.launch`. FOLDER/inputs.npz holds the whole
+batch, and every process takes its own rows from it. Process 0 writes FOLDER/results.npz.
 """
 
 import sys
@@ -87,7 +87,7 @@ def main(folder: Path, names: list[str]) -> None:
         function, axis_type, spec, masked = CASES[name]
         mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(axis_type,))
 
-        def spread(array, spec, mesh=mesh):
+        def shard(array, spec, mesh=mesh):
             return jax.make_array_from_callback(
                 array.shape, NamedSharding(mesh, spec), lambda index: array[index]
             )
@@ -98,10 +98,10 @@ def main(folder: Path, names: list[str]) -> None:
             run = jax.jit(partial(function, mesh), out_shardings=whole)
             for offset in (0.0, 1e4):
                 got = run(
-                    spread(inputs[f"x {offset:g}"], spec),
-                    spread(inputs["scale"], features), spread(inputs["bias"], features),
-                    spread(inputs["mask"], P("data")) if masked else None,
-                    spread(inputs["ct"], spec), spread(inputs["direction"], spec),
+                    shard(inputs[f"x {offset:g}"], spec),
+                    shard(inputs["scale"], features), shard(inputs["bias"], features),
+                    shard(inputs["mask"], P("data")) if masked else None,
+                    shard(inputs["ct"], spec), shard(inputs["direction"], spec),
                 )  # fmt: skip
                 for i, leaf in enumerate(jax.tree.leaves(got)):
                     results[f"{name} {offset:g} {i}"] = np.asarray(leaf)

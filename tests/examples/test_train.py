@@ -1,4 +1,4 @@
-"""The example trains the same on one process and on several, and goes on after a kill."""
+"""The example trains alike with one process and with several, and continues after a kill."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from compiling import QUICK_FLAGS
 from launching import ENVIRONMENT, gone
 
 from jaxnorm.examples import train
-from jaxnorm.lab.data import Part
+from jaxnorm.lab.data import LabeledImages
 from jaxnorm.training import create_train_state
 from jaxnorm.training.checkpoint import Checkpoints
 
@@ -28,7 +28,7 @@ EVERY = 4
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """What was compiled once is not compiled again."""
+    """Environment variables with a cache, so that no program is compiled twice."""
     return ENVIRONMENT | {
         "XLA_FLAGS": " ".join(QUICK_FLAGS),
         "JAX_NUM_CPU_DEVICES": "1",
@@ -45,7 +45,7 @@ def start(environment, *options, **more):
 
 
 def finish(*processes) -> list[str]:
-    """What each printed; none is left, whatever happens."""
+    """The outputs of the processes; in the end none of them is running."""
     with contextlib.ExitStack() as stack:
         for process in processes:
             stack.enter_context(process)
@@ -57,7 +57,7 @@ def finish(*processes) -> list[str]:
 
 
 def workers(launcher: int) -> dict[str, int]:
-    """Number of each process -> pid."""
+    """The index of each process -> its pid."""
     pids = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     found = {}
     for pid in pids:
@@ -69,7 +69,7 @@ def workers(launcher: int) -> dict[str, int]:
 
 
 def interrupted(environment, folder) -> int:
-    """Two processes, one of which is killed; the newest checkpoint that they left."""
+    """The newest checkpoint of two processes, one of which was killed."""
     options = ("--processes", 2, "--checkpoints", folder, "--steps", 100_000, "--layout", "fsdp")
     checkpoints, end = Checkpoints(folder), time.monotonic() + 100
     with start(environment, *options) as launcher:
@@ -115,7 +115,7 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.seconds(240, "five processes that train")
 def test_a_killed_run_goes_on_under_slurm_and_ends_where_one_process_does(environment, tmp_path):
-    """Two processes that split batch and parameters, twice, against one that sees all."""
+    """Two processes that split batch and parameters, started twice, against a single process."""
     several, alone = tmp_path / "several", tmp_path / "alone"
     reached = interrupted(environment, several)
     last = reached + EVERY
@@ -179,7 +179,7 @@ def test_the_shares_of_all_processes_are_the_batch(monkeypatch):
 
 
 def test_every_epoch_has_every_image_once_in_an_order_of_its_own():
-    numbered = Part(np.arange(64), np.arange(64))
+    numbered = LabeledImages(np.arange(64), np.arange(64))
     epochs = [
         [train.training_batch(numbered, 3, epoch * 4 + i, 16)["x"] for i in range(4)]
         for epoch in (0, 1)

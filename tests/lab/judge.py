@@ -11,7 +11,7 @@ from jaxnorm.monitor import Recording, diagnose
 
 
 def main(folder: Path) -> int:
-    """The exit status."""
+    """Judge the recordings and return the exit status."""
     ill, runs = [], sorted(folder.iterdir())
     for path in runs:
         findings = diagnose(Recording(path))

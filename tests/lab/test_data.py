@@ -1,4 +1,4 @@
-"""IDX files written here byte by byte, and what the reader says about broken ones."""
+"""IDX files written byte by byte, and the errors for broken ones."""
 
 import gzip
 import struct

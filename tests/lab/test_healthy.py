@@ -1,6 +1,6 @@
-"""No rule has anything to say of a normalized network of the demo, trained as it does.
+"""No rule finds anything in a normalized network of the demo, trained in the same way.
 
-Of each network one is trained here; `judge.py` looks at all that a demo has recorded.
+One of each network is trained here. `judge.py` judges all recordings of a demo.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""The networks against Flax's own convolution, and the signal that they hand on."""
+"""The networks against Flax's own convolution, and the signal that passes through them."""
 
 from functools import partial
 
@@ -54,8 +54,8 @@ def test_weight_standardization_alone_keeps_the_signal(network):
     images = draw.normal(size=(64, 8, 8, 1)).astype(np.float32)
     net = networks.build_network(network, "weight", 10).clone(kernel_init=drawn)
     variables = jax.jit(net.init, static_argnums=2)(jax.random.key(0), images, True)
-    look = jax.jit(observe(attach(net).apply, channels=True), static_argnums=2)
-    _, seen = look(variables, images, True)
+    observed = jax.jit(observe(attach(net).apply, channels=True), static_argnums=2)
+    _, seen = observed(variables, images, True)
     inputs = [seen[name].channels.moments for name in seen if name.endswith(":input")]
     spreads = [float(np.sqrt(channels.var).mean()) for channels in inputs]
     assert len(spreads) == net.depth

@@ -30,7 +30,7 @@ FAST = curves(
 
 
 def test_the_table_of_two():
-    slow, fast, absent = results.summarize([SLOW, FAST], ("none", "batch", "instance"))
+    slow, fast, absent = results.summarize_curves([SLOW, FAST], ("none", "batch", "instance"))
     # The best of all ends with 0.95, so that 0.855 counts as reached.
     np.testing.assert_allclose(fast.target, 0.855)
     assert (slow.steps_to_target, slow.fastest_rate) == (None, None)
@@ -67,5 +67,5 @@ def test_stable_needs_every_seed_a_finite_loss_and_something_learned():
 
 
 def test_a_summary_of_the_largest_rate_says_so():
-    [row] = results.summarize([curves("batch", [[[0.1, 0.8]], [[0.1, 0.9]]])], ("batch",))
+    [row] = results.summarize_curves([curves("batch", [[[0.1, 0.8]], [[0.1, 0.9]]])], ("batch",))
     assert (row.stable_rate, row.stable_is_largest) == (1.0, True)

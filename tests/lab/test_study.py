@@ -15,8 +15,8 @@ from jaxnorm.monitor import Recording
 NAMES = ("none", "batch", "instance")
 TINY = study.StudyConfig(
     plans=(
-        study.Plan("mlp", 7, 20, (0.1, 1e38), NAMES),
-        study.Plan("conv", 2, 10, (0.1,), ("instance",)),
+        study.TrainingPlan("mlp", 7, 20, (0.1, 1e38), NAMES),
+        study.TrainingPlan("conv", 2, 10, (0.1,), ("instance",)),
     ),
     seeds=2,
     samples=3,
@@ -68,7 +68,7 @@ def test_what_the_monitor_saw_is_of_the_first_seed_at_the_best_rate(result, tmp_
     for curves in found.curves:
         recording = recordings[curves.network, curves.normalization]
         assert recording.settings["learning rate"] == curves.learning_rates[curves.best]
-        # The last piece is of one step, so that its mean loss is that step's.
+        # The last chunk has one step, so that its mean loss is that step's loss.
         if curves.network == "mlp":
             assert recording.steps.tolist() == [0, 2, 4, 6]
             loss = curves.train_loss[curves.best, 0, -1]
@@ -79,13 +79,13 @@ def test_what_the_monitor_saw_is_of_the_first_seed_at_the_best_rate(result, tmp_
 def test_the_monitor_sees_a_signal_die_and_normalization_keep_it(result, tmp_path):
     recordings = result[0].write_recordings(tmp_path)
 
-    def spread(normalization):
+    def deviation(normalization):
         recording = recordings["mlp", normalization]
         inputs = [recording[f"sigmoid_{i}:input"].channels.moments for i in range(4)]
         return [float(np.sqrt(channels.var[0]).mean()) for channels in inputs]
 
-    np.testing.assert_allclose(spread("batch"), 1, atol=0.02)
-    none = spread("none")
+    np.testing.assert_allclose(deviation("batch"), 1, atol=0.02)
+    none = deviation("none")
     assert all(b < 0.5 * a for a, b in itertools.pairwise(none))  # a sigmoid's slope is 1/4
 
 

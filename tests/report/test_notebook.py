@@ -1,4 +1,4 @@
-"""Views of the report in a notebook."""
+"""The views of recordings and findings in a notebook."""
 
 import html.parser
 
@@ -17,7 +17,7 @@ NOTE = Finding(
 
 
 class Frames(html.parser.HTMLParser):
-    """The pages in the frames of a text."""
+    """A parser that collects the pages inside the frames of a text."""
 
     def __init__(self, text):
         super().__init__()

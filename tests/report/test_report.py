@@ -1,4 +1,4 @@
-"""The page and the table, from a result made by hand: what they say, and what they never load."""
+"""The page and the table of a result made by hand: their content, and nothing loaded."""
 
 import html.parser
 import json
@@ -63,8 +63,8 @@ def result():
         },
         curves=found,
         summaries=(
-            *results.summarize(found[:2], names),
-            *results.summarize(found[2:], names),
+            *results.summarize_curves(found[:2], names),
+            *results.summarize_curves(found[2:], names),
         ),
         recorded=(),
         seconds=1.5,
@@ -87,7 +87,7 @@ def page(result, runs):
 
 
 class Reader(html.parser.HTMLParser):
-    """Tags with their attributes, text outside scripts and styles, scripts by their id."""
+    """A parser for tags with attributes, text outside scripts and styles, scripts by id."""
 
     def __init__(self, text):
         super().__init__()
@@ -181,7 +181,7 @@ def test_a_browser_draws_every_chart(page, tmp_path):
         own = {
             f"chart-{kind}-{network}" for kind in ("curves", "rates") for network in ("mlp", "conv")
         }
-        assert own | {"chart-heat", "chart-band"} <= set(shown)
+        assert own | {"chart-heatmap", "chart-band"} <= set(shown)
         before = browser.drawn("curves-mlp")
         browser.choose('input[name="measure"][value="loss"]')
         assert browser.drawn("curves-mlp") != before

@@ -15,7 +15,7 @@ from jaxnorm.monitor.diagnosis.findings import Finding
 from jaxnorm.report import Run, render_runs
 from jaxnorm.report.pack import LEVELS, MODES, NEAR, Packer
 from jaxnorm.report.runs import KINDS, collect
-from jaxnorm.report.scales import LOOKS, NOT_FINITE, THEME
+from jaxnorm.report.scales import NOT_FINITE, STYLES, THEME
 
 HOSTILE = "<img src=x onerror=window.hacked=1></script><b>&\"'"
 VERSIONS = {"jaxnorm": "0.1.0", HOSTILE: HOSTILE}
@@ -38,7 +38,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def show(browser, tmp_path):
-    """Puts a page of runs, or one that was written before, in front of the browser."""
+    """Show a page of runs, or an existing page, in the browser."""
 
     def shown(*runs, page=None, width=1200, dark=False):
         if page is None:
@@ -56,7 +56,7 @@ def show(browser, tmp_path):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """With and without normalization."""
+    """Two recordings, with and without normalization."""
     folder = tmp_path_factory.mktemp("pair")
     return (
         Run("with", "", invent(folder / "a", shift=4), [finding()]),
@@ -66,14 +66,14 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_pair(pair, tmp_path_factory):
-    """Their page."""
+    """The page of the two recordings."""
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(render_runs(pair, VERSIONS))
     return path
 
 
 def filled(number):
-    """Spoils a recording: this number everywhere, and nothing that could be counted."""
+    """Fill a recording with one number, and leave its histograms empty."""
 
     def spoil(arrays):
         for name, array in arrays.items():
@@ -103,8 +103,8 @@ def test_what_is_packed_comes_back_as_close_as_its_levels_are(mode):
     back = {"log": 10**level, "sqrt": level**2, "signed": NEAR * np.sinh(level)}.get(mode, level)
     close = (high - low) / (LEVELS - 1)
     space = {"log": np.log10, "sqrt": np.sqrt, "signed": lambda a: np.arcsinh(a / NEAR)}
-    spread = space.get(mode, lambda a: a)
-    np.testing.assert_allclose(spread(back), spread(given), atol=0.51 * close)
+    scaled = space.get(mode, lambda a: a)
+    np.testing.assert_allclose(scaled(back), scaled(given), atol=0.51 * close)
 
 
 def test_what_is_not_finite_is_packed_as_what_it_is():
@@ -115,10 +115,10 @@ def test_what_is_not_finite_is_packed_as_what_it_is():
 
 
 def test_every_measure_has_a_look():
-    assert set(LOOKS) == set(MEASURES)
-    for look in LOOKS.values():
-        assert look.good.startswith("Good is ")
-        for colour in (look.colours or {}).values():
+    assert set(STYLES) == set(MEASURES)
+    for style in STYLES.values():
+        assert style.good.startswith("Good is ")
+        for colour in (style.colours or {}).values():
             assert colour in THEME  # else it would be invisible in the dark, or glare
 
 
@@ -135,7 +135,7 @@ def test_thirty_layers_and_five_hundred_samples_are_under_three_megabytes(tmp_pa
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """Of one run with findings, settings, and samples that were lost."""
+    """The page of one run with findings, settings, and samples that were lost."""
     settings = {"rate": 0.125, "tags": ["x", "ü"]}
     recording = invent(tmp_path_factory.mktemp("a"), settings=settings, lost=7)
     found = [
@@ -147,11 +147,11 @@ def page(tmp_path_factory):
 
 
 def test_findings_are_said_first_the_worst_before_the_others(page):
-    order = [page.index(text) for text in ("Worst.", "Middle.", "Least.", 'id="chart-heat"')]
+    order = [page.index(text) for text in ("Worst.", "Middle.", "Least.", 'id="chart-heatmap"')]
     assert order == sorted(order)
     for text in ("0.25", "A cause.", "A remedy.", "<code>L8</code>", "and 3 more"):
         assert text in page
-    # Only what is an address of the web becomes a link.
+    # Only a web address becomes a link.
     assert (
         re.findall(r'<a href="([^"]*)"', page[: page.index("<script")])
         == ["https://arxiv.org/abs/1502.03167"] * 2
@@ -179,7 +179,7 @@ def test_every_chart_is_drawn_and_nothing_is_asked_of_the_network(show, of_pair)
     )
     panels = ("mean_drift", "variance_ratio", "kl_divergence", "l2", "cosine", "loss")
     assert set(shown) == {
-        "chart-heat", "chart-histogram", "chart-band", "chart-channels", "chart-metric-0",
+        "chart-heatmap", "chart-histogram", "chart-band", "chart-channels", "chart-metric-0",
         "chart-updates", *(f"chart-panel-{name}" for name in panels),
     }  # fmt: skip
     assert browser.requests and browser.run("window.hacked") is None
@@ -188,10 +188,10 @@ def test_every_chart_is_drawn_and_nothing_is_asked_of_the_network(show, of_pair)
 @needs_chromium
 def test_the_run_is_toggled_in_place_on_one_scale(show, of_pair):
     browser = show(page=of_pair)
-    legend = "document.querySelector('#chart-heat .role-legend').innerHTML"
-    before, scale = browser.drawn("heat"), browser.run(legend)
+    legend = "document.querySelector('#chart-heatmap .role-legend').innerHTML"
+    before, scale = browser.drawn("heatmap"), browser.run(legend)
     browser.choose('input[name="run"][value="1"]')
-    after = browser.drawn("heat")
+    after = browser.drawn("heatmap")
     assert before != after and browser.run(legend) == scale
     assert "relu_0" in before and "relu_0" in after
     for name in ("band", "histogram"):
@@ -199,28 +199,28 @@ def test_the_run_is_toggled_in_place_on_one_scale(show, of_pair):
     assert browser.run("document.querySelector('#empty-channels').hidden") is False
     assert browser.run("document.querySelector('#no-shift').hidden") is False
     browser.choose('input[name="run"][value="0"]')
-    assert browser.drawn("heat") == before
+    assert browser.drawn("heatmap") == before
 
 
 @needs_chromium
 def test_each_choice_changes_what_is_drawn(show, of_pair):
     browser = show(page=of_pair)
     for selector, value, chart in (
-        ("#measure", "skewness", "heat"),
-        ('input[name="kind"][value="norm-input"]', None, "heat"),
+        ("#measure", "skewness", "heatmap"),
+        ('input[name="kind"][value="norm-input"]', None, "heatmap"),
         ("#place", "5", "band"),
         ("#place", "1", "panel-mean_drift"),
         ("#shift", "3", "panel-l2"),
         ("#norm", "8", "channels"),
         ("#step", "2", "histogram"),
         ("#step", "4", "band"),
-        ("#step", "6", "heat"),
+        ("#step", "6", "heatmap"),
     ):
         before = browser.drawn(chart)
         browser.choose(selector, value)
         assert browser.drawn(chart) != before, (selector, value)
     caption = browser.run("document.querySelector('#measure-good').textContent")
-    assert caption == LOOKS["skewness"].good
+    assert caption == STYLES["skewness"].good
 
 
 @needs_chromium
@@ -240,7 +240,7 @@ def test_the_slider_and_the_choices_work_by_keyboard(show, of_pair):
 def test_the_page_shows_the_numbers_of_the_recording(show, pair, of_pair):
     browser = show(page=of_pair)
     recording = pair[0].recording
-    cells = values(browser, "heat", "cells")
+    cells = values(browser, "heatmap", "cells")
     places = [p for p in recording.places if p.kind == "relu" and p.side == "input"]
     assert len(cells) == len(places) * len(recording)
     moments = recording["relu_1:input"].value.moments
@@ -252,8 +252,8 @@ def test_the_page_shows_the_numbers_of_the_recording(show, pair, of_pair):
     assert abs(sum(bar["count"] for bar in bars) - counts.sum()) < 0.03 * counts.sum()
     [now] = values(browser, "band", "now")
     assert now["step"] == recording.steps[-1]
-    browser.choose("#table-heat summary")
-    table = browser.run("document.querySelector('#table-heat table').innerText")
+    browser.choose("#table-heatmap summary")
+    table = browser.run("document.querySelector('#table-heatmap table').innerText")
     assert "relu_2" in table and "step 44" in table
 
 
@@ -266,12 +266,12 @@ def test_the_first_sample_has_no_drift_and_a_broken_run_is_seen(show, tmp_path):
 
     browser = show(Run("broken", "", invent(tmp_path / "a", spoil=spoil)))
     browser.choose("#measure", "mean_drift")
-    cells = [cell for cell in values(browser, "heat", "cells") if cell["layer"] == "relu_0"]
+    cells = [cell for cell in values(browser, "heatmap", "cells") if cell["layer"] == "relu_0"]
     assert [cell["step"] for cell in cells] == [4 * i for i in range(1, 6)]
-    broken = [cell for cell in values(browser, "heat", "broken") if cell["layer"] == "relu_0"]
+    broken = [cell for cell in values(browser, "heatmap", "broken") if cell["layer"] == "relu_0"]
     assert [cell["step"] for cell in broken] == [4 * i for i in range(6, 12)]
     assert {cell["said"] for cell in broken} <= {"not a number", "infinite"}
-    assert NOT_FINITE in browser.drawn("heat")
+    assert NOT_FINITE in browser.drawn("heatmap")
 
 
 @needs_chromium
@@ -305,14 +305,14 @@ def test_a_run_that_lacks_something_is_a_clear_page(show, tmp_path, options):
 def test_runs_without_a_sample_and_of_other_models_stand_side_by_side(show, tmp_path):
     empty = Run("empty", "", Recording(tmp_path / "none"))
     page = render_runs([empty], VERSIONS)
-    assert "empty has no samples yet" in page and "chart-heat" not in page
+    assert "empty has no samples yet" in page and "chart-heatmap" not in page
     other = invent(tmp_path / "b", layers=2, norm="LayerNorm", nonlinearity="gelu")
     browser = show(Run("a", "", invent(tmp_path / "a")), Run("b", "", other), empty)
     for run, text in ((1, "gelu_1"), (0, "relu_2")):
         browser.choose(f'input[name="run"][value="{run}"]')
-        assert text in browser.drawn("heat")
+        assert text in browser.drawn("heatmap")
     browser.choose('input[name="run"][value="2"]')
-    assert "no samples" in browser.run("document.querySelector('#empty-heat').textContent")
+    assert "no samples" in browser.run("document.querySelector('#empty-heatmap').textContent")
 
 
 @needs_chromium
@@ -328,7 +328,7 @@ def test_a_group_shows_its_own_runs(show, tmp_path):
     assert browser.run("document.querySelector('input[name=run]:checked').value") == "3"
     visible = "[...document.querySelectorAll('[data-group]')].filter((l) => !l.hidden).length"
     assert browser.run(visible) == 2
-    assert "relu_3" in browser.drawn("heat")
+    assert "relu_3" in browser.drawn("heatmap")
 
 
 @needs_chromium
@@ -344,11 +344,11 @@ def test_markup_in_names_is_shown_and_never_run(show, tmp_path):
     run = Run(HOSTILE, HOSTILE, recording, [hostile])
     assert HOSTILE not in render_runs([run], VERSIONS)
     browser = show(run, Run("b", "other", invent(tmp_path / "b")))
-    browser.choose("#table-heat summary")
+    browser.choose("#table-heatmap summary")
     browser.choose("#table-agreement summary")
-    # What a pointer would be told, too.
+    # The tooltip, too.
     browser.run(
-        "document.querySelector('#chart-heat .mark-rect path').dispatchEvent("
+        "document.querySelector('#chart-heatmap .mark-rect path').dispatchEvent("
         "new MouseEvent('mousemove', {bubbles: true, clientX: 300, clientY: 300}))"
     )
     assert HOSTILE in browser.run("document.body.innerText")
@@ -367,15 +367,17 @@ def test_a_phone_shows_all_of_it(show, of_pair, dark):
     )
     lowest = THEME["#053061"] if dark else "#053061"
     red, green, blue = bytes.fromhex(lowest[1:])
-    assert f"rgb({red}, {green}, {blue})" in browser.drawn("heat")
+    assert f"rgb({red}, {green}, {blue})" in browser.drawn("heatmap")
 
 
 @needs_chromium
 def test_a_page_follows_when_the_lights_go_out(show, of_pair):
     browser = show(page=of_pair)
-    before = browser.drawn("heat")
+    before = browser.drawn("heatmap")
     browser.look(dark=True)
-    # The page hears of it some time later, and fails by never changing.
-    browser.wait(f"document.querySelector('#chart-heat svg')?.innerHTML !== {json.dumps(before)}")
+    # The page gets the event some time later. If it never changes, the test fails.
+    browser.wait(
+        f"document.querySelector('#chart-heatmap svg')?.innerHTML !== {json.dumps(before)}"
+    )
     browser.settle()
-    assert browser.drawn("heat") != before
+    assert browser.drawn("heatmap") != before

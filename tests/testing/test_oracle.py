@@ -1,4 +1,4 @@
-"""The oracle against what it shares nothing with: JAX, finite differences, fractions."""
+"""The oracle against independent results: JAX, finite differences, fractions."""
 
 import math
 import zlib
@@ -14,7 +14,7 @@ from jaxnorm.testing import assert_close, oracle
 
 
 class Case(NamedTuple):
-    """A call of the oracle, and its layout written out by hand for the independent formula."""
+    """A call of the oracle, and its layout written by hand for the independent formula."""
 
     function: str
     shape: tuple[int, ...]
@@ -22,7 +22,7 @@ class Case(NamedTuple):
     view: tuple[int, ...]
     over: tuple[int, ...]  # reduced axes of the view
     parameter: tuple[int, ...]  # scale's shape
-    spread: tuple[int, ...]  # scale's shape against x
+    broadcast: tuple[int, ...]  # scale's shape when it broadcasts to x
     centered: bool = True
 
     @property
@@ -90,7 +90,7 @@ kinds = pytest.mark.parametrize("kind", ["real", "complex", "complex with real p
 
 
 def draw(case: Case, kind: str = "real", *, masked: bool = False):
-    """(x, parameters, dy, options) with every option of the case; seeded by the case."""
+    """(x, parameters, dy, options) with every option of the case; the case is the seed."""
     rng = np.random.default_rng(zlib.crc32(repr(case).encode()))
 
     def normal(shape, is_complex):
@@ -120,13 +120,13 @@ def forward(case: Case, x, parameters, options):
 
 
 def backward(case: Case, dy, x, parameters, options):
-    """Cotangents by name, as the oracle's own backward gives them."""
+    """Cotangents by name, from the oracle's own backward."""
     found = getattr(oracle, case.function + "_vjp")(dy, x, **parameters, **options)
     return dict(zip(("x", *case.names), found, strict=True))
 
 
 def naive(case: Case, x, parameters, options):
-    """The definition, in jnp, with nothing done about precision or empty slices."""
+    """The definition in jnp, without care for precision or empty slices."""
     epsilon = options.get("epsilon", 1e-5 if case.function == "standardize_weight" else 1e-6)
     mask = jnp.broadcast_to(jnp.asarray(options.get("mask", True)), case.shape).reshape(case.view)
     v = x.reshape(case.view)
@@ -138,7 +138,7 @@ def naive(case: Case, x, parameters, options):
     d = v - mean(v) if case.centered else v
     var = mean(jnp.real(d) ** 2 + jnp.imag(d) ** 2)
     y = (d / jnp.sqrt(var + epsilon).astype(d.dtype)).reshape(case.shape)
-    scale, *bias = (parameters[n].reshape(case.spread).astype(x.dtype) for n in case.names)
+    scale, *bias = (parameters[n].reshape(case.broadcast).astype(x.dtype) for n in case.names)
     y = y * (options.get("scale_offset", 0.0) + scale)
     return y + bias[0] if bias else y
 
@@ -250,7 +250,7 @@ def test_evaluation_backward_equals_jax_autodiff():
             return shifted * rstd.astype(x.dtype)[None] + bias.astype(x.dtype)[None]
 
         y, theirs = value_and_vjp(formula)(dy, x, scale, bias)
-    options = {"training": False, "mask": np.zeros(3)}  # evaluation does not look at the mask
+    options = {"training": False, "mask": np.zeros(3)}  # evaluation does not use the mask
     found, stats = oracle.batch_norm(x, scale, bias, mean, var, **options)
     assert_close(found, np.asarray(y), np.float64)
     np.testing.assert_array_equal(stats.mean, mean)

@@ -1,4 +1,4 @@
-"""The oracle where comparison with a library says nothing: empty, constant, far away, merged."""
+"""The oracle on inputs for which no library is right: empty, constant, far away, merged."""
 
 import math
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""The tolerances: they pass what is right, and fail what is wrong by one term or one rounding."""
+"""The tolerances pass right results, and fail a result that lacks a term or rounds once more."""
 
 import math
 
@@ -24,7 +24,7 @@ EPSILON = 1e-6
 
 
 def shifted_layer_norm(x):
-    """The forward that the budgets are derived for, in the dtype of x."""
+    """The forward pass for which the budgets are derived, in the dtype of x."""
     d = x - x[:, :1]
     d = d - d.mean(-1, keepdims=True)
     return d / np.sqrt((d * d).mean(-1, keepdims=True) + x.dtype.type(EPSILON))
@@ -199,7 +199,7 @@ def test_narrow_results_may_be_rounded_once_but_not_computed_narrow(dtype):
 )
 @settings(max_examples=60, deadline=None)
 def test_condition_number_is_that_of_the_matrix(n, size, epsilon, centered, is_complex, seed):
-    """|A| by assembling A column by column from the oracle, instead of the derived norms."""
+    """|A|, assembled column by column from the oracle, against the derived norms."""
     rng, epsilon = np.random.default_rng(seed), 10.0**epsilon
     x = 10.0**size * rng.normal(size=n) + (
         1j * 10.0**size * rng.normal(size=n) if is_complex else 0

@@ -1,4 +1,4 @@
-"""What benchmarks measure jaxnorm beside computes the same as the oracle."""
+"""The peers of the benchmarks compute the same numbers as the oracle."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Models under test, in both frameworks, and the same network written out in plain JAX."""
+"""Models under test, in both frameworks, and the same network written in JAX alone."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ class NNXNet(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How to make the network, and how to read its values as plain dictionaries."""
+    """A kind of network: how to make it, and how to read its values as dictionaries."""
 
     name: str
     make: Callable[..., Any]  # an instance, or a Linen module
@@ -68,7 +68,7 @@ class Kind:
         return jax.tree.map(np.asarray, pure)
 
     def plain(self, state):
-        """(params, mean, var) for `plain_forward`."""
+        """(params, mean, var) in the form that `plain_forward` takes."""
         stats = self.values(state.batch_stats)["norm"]
         return self.values(state.params), stats["mean"], stats["var"]
 
@@ -108,7 +108,7 @@ def make_batches(count, size=6, seed=0, dtype=np.float32):
 
 
 class CountCalls:
-    """A function that counts how often Python runs it: once for each trace."""
+    """A function that counts its calls by Python, which are one for each trace."""
 
     def __init__(self, function):
         self.function = function
@@ -152,7 +152,7 @@ def batches():
 
 @pytest.fixture(scope="session")
 def snapshot():
-    """Leaves by path as NumPy arrays, random keys as their data."""
+    """Leaves by path as NumPy arrays; random keys as their data."""
 
     def leaf(x):
         key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -1,4 +1,4 @@
-"""A network with two batch norms, and its training written out in float64 without Flax."""
+"""A network with two batch norms, and its training written in float64 without Flax."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def plain(tree):
 
 
 def _loss(params, batch):
-    """Loss, and mean and variance in front of each norm."""
+    """The loss, and mean and variance before each norm."""
     x, seen = batch["x"], {}
     for norm, dense in (("before", "first"), ("norm", "last")):
         mean = x.sum(0) / len(x)
@@ -82,10 +82,10 @@ _gradient = jax.jit(jax.value_and_grad(_loss, has_aux=True))
 
 
 def reference(params, stats, steps):
-    """Plain gradient descent in float64.
+    """Gradient descent in float64, as a reference.
 
-    Each step is a list of micro-batches: the gradient is the mean of theirs, and running
-    statistics move once for each. Returns parameters, running statistics and losses.
+    Each step is a list of micro-batches. The gradient is the mean of theirs, and running statistics
+    are updated once for each. Returns parameters, running statistics and losses.
     """
     with jax.enable_x64(True):
         losses = []
@@ -118,7 +118,7 @@ def evaluated(params, stats, x):
 
 
 def assert_trained(state, losses, expected, tolerance=2e-5):
-    """Parameters, running statistics and losses of a run against those of `reference`."""
+    """Compare parameters, running statistics and losses of a run with those of `reference`."""
     params, stats, wanted = expected
     np.testing.assert_allclose(losses, wanted, rtol=10 * tolerance)
     for got, want in ((plain(state.params), params), (plain(state.batch_stats), stats)):

@@ -2,9 +2,9 @@
 
     python resumable.py STEPS FOLDER OUT [FOLDER OUT ...]
 
-Trains a small network with batch normalization and dropout on eight simulated devices, with a
-checkpoint every few steps, goes on from the newest one where there is one, and at the end writes
-every leaf of the state to OUT. After that it does the same for the next FOLDER and OUT.
+It trains a small network with batch normalization and dropout on eight simulated devices, with a
+checkpoint every few steps. It continues from the newest checkpoint if there is one. At the end it
+writes every leaf of the state to OUT. Then it does the same for the next FOLDER and OUT.
 """
 
 import os
@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 def order_of(epoch):
-    """The data's order in an epoch, from (seed, epoch) alone."""
+    """The order of the data in an epoch, from (seed, epoch) alone."""
     return np.random.default_rng([SEED, epoch]).permutation(SAMPLES)
 
 
@@ -65,7 +65,7 @@ def main(folder, out, steps):
 
 
 if __name__ == "__main__":
-    # Not above: pytest imports this file too, and the flags would be those of its process.
+    # Not at the top: pytest imports this file too, and the flags would then apply to its process.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     cache = os.environ["RESUMABLE_CACHE"]

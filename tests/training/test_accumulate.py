@@ -1,4 +1,4 @@
-"""Micro-batches, rematerialization and mixed precision against the same training written out."""
+"""Micro-batches, rematerialization and mixed precision, compared with a training by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import jaxnorm.linen
 from jaxnorm.training import Layout, create_train_state, make_eval_step, make_train_step
 from jaxnorm.training.models import adapt
 from jaxnorm.training.objective import Objective
-from jaxnorm.training.rematerialize import in_stretches
+from jaxnorm.training.rematerialize import in_segments
 
 OPTIMIZER = optax.sgd(RATE)
 
@@ -33,7 +33,7 @@ def run(step, state, batches):
     return state, losses
 
 
-def pieces(batch, count):
+def micro_batches(batch, count):
     return [jax.tree.map(lambda x: x[i::count], batch) for i in range(count)]
 
 
@@ -43,7 +43,7 @@ def test_micro_batches_are_steps_of_small_batches_with_one_update(framework, whe
     layout = Layout.fully_sharded() if where == "mesh" else None
     (model, state), batches = start(framework, layout), data(2)
     expected = reference(
-        plain(state.params), plain(state.batch_stats), [pieces(b, 4) for b in batches]
+        plain(state.params), plain(state.batch_stats), [micro_batches(b, 4) for b in batches]
     )
     step = make_train_step(model, OPTIMIZER, squared_error, accumulate=4, layout=layout)
     state, losses = run(step, state, batches)
@@ -73,7 +73,7 @@ def test_exact_is_one_step_on_the_whole_batch(framework, remat):
 
 @pytest.mark.parametrize("statistics", ["micro_batch", "exact"])
 def test_loss_and_metrics_are_means_over_micro_batches(statistics):
-    # A loss that is no mean over rows, so that it matters what it is computed from.
+    # A loss that is no mean over rows, so that it differs between batch and micro-batch.
     def loss_fn(y, b):
         error = abs(y[:, 0] - b["y"][:, 0])
         return b["weight"] * error.max(), {"rows": jnp.int32(len(y)), "least": error.min()}
@@ -90,7 +90,7 @@ def test_loss_and_metrics_are_means_over_micro_batches(statistics):
     np.testing.assert_allclose(metrics["loss"], 0.5 * groups.max(1).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["least"], groups.min(1).mean(), rtol=1e-5)
     assert metrics["rows"] == 4
-    # The gradient is the mean of the three rows' that decide.
+    # The gradient is the mean over the three rows that decide.
     rows = [i + 3 * int(groups[i].argmax()) for i in range(3)]
     sign = np.sign((batch["x"] @ params["kernel"] + params["bias"] - batch["y"])[rows])
     gradient = 0.5 * (batch["x"][rows] * sign).mean(0)[:, None]
@@ -100,8 +100,8 @@ def test_loss_and_metrics_are_means_over_micro_batches(statistics):
 
 
 def test_gradients_are_summed_in_float32():
-    # Per micro-batch the gradient is 1, then 255 times 1/512: each is lost when added to 1 in
-    # bfloat16, and together they are half of it.
+    # The gradients of the micro-batches are 1, and then 255 times 1/512. Each of these is lost when
+    # it is added to 1 in bfloat16, and together they are half of it.
     x = np.full((256, 1), 1 / 512, np.float32)
     x[0] = 1
     model = Dense(1, use_bias=False, param_dtype=jnp.bfloat16)
@@ -132,7 +132,7 @@ def test_dropout_differs_between_micro_batches_and_not_with_remat():
 
 
 class Blocks(nn.Module):
-    """Deep enough for rematerialization to matter."""
+    """A network that is deep enough for rematerialization to matter."""
 
     depth: int
 
@@ -180,12 +180,12 @@ def test_what_remat_keeps_grows_with_the_root_of_the_depth():
         given = sum(p.size for p in jax.tree.leaves(state.params))
         return (sum(leaf.size for leaf in jax.tree.leaves(residuals)) - given) / x.size
 
-    assert kept(False) > 9 * 6  # of each block the input, two hidden layers of twice its width, ...
-    assert kept(True) < 7  # the inputs of five stretches, the outputs, and statistics
+    assert kept(False) > 9 * 6  # of each block at least the input and two hidden layers
+    assert kept(True) < 7  # the inputs of five segments, the outputs, and statistics
 
 
-def test_stretches_are_the_function():
-    """Literals and arguments among the outputs, values used far away, calls, loops, keys."""
+def test_segments_are_the_function():
+    """Segments of functions with literals and arguments among the outputs, calls, loops, keys."""
 
     def function(tree, key):
         x, y = tree["x"], jnp.float32(2.0)
@@ -196,7 +196,7 @@ def test_stretches_are_the_function():
         return {"value": (d @ x + a).sum() + b[1].sum(), "x": x, "constant": y, "three": 3.0}
 
     def derivatives(f, x, key):
-        """Outputs, gradient and Hessian of a value."""
+        """Outputs, gradient and Hessian of a function's value."""
 
         def gradient(x):
             outputs, back = jax.vjp(lambda x: f({"x": x}, key), x)
@@ -207,9 +207,9 @@ def test_stretches_are_the_function():
         return outputs, (grad, hessian)
 
     x, key = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32), jax.random.key(1)
-    got, want = jax.jit(
-        lambda *a: [derivatives(f, *a) for f in (in_stretches(function), function)]
-    )(x, key)
+    got, want = jax.jit(lambda *a: [derivatives(f, *a) for f in (in_segments(function), function)])(
+        x, key
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got[0], want[0])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got[1], want[1]
@@ -225,7 +225,7 @@ def test_bfloat16_computes_narrow_and_keeps_wide(framework):
         seen.append((y.dtype, batch["x"].dtype))
         return squared_error(y, batch)
 
-    # Offset 1e3 is beyond bfloat16's resolution: that is the input's rounding, not the norm's.
+    # bfloat16 does not resolve data at offset 1e3. That is rounding of the input, not of the norm.
     batches = [{**b, "x": b["x"] - 1e3} for b in batches]
     kinds = jax.tree.map(jax.typeof, state)
     expected = reference(plain(state.params), plain(state.batch_stats), [[b] for b in batches])

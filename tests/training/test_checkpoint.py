@@ -1,4 +1,4 @@
-"""Checkpoints: on any mesh, never half of one, and a killed run ends like one that was not."""
+"""Checkpoints: on any mesh, never half written, and a killed run ends like an uninterrupted one."""
 
 import dataclasses
 import functools
@@ -60,7 +60,7 @@ NET = Net()
 
 @functools.cache
 def first(model):
-    """The first state but its key, on the host."""
+    """The first state on the host, without its key."""
     state = create_train_state(model, OPTIMIZER, 0, jnp.ones((1, 3)))
     return jax.tree.map(np.array, state.replace(rng=None))
 
@@ -84,7 +84,7 @@ def make_state(model=NET, seed=0, mesh=None, extra=True):
 
 
 def files_of(folder):
-    """Everything under a folder: path -> bytes."""
+    """All files under a folder: path -> bytes."""
     return {str(p): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
@@ -144,7 +144,7 @@ def test_unbound_arrays_and_types_as_templates(tmp_path):
 
 
 def test_saving_goes_on_while_the_state_is_donated(tmp_path, kind, mse, batches, snapshot):
-    """The next steps overwrite the buffers; the files must hold what was there before."""
+    """The next steps overwrite the buffers, and the files must hold the values from before."""
     data, model = batches(4), kind.make(dropout=0.3)
     step = make_train_step(model, OPTIMIZER, mse)
     state = create_train_state(model, OPTIMIZER, 0, data[0]["x"])
@@ -191,7 +191,7 @@ def truncate(step):
 
 
 def flip_a_bit(step):
-    """In the values of the largest array: the file format has no checksum there."""
+    """Flip a bit in the largest array, where the file format has no checksum."""
     path = largest(step / "state" / "ocdbt.process_0")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16
@@ -220,7 +220,7 @@ def with_wide(state, wide):
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """A folder with steps 0, 1, 2, and their states; one leaf too large to stand in the index."""
+    """A folder with steps 0, 1, 2, and their states; one leaf is too large for the index."""
     folder = tmp_path_factory.mktemp("three") / "run"
     states = []
     with Checkpoints(folder) as checkpoints:
@@ -403,8 +403,8 @@ MONITORS = {
 
 
 @functools.cache
-def watched(name):
-    """A state of a run that was looked at, after two steps."""
+def monitored(name):
+    """A state of a run with a monitor, after two steps."""
     state = create_train_state(NET, OPTIMIZER, 0, jnp.ones((1, 3)))
     step = make_train_step(NET, OPTIMIZER, lambda y, x: (y**2).mean(), monitor=MONITORS[name])
     for x in np.random.default_rng(0).normal(size=(2, 8, 3)).astype("f"):
@@ -415,7 +415,7 @@ def watched(name):
 @pytest.mark.parametrize("wanted", MONITORS)
 @pytest.mark.parametrize("saved", MONITORS)
 def test_a_run_is_restored_whatever_looked_at_it(tmp_path, saved, wanted):
-    (_, state), (step, template) = watched(saved), watched(wanted)
+    (_, state), (step, template) = monitored(saved), monitored(wanted)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state)
         restored, _ = checkpoints.restore(template)
@@ -431,7 +431,7 @@ def test_a_run_is_restored_whatever_looked_at_it(tmp_path, saved, wanted):
 
 
 def test_samples_of_other_places_are_not_taken_for_ones_own(tmp_path):
-    _, state = watched("all")
+    _, state = monitored("all")
     schema = state.monitor.schema
     other = dataclasses.replace(schema, parameters=schema.parameters[::-1])  # as many numbers
     with Checkpoints(tmp_path) as checkpoints:

@@ -1,4 +1,4 @@
-"""What cannot be saved, or asked for, is refused in three parts before anything is written."""
+"""Bad requests to save or restore are refused in three parts before anything is written."""
 
 import re
 

@@ -65,7 +65,7 @@ def test_checksums_see_every_bit_and_every_place():
 
 
 def drifted(mesh, spec=P(), shape=(4,)):
-    """An array whose copies differ, on the last device alone, in the sign of a zero."""
+    """An array whose copies differ, on the last device only, in the sign of a zero."""
     sharding = NamedSharding(mesh, spec)
     parts = [np.zeros(sharding.shard_shape(shape), np.float32) for _ in mesh.devices.flat]
     parts[-1].flat[-1] = -0.0

@@ -1,4 +1,4 @@
-"""Bad input is refused at trace time, in three parts: operation, what was given, what to do."""
+"""Bad input is refused at trace time, in three parts: operation, given values, what to do."""
 
 import functools
 import re
@@ -38,7 +38,7 @@ class NoMode(nn.Module):
 
 
 class Widening(nn.Module):
-    """Writes its statistic in another dtype than it was made with."""
+    """A layer that writes its statistic in another dtype than the initial one."""
 
     dtype: str = "float16"
 
@@ -65,7 +65,7 @@ class Net(nnx.Module):
         return self.dense(x)
 
 
-@functools.cache  # what is refused leaves it as it was
+@functools.cache  # a refused call does not change the state
 def start(model=DENSE):
     return create_train_state(model, SGD, 0, X)
 

@@ -1,4 +1,4 @@
-"""Training over a mesh: the numbers of one device, each leaf where it belongs, nothing gathered."""
+"""Training over a mesh: the numbers of one device, every leaf on its devices, no gathered batch."""
 
 import re
 
@@ -63,9 +63,9 @@ def plain_leaves(tree):
 
 
 def gathered(compiled):
-    """Shapes of what all-gathers and all-to-alls of a compiled program make."""
-    made = r"= \(?(\w+\[[\d,]*\]).* (?:all-gather|all-to-all)(?:-start)?\("
-    return {m.group(1) for line in compiled.as_text().splitlines() if (m := re.search(made, line))}
+    """Shapes of the results of all-gathers and all-to-alls in a compiled program."""
+    shape = r"= \(?(\w+\[[\d,]*\]).* (?:all-gather|all-to-all)(?:-start)?\("
+    return {m.group(1) for line in compiled.as_text().splitlines() if (m := re.search(shape, line))}
 
 
 @pytest.mark.parametrize("name", ["fully sharded, two axes", "tensor parallel"])
@@ -77,7 +77,7 @@ def test_random_parameters_are_those_of_one_device(name):
 
 
 @pytest.mark.sample
-# What a layout does with an NNX state is seen on two of them.
+# Two of the layouts are enough for an NNX state.
 @pytest.mark.parametrize(
     "framework, name",
     [("linen", name) for name in LAYOUTS]

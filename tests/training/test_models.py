@@ -1,4 +1,4 @@
-"""How a model is told its mode, what of it is carried, and what its state starts from."""
+"""The mode of a model, the variables that a step carries, and the first state."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def outputs(y, batch):
 
 
 def with_argument(name, in_training):
-    """A Linen model whose call has the mode under this name."""
+    """A Linen model whose call has an argument of this name for the mode."""
     scope: dict[str, Any] = {"nn": nn}
     average = f"not {name}" if in_training else name
     exec(

@@ -1,4 +1,4 @@
-"""Runs in processes of their own: killed at any moment, and several that share one state."""
+"""Runs in other processes: killed at any moment, and several that share one state."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path, launch):
 
 @pytest.mark.seconds(90, "two processes")
 def test_two_processes_agree(tmp_path):
-    """They restore what one process saved, and that process what they saved."""
+    """Two processes restore a checkpoint of one process, and that process restores theirs."""
     state = create_train_state(nn.BatchNorm(), optax.sgd(0.1), 3, jnp.ones((1, 3)))
     wide = jnp.arange(32.0).reshape(8, 4)
     state = state.replace(model_state={"wide": wide})

@@ -1,4 +1,4 @@
-"""A step against the same training written out by hand, and what a step promises beside."""
+"""A step against the same training written by hand, and the other promises of a step."""
 
 import jax
 import jax.numpy as jnp
@@ -200,12 +200,12 @@ OPTIMIZERS = {
     "masked": optax.adamw(0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
     "inject": optax.inject_hyperparams(optax.rmsprop)(optax.linear_schedule(0.1, 0.0, 9)),
     "apply if finite": optax.apply_if_finite(optax.lion(0.01), 3),
-    # Its update takes no further arguments, though its type says so.
+    # Its update takes no further arguments, although its type says that it does.
     "sharpness aware": optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.01), sync_period=2),
 }
 
 
-@pytest.mark.parametrize("x64", [True], indirect=True)  # where dtypes slip
+@pytest.mark.parametrize("x64", [True], indirect=True)  # x64 shows wrong dtypes
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_optimizer(name, x64, mse, batches, compilations):
     data = batches(1)[0]

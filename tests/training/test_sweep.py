@@ -1,4 +1,4 @@
-"""A member of a sweep is the same run alone."""
+"""A member of a sweep computes the numbers of the same single run."""
 
 import functools
 
@@ -27,7 +27,7 @@ SEEDS, RATES = grid([3, 4], learning_rate=[0.02, 0.1])
 
 
 def adam(learning_rate):
-    # The gradient of a bias in front of a batch norm is rounding, which a small eps would blow up.
+    # The gradient of a bias before a batch norm is rounding, which a small eps would magnify.
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate, eps=1e-3))
 
 
@@ -36,8 +36,8 @@ def stack(batches):
 
 
 @functools.lru_cache
-def alone(kind, mse, batches, x64):
-    """Each member by itself: states and losses of shape (members, steps)."""
+def single_runs(kind, mse, batches, x64):
+    """Each member as a single run: states and losses of shape (members, steps)."""
     states, losses = [], []
     model, data = kind.make_seeded(dropout=0.2), batches(STEPS)
     steps = {
@@ -56,7 +56,7 @@ def alone(kind, mse, batches, x64):
 
 
 def assert_member(snapshot, swept, single):
-    """Everything but the optimizer state, which holds the hyperparameters besides."""
+    """Compare all but the optimizer state, which also holds the hyperparameters."""
     for name in ("step", "params", "batch_stats", "model_state", "rng", "nonfinite_step"):
         a, b = snapshot(getattr(swept, name)), snapshot(getattr(single, name))
         assert a.keys() == b.keys()
@@ -70,7 +70,7 @@ def assert_member(snapshot, swept, single):
 )
 def test_members_are_single_runs(kind, x64, mse, batches, counting, snapshot, compilations):
     data = batches(STEPS)
-    singles, losses = alone(kind, mse, batches, x64)
+    singles, losses = single_runs(kind, mse, batches, x64)
     model, loss = kind.make_seeded(dropout=0.2), counting(mse)
     start = create_sweep_state(model, adam, SEEDS, RATES, data[0]["x"])
     step = make_sweep_step(model, adam, loss)
@@ -84,7 +84,7 @@ def test_members_are_single_runs(kind, x64, mse, batches, counting, snapshot, co
     np.testing.assert_allclose(np.array(got).T, losses, rtol=1e-4)
     for i, single in enumerate(singles):
         assert_member(snapshot, sweep_member(state, i), single)
-    # The rates are rounded as the Python number of a single run is.
+    # The rates are rounded like the Python number of a single run.
     assert state.opt_state.hyperparams["learning_rate"].dtype == jnp.float32
     # Seeds and rates both matter: four different runs.
     assert len({float(x) for x in losses[:, -1]}) == 4
@@ -99,7 +99,7 @@ def test_members_are_single_runs(kind, x64, mse, batches, counting, snapshot, co
 
 def test_scan_of_a_sweep(kind, mse, batches, counting, snapshot):
     data = batches(STEPS)
-    singles, losses = alone(kind, mse, batches, False)
+    singles, losses = single_runs(kind, mse, batches, False)
     model, loss = kind.make_seeded(dropout=0.2), counting(mse)
     step = make_sweep_step(model, adam, loss, scan=True)
     state = create_sweep_state(model, adam, SEEDS, RATES, data[0]["x"])

@@ -1,7 +1,7 @@
 """One of two processes with two devices each: python two_processes.py RANK PORT FOLDER.
 
-Restores what a single process saved onto a mesh over both, saves a later state, and prints what
-its errors said.
+It restores a checkpoint of a single process onto a mesh over both, saves a later state, and prints
+the messages of its errors.
 """
 
 import json
@@ -42,8 +42,8 @@ def main(rank, port, folder):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     template = jax.tree_util.tree_map_with_path(typed, local)
-    spread = np.full(3, rank, np.float32)
-    drifted = jax.make_array_from_callback((3,), NamedSharding(mesh, P()), lambda i: spread[i])
+    different = np.full(3, rank, np.float32)
+    drifted = jax.make_array_from_callback((3,), NamedSharding(mesh, P()), lambda i: different[i])
     said = {}
     with Checkpoints(folder) as checkpoints:
         state, data = checkpoints.restore(template)
@@ -73,7 +73,7 @@ def main(rank, port, folder):
 
 
 if __name__ == "__main__":
-    # Not above: pytest imports this file too, and the flags would be those of its process.
+    # Not at the top: pytest imports this file too, and the flags would then apply to its process.
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

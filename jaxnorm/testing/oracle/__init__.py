@@ -1,26 +1,26 @@
-"""The oracle: every public normalization in NumPy, more exact than the thing it judges.
+"""The oracle: every public normalization in NumPy, more exact than the code that it judges.
 
-Nothing here imports JAX or any other part of jaxnorm, so an error there cannot hide here. Each
-function has the name, arguments and defaults of the public one; `f_vjp(dy, ...)` is its backward
-pass, derived by hand. What all of them share:
+Nothing here imports JAX or any other part of jaxnorm, so that the two cannot share an error. Each
+function has the name, arguments and defaults of the public one, and `f_vjp(dy, ...)` is its
+backward pass, derived by hand. All of them share these rules:
 
 Precision
     Inputs of at most float32 (float16 and bfloat16 too) are computed in float64, float64 inputs
     in `numpy.longdouble`. Results are float64 or complex128 (longdouble for longdouble inputs).
-    Means are taken in two steps, so data at offset 1e6 with deviation 1e-6 stay exact.
+    Means are taken in two steps, so that data at offset 1e6 with deviation 1e-6 stay exact.
 Masks
-    Of any dtype, nonzero means included, broadcastable to `x`. A mask selects the elements that
-    enter the moments; every position, masked out or not, is normalized with them.
-Slices without content
-    No element, or var + epsilon = 0: the standardized value is 0, so `y` is `bias`, and the
-    derivatives with respect to `x` are zero.
+    A mask has any dtype, broadcasts to `x`, and nonzero means included. It selects the elements
+    that enter the moments. Every position, masked out or not, is normalized with these moments.
+Empty and constant slices
+    If a slice has no element, or var + epsilon = 0, its standardized value is 0. So `y` is `bias`,
+    and the derivatives with respect to `x` are zero.
 Complex numbers
-    The mean is complex; the variance, the mean of |x - mean|^2, is real. Cotangents follow
-    `jax.vjp`, whose pairing is Re sum(cotangent * tangent), without a conjugate; the cotangent
+    The mean is complex. The variance, the mean of |x - mean|^2, is real. Cotangents follow
+    `jax.vjp`, whose pairing is Re sum(cotangent * tangent), without a conjugate. The cotangent
     of a real input is real.
 Parameters
     `scale` and `bias` have the sizes of the feature axes in ascending axis order, or the rank of
-    `x` and broadcast to it; `None` leaves the step out, and its cotangent is `None`.
+    `x` and broadcast to it. `None` leaves the step out, and its cotangent is `None`.
 Errors
     `ValueError` for shapes, axes, masks and options that do not fit, `TypeError` for arrays that
     do not hold numbers.
@@ -28,12 +28,14 @@ Errors
 There is no forward mode: a tangent map J is judged by its adjoint. For a random tangent t and
 cotangent u, Re sum(u * J t) must equal the sum of Re sum(f_vjp(u) * t) over the inputs.
 
->>> from jaxnorm.testing import oracle
->>> oracle.layer_norm([[1.0, 3.0]], [2.0, 2.0], [1.0, 1.0]).round(3).tolist()
-[[-1.0, 3.0]]
->>> dx, dscale, dbias = oracle.layer_norm_vjp([[1.0, 0.0]], [[1.0, 3.0]], [2.0, 2.0], [1.0, 1.0])
->>> dscale.round(3).tolist(), dbias.tolist()
-([-1.0, 0.0], [1.0, 0.0])
+Example:
+    >>> from jaxnorm.testing import oracle
+    >>> oracle.layer_norm([[1.0, 3.0]], [2.0, 2.0], [1.0, 1.0]).round(3).tolist()
+    [[-1.0, 3.0]]
+    >>> dy, x = [[1.0, 0.0]], [[1.0, 3.0]]
+    >>> dx, dscale, dbias = oracle.layer_norm_vjp(dy, x, [2.0, 2.0], [1.0, 1.0])
+    >>> dscale.round(3).tolist(), dbias.tolist()
+    ([-1.0, 0.0], [1.0, 0.0])
 """
 
 from jaxnorm.testing.oracle.backward import (

@@ -1,10 +1,11 @@
-"""Backward passes, derived by hand.
+"""Backward passes of every normalization, derived by hand.
 
-With g = dy * scale, the cotangent of xhat, every family's dx is `standardize_vjp` of its layout,
+Let g = dy * scale be the cotangent of xhat. Every family's dx is `standardize_slices_vjp` of its
+layout,
 
     dx_j = rstd * (g_j - m_j/n * sum(g) - m_j/n * conj(xhat_j) * Re sum(g * xhat)),
 
-and the parameters' cotangents are sums over the axes that carry none:
+and the cotangents of the parameters are sums over the axes that carry no parameters:
 
     dscale = sum(dy * xhat),    dbias = sum(dy).
 
@@ -19,8 +20,8 @@ from numpy.typing import ArrayLike
 from jaxnorm.testing.oracle.slices import (
     Array,
     Axes,
-    Layout,
     Precision,
+    SliceLayout,
     full_gain,
     like_primal,
     reciprocal_deviation,
@@ -28,8 +29,8 @@ from jaxnorm.testing.oracle.slices import (
     slices_but,
     slices_of_groups,
     slices_over,
-    standardize,
-    standardize_vjp,
+    standardize_slices,
+    standardize_slices_vjp,
     weight_layout,
 )
 
@@ -55,28 +56,29 @@ def batch_norm_vjp(
 ) -> Cotangents:
     """Cotangents of `batch_norm`: (dx, dscale, dbias). Running statistics carry none.
 
-    In training the formula of the module, with slices over all axes but the feature axes; in
-    evaluation dx = dy * scale / sqrt(var + epsilon). What only shapes the running statistics
-    (decay, unbiased, count, debias) is accepted and changes nothing.
+    In training this is the formula of the module, with slices over all axes but the feature axes.
+    In evaluation dx = dy * scale / sqrt(var + epsilon). Arguments that only shape the running
+    statistics (decay, unbiased, count, debias) are accepted and change nothing.
 
     Args:
-        dy: Cotangent of y, shape of x.
-        x, scale, bias, mean, var, training, feature_axis, epsilon, mask: As in `batch_norm`.
-        decay, unbiased, count, debias: As in `batch_norm`; not used.
+        dy: cotangent of y, shape of x.
+        x, scale, bias, mean, var, training, feature_axis, epsilon, mask: as in `batch_norm`.
+        decay, unbiased, count, debias: as in `batch_norm`; not used.
 
     Returns:
         (dx, dscale, dbias), `None` for a parameter that is `None`.
 
     Raises:
-        ValueError: Shapes, axes or epsilon do not fit.
-        TypeError: An array does not hold numbers.
+        ValueError: shapes, axes or epsilon do not fit.
+        TypeError: an array does not hold numbers.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), section 3.
 
-    >>> x, dy = [[0.0], [2.0]], [[1.0], [0.0]]
-    >>> dx, dscale, dbias = batch_norm_vjp(dy, x, [3.0], None, [0.0], [4.0], training=False)
-    >>> dx.round(3).tolist(), dscale.tolist(), dbias
-    ([[1.5], [0.0]], [0.0], None)
+    Example:
+        >>> x, dy = [[0.0], [2.0]], [[1.0], [0.0]]
+        >>> dx, dscale, dbias = batch_norm_vjp(dy, x, [3.0], None, [0.0], [4.0], training=False)
+        >>> dx.round(3).tolist(), dscale.tolist(), dbias
+        ([[1.5], [0.0]], [0.0], None)
     """
     del decay, unbiased, count, debias
     precision = Precision.of("batch_norm_vjp", dy, x, scale, bias, mean, var)
@@ -109,21 +111,22 @@ def layer_norm_vjp(
     """Cotangents of `layer_norm`: (dx, dscale, dbias), by the formula of the module.
 
     Args:
-        dy: Cotangent of y, shape of x.
-        x, scale, bias, axis, feature_axis, epsilon, scale_offset, mask: As in `layer_norm`.
+        dy: cotangent of y, shape of x.
+        x, scale, bias, axis, feature_axis, epsilon, scale_offset, mask: as in `layer_norm`.
 
     Returns:
         (dx, dscale, dbias), `None` for a parameter that is `None`.
 
     Raises:
-        ValueError: Shapes, axes or epsilon do not fit.
-        TypeError: An array does not hold numbers.
+        ValueError: shapes, axes or epsilon do not fit.
+        TypeError: an array does not hold numbers.
 
     Source: Ba, Kiros and Hinton 2016 (arXiv:1607.06450), section 3, differentiated.
 
-    >>> dx, _, _ = layer_norm_vjp([1.0, 0.0, 0.0], [0.0, 3.0, 6.0])
-    >>> dx.round(4).tolist()
-    [0.068, -0.1361, 0.068]
+    Example:
+        >>> dx, _, _ = layer_norm_vjp([1.0, 0.0, 0.0], [0.0, 3.0, 6.0])
+        >>> dx.round(4).tolist()
+        [0.068, -0.1361, 0.068]
     """
     layout = slices_over("layer_norm_vjp", np.shape(x), axis, feature_axis)
     precision = Precision.of(layout.operation, dy, x, scale, bias)
@@ -148,21 +151,22 @@ def rms_norm_vjp(
     dx_j = rstd * (g_j - m_j/n * conj(xhat_j) * Re sum(g * xhat)), g = dy * (scale_offset + scale).
 
     Args:
-        dy: Cotangent of y, shape of x.
-        x, scale, axis, feature_axis, epsilon, scale_offset, mask: As in `rms_norm`.
+        dy: cotangent of y, shape of x.
+        x, scale, axis, feature_axis, epsilon, scale_offset, mask: as in `rms_norm`.
 
     Returns:
         (dx, dscale), `None` for a scale that is `None`.
 
     Raises:
-        ValueError: Shapes, axes or epsilon do not fit.
-        TypeError: An array does not hold numbers.
+        ValueError: shapes, axes or epsilon do not fit.
+        TypeError: an array does not hold numbers.
 
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467), section 4.2.
 
-    >>> dx, _ = rms_norm_vjp([1.0, 0.0], [3.0, 4.0])
-    >>> dx.round(4).tolist()
-    [0.181, -0.1358]
+    Example:
+        >>> dx, _ = rms_norm_vjp([1.0, 0.0], [3.0, 4.0])
+        >>> dx.round(4).tolist()
+        [0.181, -0.1358]
     """
     layout = slices_over("rms_norm_vjp", np.shape(x), axis, feature_axis)
     precision = Precision.of(layout.operation, dy, x, scale)
@@ -197,23 +201,24 @@ def group_norm_vjp(
     """Cotangents of `group_norm`: (dx, dscale, dbias), by the formula of the module.
 
     Args:
-        dy: Cotangent of y, shape of x.
-        x, scale, bias, num_groups, feature_axis, axis: As in `group_norm`.
-        epsilon, scale_offset, mask: As in `group_norm`.
+        dy: cotangent of y, shape of x.
+        x, scale, bias, num_groups, feature_axis, axis: as in `group_norm`.
+        epsilon, scale_offset, mask: as in `group_norm`.
 
     Returns:
         (dx, dscale, dbias), `None` for a parameter that is `None`.
 
     Raises:
-        ValueError: Shapes, axes, groups or epsilon do not fit.
-        TypeError: An array does not hold numbers.
+        ValueError: shapes, axes, groups or epsilon do not fit.
+        TypeError: an array does not hold numbers.
 
     Source: Wu and He 2018 (arXiv:1803.08494), section 3.1, differentiated.
 
-    >>> _, dscale, _ = group_norm_vjp([[1.0, 1.0, 1.0, 1.0]], [[1.0, 3.0, 10.0, 30.0]],
-    ...                               [1.0, 1.0, 1.0, 1.0], num_groups=2)
-    >>> dscale.round(3).tolist()
-    [-1.0, 1.0, -1.0, 1.0]
+    Example:
+        >>> _, dscale, _ = group_norm_vjp([[1.0, 1.0, 1.0, 1.0]], [[1.0, 3.0, 10.0, 30.0]],
+        ...                               [1.0, 1.0, 1.0, 1.0], num_groups=2)
+        >>> dscale.round(3).tolist()
+        [-1.0, 1.0, -1.0, 1.0]
     """
     layout = slices_of_groups("group_norm_vjp", np.shape(x), num_groups, feature_axis, axis)
     precision = Precision.of(layout.operation, dy, x, scale, bias)
@@ -236,21 +241,22 @@ def instance_norm_vjp(
     """Cotangents of `instance_norm`: (dx, dscale, dbias), by the formula of the module.
 
     Args:
-        dy: Cotangent of y, shape of x.
-        x, scale, bias, feature_axis, epsilon, scale_offset, mask: As in `instance_norm`.
+        dy: cotangent of y, shape of x.
+        x, scale, bias, feature_axis, epsilon, scale_offset, mask: as in `instance_norm`.
 
     Returns:
         (dx, dscale, dbias), `None` for a parameter that is `None`.
 
     Raises:
-        ValueError: Shapes, axes or epsilon do not fit.
-        TypeError: An array does not hold numbers.
+        ValueError: shapes, axes or epsilon do not fit.
+        TypeError: an array does not hold numbers.
 
     Source: Ulyanov, Vedaldi and Lempitsky 2016 (arXiv:1607.08022), section 2, differentiated.
 
-    >>> _, _, dbias = instance_norm_vjp([[[1.0], [2.0]]], [[[1.0], [3.0]]], [1.0], [0.0])
-    >>> dbias.tolist()
-    [3.0]
+    Example:
+        >>> _, _, dbias = instance_norm_vjp([[[1.0], [2.0]]], [[[1.0], [3.0]]], [1.0], [0.0])
+        >>> dbias.tolist()
+        [3.0]
     """
     layout = slices_but("instance_norm_vjp", np.shape(x), (0,), feature_axis)
     precision = Precision.of(layout.operation, dy, x, scale, bias)
@@ -270,21 +276,22 @@ def standardize_weight_vjp(
     """Cotangents of `standardize_weight`: (dkernel, dgain), by the formula of the module.
 
     Args:
-        dw: Cotangent of w, shape of kernel.
-        kernel, gain, axis, epsilon: As in `standardize_weight`.
+        dw: cotangent of w, shape of kernel.
+        kernel, gain, axis, epsilon: as in `standardize_weight`.
 
     Returns:
         (dkernel, dgain); dgain has the shape of gain, `None` for a gain that is `None`.
 
     Raises:
-        ValueError: Shapes, axes or epsilon do not fit.
-        TypeError: An array does not hold numbers.
+        ValueError: shapes, axes or epsilon do not fit.
+        TypeError: an array does not hold numbers.
 
     Source: Qiao et al. 2019 (arXiv:1903.10520), section "Weight Standardization".
 
-    >>> _, dgain = standardize_weight_vjp([[1.0], [2.0]], [[1.0], [3.0]], 2.0, epsilon=0.0)
-    >>> float(dgain)
-    1.0
+    Example:
+        >>> _, dgain = standardize_weight_vjp([[1.0], [2.0]], [[1.0], [3.0]], 2.0, epsilon=0.0)
+        >>> float(dgain)
+        1.0
     """
     layout = weight_layout("standardize_weight_vjp", np.shape(kernel), axis)
     precision = Precision.of(layout.operation, dw, kernel, gain)
@@ -296,14 +303,14 @@ def standardize_weight_vjp(
         return dkernel, None
     shape = np.shape(gain)
     added = dfull.ndim - len(shape)
-    stretched = tuple(
+    repeated = tuple(
         a for a in range(dfull.ndim) if a < added or shape[a - added] != dfull.shape[a]
     )
-    return dkernel, dfull.sum(axis=stretched).reshape(shape)
+    return dkernel, dfull.sum(axis=repeated).reshape(shape)
 
 
 def _backward(
-    layout: Layout,
+    layout: SliceLayout,
     precision: Precision,
     dy: ArrayLike,
     x: ArrayLike,
@@ -316,15 +323,15 @@ def _backward(
     offset: float = 0.0,
 ) -> Cotangents:
     wide = precision.widen(x)
-    found = standardize(layout, wide, mask, epsilon=epsilon, centered=centered)
+    found = standardize_slices(layout, wide, mask, epsilon=epsilon, centered=centered)
     xhat = found.xhat.reshape(layout.shape)
     g, dscale, dbias = _affine_vjp(layout, precision, dy, xhat, scale, bias, offset)
-    dx = standardize_vjp(layout, g, found, centered=centered)
+    dx = standardize_slices_vjp(layout, g, found, centered=centered)
     return precision.narrow(like_primal(dx, wide)), dscale, dbias
 
 
 def _affine_vjp(
-    layout: Layout,
+    layout: SliceLayout,
     precision: Precision,
     dy: ArrayLike,
     xhat: Array,

@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike
 from jaxnorm.testing.oracle.slices import (
     Array,
     Axes,
-    Layout,
     Precision,
+    SliceLayout,
     batch_weight,
     full_gain,
     reciprocal_deviation,
@@ -19,7 +19,7 @@ from jaxnorm.testing.oracle.slices import (
     slices_but,
     slices_of_groups,
     slices_over,
-    standardize,
+    standardize_slices,
     weight_layout,
 )
 
@@ -28,19 +28,20 @@ class RunningStats(NamedTuple):
     """Running statistics of one batch-normalized layer.
 
     Attributes:
-        mean: Running mean, sizes of the feature axes.
-        var: Running variance, sizes of the feature axes; divides by n, or by n - 1 if `unbiased`.
-        count: Updates so far.
+        mean: running mean, sizes of the feature axes.
+        var: running variance, sizes of the feature axes; divides by n, or by n - 1 if `unbiased`.
+        count: updates so far.
 
-    >>> stats = RunningStats(np.zeros(2), np.ones(2), 0)
-    >>> _, stats = batch_norm(np.ones((3, 2)), None, None, *stats[:2], training=True, decay=0.5)
-    >>> stats.mean.tolist(), stats.var.tolist(), stats.count
-    ([0.5, 0.5], [0.5, 0.5], 1)
+    Example:
+        >>> stats = RunningStats(np.zeros(2), np.ones(2), 0)
+        >>> _, stats = batch_norm(np.ones((3, 2)), None, None, *stats[:2], training=True, decay=0.5)
+        >>> stats.mean.tolist(), stats.var.tolist(), stats.count
+        ([0.5, 0.5], [0.5, 0.5], 1)
     """
 
-    mean: Array  # float64 or complex128
-    var: Array  # float64
-    # The name is the field's, though tuples have a method of that name.
+    mean: Array  # float64 or complex128, sizes of the feature axes
+    var: Array  # float64, sizes of the feature axes
+    # A tuple has a method `count`, which this field hides.
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
@@ -60,47 +61,50 @@ def batch_norm(
     count: int = 0,
     debias: bool = False,
 ) -> tuple[Array, RunningStats]:
-    """Batch normalization, and the running statistics after it.
+    """Batch normalization in NumPy, and the running statistics after it.
 
     y = (x - mu) / sqrt(var + epsilon) * scale + bias. In training, mu and var are the moments of
-    the batch over all axes but the feature axes (var divides by n), and with the batch's weight w
+    the batch over all axes but the feature axes, and var divides by n. With the weight w of the
+    batch
 
         new = (1 - w) * old + w * batch,
 
-    where w = 1 - decay; with decay=None, w = 1 / (count + 1), the average of all batches; with
-    debias, w = (1 - decay) / (1 - decay^(count + 1)), which equals Adam's bias-corrected average
-    started from zero, whatever the initial values. In evaluation, mu and var are the running
-    values, which stay as they are, and the mask is not used.
+    where w = 1 - decay. With decay=None, w = 1 / (count + 1), which gives the average of all
+    batches. With debias, w = (1 - decay) / (1 - decay^(count + 1)), which equals Adam's
+    bias-corrected average started from zero, whatever the initial values. In evaluation, mu and var
+    are the running values. These do not change, and the mask is not used.
 
     Args:
-        x: Real or complex, any shape.
-        scale: Sizes of the feature axes, or None.
-        bias: Sizes of the feature axes, or None.
-        mean: Running mean, sizes of the feature axes.
-        var: Running variance, real, sizes of the feature axes.
-        training: Whether to normalize with the batch and to update.
-        feature_axis: The axes that carry the parameters.
-        decay: Weight of the old running value, in [0, 1], or None.
-        epsilon: Added to the variance; zero or positive.
-        mask: Broadcastable to x. A feature whose elements are all masked out keeps its running
+        x: real or complex, any shape.
+        scale: sizes of the feature axes, or None.
+        bias: sizes of the feature axes, or None.
+        mean: running mean, sizes of the feature axes.
+        var: running variance, real, sizes of the feature axes.
+        training: whether to normalize with the batch and to update.
+        feature_axis: the axes that carry the parameters.
+        decay: weight of the old running value, in [0, 1], or None.
+        epsilon: added to the variance; zero or positive.
+        mask: broadcastable to x. A feature whose elements are all masked out keeps its running
             values.
-        unbiased: Divide the variance that is stored (not the one that normalizes) by n - 1.
-        count: Updates so far. It grows by one unless no feature had any element.
-        debias: See above; decay=None needs none and ignores it.
+        unbiased: divide the variance that is stored (not the one that normalizes) by n - 1.
+        count: updates so far. It grows by one unless no feature had any element.
+        debias: see above; decay=None needs none and ignores it.
 
     Returns:
         `(y, RunningStats)`; y has the shape of x.
 
     Raises:
-        ValueError: Shapes, axes, decay or epsilon do not fit.
-        TypeError: An array does not hold numbers.
+        ValueError: shapes, axes, decay or epsilon do not fit.
+        TypeError: an array does not hold numbers.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 1; the corrected weight follows
     Kingma and Ba 2014 (arXiv:1412.6980), section 3.
 
-    >>> y, stats = batch_norm([[0.0], [2.0]], None, None, [0.0], [1.0], training=True, decay=0.5)
-    >>> y.round(3).tolist(), stats.mean.tolist(), stats.var.tolist(), stats.count
-    ([[-1.0], [1.0]], [0.5], [1.0], 1)
+    Example:
+        >>> x = [[0.0], [2.0]]
+        >>> y, stats = batch_norm(x, None, None, [0.0], [1.0], training=True, decay=0.5)
+        >>> y.round(3).tolist(), stats.mean.tolist(), stats.var.tolist(), stats.count
+        ([[-1.0], [1.0]], [0.5], [1.0], 1)
     """
     precision = Precision.of("batch_norm", x, scale, bias, mean, var)
     wide, old_mean, old_var = (precision.widen(a) for a in (x, mean, var))
@@ -110,7 +114,7 @@ def batch_norm(
         rstd = reciprocal_deviation("batch_norm", layout.expand("var", old_var), epsilon)
         y = _affine(layout, precision, scaled(residual, rstd), scale, bias)
         return y, RunningStats(precision.narrow(old_mean), precision.narrow(old_var), count)
-    found = standardize(layout, wide, mask, epsilon=epsilon)
+    found = standardize_slices(layout, wide, mask, epsilon=epsilon)
     y = _affine(layout, precision, found.xhat, scale, bias)
     divisor = np.maximum(found.count - unbiased, 1)
     weight = batch_weight(decay, count, debias).astype(precision.work)
@@ -141,26 +145,27 @@ def layer_norm(
     """Layer normalization: y = (x - mean) / sqrt(var + epsilon) * (scale_offset + scale) + bias.
 
     Args:
-        x: Real or complex, any shape.
-        scale: Sizes of the feature axes, or of the rank of x and broadcastable to it, or None.
-        bias: As scale.
-        axis: The axes over which the moments are taken.
-        feature_axis: The axes that carry the parameters; None: those of `axis`.
-        epsilon: Added to the variance; zero or positive.
-        scale_offset: Added to scale; 1 for parameters that are stored around zero.
-        mask: Broadcastable to x.
+        x: real or complex, any shape.
+        scale: sizes of the feature axes, or of the rank of x and broadcastable to it, or None.
+        bias: as scale.
+        axis: the axes over which the moments are measured.
+        feature_axis: the axes that carry the parameters; None: those of `axis`.
+        epsilon: added to the variance; zero or positive.
+        scale_offset: added to scale; 1 for parameters that are stored around zero.
+        mask: broadcastable to x.
 
     Returns:
         y, shape of x.
 
     Raises:
-        ValueError: Shapes, axes or epsilon do not fit.
-        TypeError: An array does not hold numbers.
+        ValueError: shapes, axes or epsilon do not fit.
+        TypeError: an array does not hold numbers.
 
     Source: Ba, Kiros and Hinton 2016 (arXiv:1607.06450), section 3.
 
-    >>> layer_norm([[1.0, 3.0], [5.0, 5.0]], [2.0, 2.0], [1.0, 1.0]).round(3).tolist()
-    [[-1.0, 3.0], [1.0, 1.0]]
+    Example:
+        >>> layer_norm([[1.0, 3.0], [5.0, 5.0]], [2.0, 2.0], [1.0, 1.0]).round(3).tolist()
+        [[-1.0, 3.0], [1.0, 1.0]]
     """
     layout = slices_over("layer_norm", np.shape(x), axis, feature_axis)
     return _normalize(layout, x, scale, bias, epsilon=epsilon, mask=mask, offset=scale_offset)
@@ -179,25 +184,26 @@ def rms_norm(
     """RMS normalization: y = x / sqrt(mean(|x|^2) + epsilon) * (scale_offset + scale).
 
     Args:
-        x: Real or complex, any shape.
-        scale: As in `layer_norm`; with None there is no factor, whatever the offset.
-        axis: The axes over which the mean square is taken.
-        feature_axis: The axes that carry the parameters; None: those of `axis`.
-        epsilon: Added to the mean square; zero or positive.
-        scale_offset: Added to scale; 1 for parameters that are stored around zero.
-        mask: Broadcastable to x.
+        x: real or complex, any shape.
+        scale: as in `layer_norm`; with None there is no factor, whatever the offset.
+        axis: the axes over which the mean square is measured.
+        feature_axis: the axes that carry the parameters; None: those of `axis`.
+        epsilon: added to the mean square; zero or positive.
+        scale_offset: added to scale; 1 for parameters that are stored around zero.
+        mask: broadcastable to x.
 
     Returns:
         y, shape of x.
 
     Raises:
-        ValueError: Shapes, axes or epsilon do not fit.
-        TypeError: An array does not hold numbers.
+        ValueError: shapes, axes or epsilon do not fit.
+        TypeError: an array does not hold numbers.
 
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467), section 4.
 
-    >>> rms_norm([[3.0, 4.0]], [0.0, 1.0], epsilon=0.0, scale_offset=1.0).round(3).tolist()
-    [[0.849, 2.263]]
+    Example:
+        >>> rms_norm([[3.0, 4.0]], [0.0, 1.0], epsilon=0.0, scale_offset=1.0).round(3).tolist()
+        [[0.849, 2.263]]
     """
     layout = slices_over("rms_norm", np.shape(x), axis, feature_axis)
     return _normalize(
@@ -223,27 +229,28 @@ def group_norm(
     together with the other reduced axes.
 
     Args:
-        x: Real or complex, (N, ..., C) with the feature axis anywhere.
+        x: real or complex, (N, ..., C) with the feature axis anywhere.
         scale: (C,), or of the rank of x and broadcastable to it, or None.
-        bias: As scale.
-        num_groups: A divisor of C.
-        feature_axis: The one axis that carries the parameters and is split.
-        axis: The reduced axes, which must include the feature axis; None: all but axis 0.
-        epsilon: Added to the variance; zero or positive.
-        scale_offset: Added to scale; 1 for parameters that are stored around zero.
-        mask: Broadcastable to x.
+        bias: as scale.
+        num_groups: a divisor of C.
+        feature_axis: the one axis that carries the parameters and is split.
+        axis: the reduced axes, which must include the feature axis; None: all but axis 0.
+        epsilon: added to the variance; zero or positive.
+        scale_offset: added to scale; 1 for parameters that are stored around zero.
+        mask: broadcastable to x.
 
     Returns:
         y, shape of x.
 
     Raises:
-        ValueError: Shapes, axes, groups or epsilon do not fit.
-        TypeError: An array does not hold numbers.
+        ValueError: shapes, axes, groups or epsilon do not fit.
+        TypeError: an array does not hold numbers.
 
     Source: Wu and He 2018 (arXiv:1803.08494), section 3.1.
 
-    >>> group_norm([[1.0, 3.0, 10.0, 30.0]], num_groups=2).round(3).tolist()
-    [[-1.0, 1.0, -1.0, 1.0]]
+    Example:
+        >>> group_norm([[1.0, 3.0, 10.0, 30.0]], num_groups=2).round(3).tolist()
+        [[-1.0, 1.0, -1.0, 1.0]]
     """
     layout = slices_of_groups("group_norm", np.shape(x), num_groups, feature_axis, axis)
     return _normalize(layout, x, scale, bias, epsilon=epsilon, mask=mask, offset=scale_offset)
@@ -261,28 +268,29 @@ def instance_norm(
 ) -> Array:
     """Instance normalization: y = (x - mean) / sqrt(var + epsilon) * (scale_offset + scale) + bias.
 
-    The moments are taken over all axes but axis 0 and the feature axes.
+    The moments are measured over all axes but axis 0 and the feature axes.
 
     Args:
-        x: Real or complex, (N, ..., C) with the feature axes anywhere.
-        scale: Sizes of the feature axes, or of the rank of x and broadcastable to it, or None.
-        bias: As scale.
-        feature_axis: The axes that carry the parameters.
-        epsilon: Added to the variance; zero or positive.
-        scale_offset: Added to scale; 1 for parameters that are stored around zero.
-        mask: Broadcastable to x.
+        x: real or complex, (N, ..., C) with the feature axes anywhere.
+        scale: sizes of the feature axes, or of the rank of x and broadcastable to it, or None.
+        bias: as scale.
+        feature_axis: the axes that carry the parameters.
+        epsilon: added to the variance; zero or positive.
+        scale_offset: added to scale; 1 for parameters that are stored around zero.
+        mask: broadcastable to x.
 
     Returns:
         y, shape of x.
 
     Raises:
-        ValueError: Shapes, axes or epsilon do not fit.
-        TypeError: An array does not hold numbers.
+        ValueError: shapes, axes or epsilon do not fit.
+        TypeError: an array does not hold numbers.
 
     Source: Ulyanov, Vedaldi and Lempitsky 2016 (arXiv:1607.08022), section 2.
 
-    >>> instance_norm([[[1.0, 10.0], [3.0, 30.0]]]).round(3).tolist()
-    [[[-1.0, -1.0], [1.0, 1.0]]]
+    Example:
+        >>> instance_norm([[[1.0, 10.0], [3.0, 30.0]]]).round(3).tolist()
+        [[[-1.0, -1.0], [1.0, 1.0]]]
     """
     layout = slices_but("instance_norm", np.shape(x), (0,), feature_axis)
     return _normalize(layout, x, scale, bias, epsilon=epsilon, mask=mask, offset=scale_offset)
@@ -298,30 +306,31 @@ def standardize_weight(
     """Weight standardization: w = (kernel - mean) / sqrt(var + epsilon) * gain.
 
     Args:
-        kernel: Real or complex, any shape.
-        gain: Broadcastable to the sizes of the axes that are not reduced, or None.
-        axis: The axes over which the moments are taken; None: all but the last.
-        epsilon: Added to the variance; zero or positive.
+        kernel: real or complex, any shape.
+        gain: broadcastable to the sizes of the axes that are not reduced, or None.
+        axis: the axes over which the moments are measured; None: all but the last.
+        epsilon: added to the variance; zero or positive.
 
     Returns:
         w, shape of kernel.
 
     Raises:
-        ValueError: Shapes, axes or epsilon do not fit.
-        TypeError: An array does not hold numbers.
+        ValueError: shapes, axes or epsilon do not fit.
+        TypeError: an array does not hold numbers.
 
     Source: Qiao et al. 2019 (arXiv:1903.10520), section "Weight Standardization"; with a gain,
     Brock, De and Smith 2021 (arXiv:2101.08692), "Scaled Weight Standardization".
 
-    >>> standardize_weight([[1.0, 10.0], [3.0, 30.0]], [1.0, 2.0]).round(3).tolist()
-    [[-1.0, -2.0], [1.0, 2.0]]
+    Example:
+        >>> standardize_weight([[1.0, 10.0], [3.0, 30.0]], [1.0, 2.0]).round(3).tolist()
+        [[-1.0, -2.0], [1.0, 2.0]]
     """
     layout = weight_layout("standardize_weight", np.shape(kernel), axis)
     return _normalize(layout, kernel, full_gain(layout, gain), None, epsilon=epsilon, mask=None)
 
 
 def _normalize(
-    layout: Layout,
+    layout: SliceLayout,
     x: ArrayLike,
     scale: ArrayLike | None,
     bias: ArrayLike | None,
@@ -332,12 +341,12 @@ def _normalize(
     offset: float = 0.0,
 ) -> Array:
     precision = Precision.of(layout.operation, x, scale, bias)
-    found = standardize(layout, precision.widen(x), mask, epsilon=epsilon, centered=centered)
+    found = standardize_slices(layout, precision.widen(x), mask, epsilon=epsilon, centered=centered)
     return _affine(layout, precision, found.xhat, scale, bias, offset)
 
 
 def _affine(
-    layout: Layout,
+    layout: SliceLayout,
     precision: Precision,
     xhat: Array,
     scale: ArrayLike | None,

@@ -22,42 +22,44 @@ class Moments(NamedTuple):
     """Count, mean and second central moment: what `merge` combines.
 
     Attributes:
-        count: The number of included elements.
-        mean: Their mean; zero where count is zero.
-        m2: Sum of |x - mean|^2.
+        count: the number of included elements.
+        mean: their mean; zero where count is zero.
+        m2: sum of |x - mean|^2.
 
-    >>> Moments(*moments([1.0, 2.0, 6.0], 0)).m2.tolist()
-    14.0
+    Example:
+        >>> Moments(*moments([1.0, 2.0, 6.0], 0)).m2.tolist()
+        14.0
     """
 
-    # The name is the field's, though tuples have a method of that name.
+    # A tuple has a method `count`, which this field hides.
     count: Array  # float64  # pyright: ignore[reportIncompatibleMethodOverride]
-    mean: Array  # float64 or complex128
-    m2: Array  # float64
+    mean: Array  # float64 or complex128, shape of count
+    m2: Array  # float64, shape of count
 
 
 def moments(x: ArrayLike, axis: Axes, *, mask: ArrayLike | None = None) -> Moments:
     """Count, mean and m2 = sum of |x - mean|^2 over `axis`, without the reduced axes.
 
     Args:
-        x: Real or complex, any shape.
-        axis: The axes to reduce.
-        mask: Broadcastable to x.
+        x: real or complex, any shape.
+        axis: the axes to reduce.
+        mask: broadcastable to x.
 
     Returns:
         `Moments`, each field in the shape of x without the reduced axes; all zero where the
         mask leaves nothing.
 
     Raises:
-        ValueError: Axes or mask do not fit.
+        ValueError: axes or mask do not fit.
         TypeError: x does not hold numbers.
 
     Source: Chan, Golub and LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for
     Computing Sample Variances" (Stanford, STAN-CS-79-773).
 
-    >>> count, mean, m2 = moments([[1.0, 3.0], [5.0, 5.0]], -1)
-    >>> count.tolist(), mean.tolist(), m2.tolist()
-    ([2.0, 2.0], [2.0, 5.0], [2.0, 0.0])
+    Example:
+        >>> count, mean, m2 = moments([[1.0, 3.0], [5.0, 5.0]], -1)
+        >>> count.tolist(), mean.tolist(), m2.tolist()
+        ([2.0, 2.0], [2.0, 5.0], [2.0, 0.0])
     """
     precision = Precision.of("moments", x)
     layout = slices_over("moments", np.shape(x), axis, None)
@@ -77,19 +79,20 @@ def merge(a: Moments, b: Moments) -> Moments:
 
     Args:
         a: `Moments`, or any three arrays (count, mean, m2).
-        b: The same, in shapes that broadcast.
+        b: the same, in shapes that broadcast.
 
     Returns:
         `Moments`.
 
     Raises:
-        TypeError: An array does not hold numbers.
+        TypeError: an array does not hold numbers.
 
     Source: Chan, Golub and LeVeque 1979 (see `moments`).
 
-    >>> two, three = moments([0.0, 2.0], 0), moments([1.0, 5.0, 9.0], 0)
-    >>> [float(f) for f in merge(two, three)]
-    [5.0, 3.4, 53.2]
+    Example:
+        >>> two, three = moments([0.0, 2.0], 0), moments([1.0, 5.0, 9.0], 0)
+        >>> [float(f) for f in merge(two, three)]
+        [5.0, 3.4, 53.2]
     """
     precision = Precision.of("merge", *a, *b)
     (count_a, mean_a, m2_a), (count_b, mean_b, m2_b) = (
@@ -97,9 +100,9 @@ def merge(a: Moments, b: Moments) -> Moments:
     )
     count = count_a + count_b
     part_b = count_b / np.maximum(count, 1)
-    apart = mean_b - mean_a
-    mean = np.where(count_a == 0, mean_b, mean_a + apart * part_b)
-    m2 = m2_a + m2_b + squared(apart) * count_a * part_b
+    difference = mean_b - mean_a
+    mean = np.where(count_a == 0, mean_b, mean_a + difference * part_b)
+    m2 = m2_a + m2_b + squared(difference) * count_a * part_b
     return Moments(*(precision.narrow(np.asarray(f)) for f in (count, mean, m2)))
 
 
@@ -120,23 +123,24 @@ def moments_vjp(
     in JAX's pairing Re sum(cotangent * tangent); zero where the mask leaves nothing.
 
     Args:
-        dmean: Cotangent of the mean, real or complex like it, in its shape.
-        dm2: Cotangent of m2, real, in its shape.
-        x: As in `moments`.
-        axis: As in `moments`.
-        mask: As in `moments`.
+        dmean: cotangent of the mean, real or complex like it, in its shape.
+        dm2: cotangent of m2, real, in its shape.
+        x: as in `moments`.
+        axis: as in `moments`.
+        mask: as in `moments`.
 
     Returns:
         dx, shape of x; real for real x.
 
     Raises:
-        ValueError: Axes, mask or the shape of a cotangent do not fit.
-        TypeError: An array does not hold numbers.
+        ValueError: axes, mask or the shape of a cotangent do not fit.
+        TypeError: an array does not hold numbers.
 
     Source: differentiation of the definitions.
 
-    >>> moments_vjp(4.0, 1.0, [0.0, 2.0], 0).tolist()
-    [0.0, 4.0]
+    Example:
+        >>> moments_vjp(4.0, 1.0, [0.0, 2.0], 0).tolist()
+        [0.0, 4.0]
     """
     precision = Precision.of("moments_vjp", dmean, dm2, x)
     wide = precision.widen(x)
@@ -148,7 +152,7 @@ def moments_vjp(
         if np.shape(given) != kept:
             raise ValueError(
                 f"moments_vjp: {name} must have the shape of x.shape={wide.shape} without "
-                f"axis={axis}, {kept}; got {np.shape(given)}."
+                f"axis={axis}, {kept}; got {np.shape(given)}. Reshape it."
             )
         cotangents.append(precision.widen(given).reshape(found.count.shape))
     dmean, dm2 = cotangents

@@ -1,8 +1,8 @@
-"""The common part of all oracles: working precision, layout of slices, their statistics.
+"""The common part of all oracles: working precision, layout of slices, statistics of slices.
 
 A normalization is a layout (which elements form a slice, which axes carry parameters) and two
-formulas: `standardize` forward and `standardize_vjp` backward. The families
-differ only in the layout that they build here.
+formulas: `standardize_slices` forward and `standardize_slices_vjp` backward. The families differ
+only in the layout.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ _WIDEST = {np.dtype(t) for t in (np.longdouble, np.clongdouble)}
 
 
 class Precision(NamedTuple):
-    """The real dtypes in which one call computes and in which it hands back its results.
+    """The real dtypes in which one call computes and returns its results.
 
-    Inputs of at most float32 are computed in float64. As soon as one input is float64, the call
-    computes in `numpy.longdouble` (80 bits on x86 Linux; where NumPy has nothing wider than
-    float64, that is float64 again). Results are float64 unless an input was longdouble itself,
-    which is what finite differences of the oracle need. Complex arrays take the complex dtype of
-    the same width.
+    Inputs of at most float32 are computed in float64. If one input is float64, the call computes in
+    `numpy.longdouble`. That has 80 bits on x86 Linux; if NumPy has nothing wider than float64, it
+    is float64 again. Results are float64, unless an input was longdouble itself, which finite
+    differences of the oracle need. Complex arrays take the complex dtype of the same width.
     """
 
     work: DTypeLike
@@ -39,7 +38,9 @@ class Precision(NamedTuple):
         dtypes = {np.asarray(a).dtype for a in arrays if a is not None}
         for dtype in dtypes:
             if dtype.kind in "OSUMm":
-                raise TypeError(f"{operation}: arrays must hold numbers; got dtype {dtype}.")
+                raise TypeError(
+                    f"{operation}: arrays must hold numbers; got dtype {dtype}. Convert it."
+                )
         return cls(
             work=np.longdouble if dtypes & _WIDE else np.float64,
             result=np.longdouble if dtypes & _WIDEST else np.float64,
@@ -70,10 +71,10 @@ def canonical_axes(operation: str, name: str, axis: Axes, ndim: int) -> tuple[in
     return tuple(sorted(int(a) % ndim for a in given))
 
 
-class Layout(NamedTuple):
+class SliceLayout(NamedTuple):
     """The axes of the slices and the parameters of one normalization.
 
-    `x` is reshaped to `view` and reduced there over `axes`; `scale` and `bias` lie on the axes
+    `x` is reshaped to `view` and reduced there over `axes`. `scale` and `bias` lie on the axes
     `features` of the original `shape`, their sizes in ascending axis order.
     """
 
@@ -112,7 +113,7 @@ class Layout(NamedTuple):
         return array.sum(axis=others)
 
     def check_like_x(self, name: str, array: Array) -> None:
-        """`ValueError` unless `array` has the shape of `x`."""
+        """Raise a ValueError unless `array` has the shape of `x`."""
         if array.shape != self.shape:
             raise ValueError(
                 f"{self.operation}: {name} must have the shape of x, {self.shape}; got "
@@ -120,7 +121,7 @@ class Layout(NamedTuple):
             )
 
     def included(self, mask: ArrayLike | None) -> Array:
-        """Boolean array of shape `view`: which elements enter the moments."""
+        """Boolean array of shape `view` that is true for the elements that enter the moments."""
         chosen = np.asarray(True if mask is None else np.asarray(mask) != 0)
         try:
             return np.broadcast_to(chosen, self.shape).reshape(self.view)
@@ -133,22 +134,22 @@ class Layout(NamedTuple):
 
 def slices_over(
     operation: str, shape: tuple[int, ...], axes: Axes, features: Axes | None
-) -> Layout:
+) -> SliceLayout:
     """The layout that reduces `axes` of `x` itself; `features=None` means the same axes."""
     reduced = canonical_axes(operation, "axis", axes, len(shape))
     if features is None:
-        return Layout(operation, shape, shape, reduced, reduced)
+        return SliceLayout(operation, shape, shape, reduced, reduced)
     carried = canonical_axes(operation, "feature_axis", features, len(shape))
-    return Layout(operation, shape, shape, reduced, carried)
+    return SliceLayout(operation, shape, shape, reduced, carried)
 
 
 def slices_but(
     operation: str, shape: tuple[int, ...], kept: tuple[int, ...], features: Axes
-) -> Layout:
+) -> SliceLayout:
     """The layout that reduces every axis but those `kept` and the feature axes."""
     carried = canonical_axes(operation, "feature_axis", features, len(shape))
     reduced = tuple(a for a in range(len(shape)) if a not in kept and a not in carried)
-    return Layout(operation, shape, shape, reduced, carried)
+    return SliceLayout(operation, shape, shape, reduced, carried)
 
 
 def slices_of_groups(
@@ -157,7 +158,7 @@ def slices_of_groups(
     num_groups: int,
     feature_axis: int,
     axis: Axes | None,
-) -> Layout:
+) -> SliceLayout:
     """The layout of group normalization: the feature axis split into (groups, channels)."""
     (feature,) = canonical_axes(operation, "feature_axis", feature_axis, len(shape))
     channels = shape[feature]
@@ -166,8 +167,8 @@ def slices_of_groups(
             f"{operation}: num_groups must divide the {channels} features of x.shape={shape} at "
             f"feature_axis={feature_axis}; got num_groups={num_groups}. Choose a divisor."
         )
-    everything = tuple(range(1, len(shape)))
-    reduced = everything if axis is None else canonical_axes(operation, "axis", axis, len(shape))
+    all_but_batch = tuple(range(1, len(shape)))
+    reduced = all_but_batch if axis is None else canonical_axes(operation, "axis", axis, len(shape))
     if feature not in reduced:
         raise ValueError(
             f"{operation}: the reduced axes must include the feature axis {feature} of "
@@ -175,10 +176,10 @@ def slices_of_groups(
         )
     view = (*shape[:feature], num_groups, channels // num_groups, *shape[feature + 1 :])
     inside = tuple(a if a < feature else a + 1 for a in reduced)
-    return Layout(operation, shape, view, inside, (feature,))
+    return SliceLayout(operation, shape, view, inside, (feature,))
 
 
-def weight_layout(operation: str, shape: tuple[int, ...], axis: Axes | None) -> Layout:
+def weight_layout(operation: str, shape: tuple[int, ...], axis: Axes | None) -> SliceLayout:
     """The layout of weight standardization: the gain lies on the axes that are not reduced."""
     if axis is None:
         return slices_but(operation, shape, (), -1)
@@ -187,8 +188,8 @@ def weight_layout(operation: str, shape: tuple[int, ...], axis: Axes | None) -> 
     return slices_but(operation, shape, (), kept)
 
 
-def full_gain(layout: Layout, gain: ArrayLike | None) -> Array | None:
-    """`gain` broadcast to the axes that are not reduced."""
+def full_gain(layout: SliceLayout, gain: ArrayLike | None) -> Array | None:
+    """The gain, broadcast to the axes that are not reduced."""
     if gain is None:
         return None
     given, wanted = np.asarray(gain), tuple(layout.shape[a] for a in layout.features)
@@ -197,7 +198,7 @@ def full_gain(layout: Layout, gain: ArrayLike | None) -> Array | None:
     except ValueError:
         raise ValueError(
             f"{layout.operation}: gain must broadcast to the axes of kernel.shape={layout.shape} "
-            f"that are not reduced, {wanted}; got gain.shape={given.shape}."
+            f"that are not reduced, {wanted}; got gain.shape={given.shape}. Reshape it."
         ) from None
 
 
@@ -208,21 +209,24 @@ class Slices:
     Every field but `xhat` and `included` keeps the reduced axes with size 1.
     """
 
+    # Dtypes are the working precision: float64 or longdouble, or complex of the same width.
     included: Array  # bool, shape of the view
     count: Array  # real; the number of included elements
-    mean: Array  # zero where the second moment is not centered
+    mean: Array  # real or complex like x; zero if the second moment is not centered
     m2: Array  # real; sum of |x - mean|^2 over the included elements
     rstd: Array  # real; zero marks a slice without elements or without deviation
-    xhat: Array  # shape of the view
+    xhat: Array  # real or complex like x, shape of the view
 
 
-def gather(layout: Layout, x: Array, mask: ArrayLike | None, *, centered: bool = True) -> Slices:
-    """The moments of each slice; `xhat` holds `x - mean`, and `rstd` ones.
+def gather(
+    layout: SliceLayout, x: Array, mask: ArrayLike | None, *, centered: bool = True
+) -> Slices:
+    """Moments of each slice; `xhat` holds `x - mean`, and `rstd` holds ones.
 
-    The mean is taken in two steps, a mean and then the mean of the residuals, so that nothing is
-    lost where the data's offset dwarfs its deviation. It also makes the residuals of a constant
-    slice exactly zero: after the first step they all equal the same few last digits of the
-    constant, whose sum and mean are exact.
+    The mean is taken in two steps: a mean, and then the mean of the residuals. So no digit is lost
+    if the offset of the data is much larger than its deviation. The two steps also make the
+    residuals of a constant slice exactly zero: after the first step they all equal the same few
+    last digits of the constant, whose sum and mean are exact.
     """
     values, included = x.reshape(layout.view), layout.included(mask)
     axes, real = layout.axes, np.real(values).dtype
@@ -256,15 +260,18 @@ def divided(array: Array, count: Array) -> Array:
 
 
 def reciprocal_deviation(operation: str, var: Array, epsilon: float) -> Array:
-    """1 / sqrt(var + epsilon), and zero where that has no value."""
+    """1 / sqrt(var + epsilon), and zero if var + epsilon is zero."""
     if not epsilon >= 0:
-        raise ValueError(f"{operation}: epsilon must be zero or positive; got epsilon={epsilon}.")
+        raise ValueError(
+            f"{operation}: epsilon must be zero or positive; got epsilon={epsilon}. For example "
+            "epsilon=1e-5."
+        )
     shifted = var + var.dtype.type(epsilon)
     return np.where(shifted == 0, 0, 1 / np.sqrt(np.where(shifted == 0, 1, shifted)))
 
 
-def standardize(
-    layout: Layout, x: Array, mask: ArrayLike | None, *, epsilon: float, centered: bool = True
+def standardize_slices(
+    layout: SliceLayout, x: Array, mask: ArrayLike | None, *, epsilon: float, centered: bool = True
 ) -> Slices:
     """xhat = (x - mean) * rstd for every element, masked out or not.
 
@@ -283,7 +290,9 @@ def scaled(residual: Array, rstd: Array) -> Array:
     return np.multiply(residual, rstd, out=out, where=rstd != 0)
 
 
-def standardize_vjp(layout: Layout, g: Array, found: Slices, *, centered: bool = True) -> Array:
+def standardize_slices_vjp(
+    layout: SliceLayout, g: Array, found: Slices, *, centered: bool = True
+) -> Array:
     """The cotangent of `x`, from `g`, the cotangent of `xhat` (shape of `x`).
 
     With n included elements, m_j = 1 for an included element and else 0,
@@ -321,7 +330,10 @@ def batch_weight(decay: float | None, count: int, debias: bool) -> np.longdouble
     if decay is None:
         return 1 / updates
     if not 0 <= decay <= 1:
-        raise ValueError(f"batch_norm: decay must lie in [0, 1] or be None; got decay={decay}.")
+        raise ValueError(
+            f"batch_norm: decay must lie in [0, 1] or be None; got decay={decay}. For example "
+            "decay=0.9."
+        )
     kept = np.longdouble(decay)
     if not debias:
         return 1 - kept

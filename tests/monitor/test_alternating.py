@@ -1,4 +1,4 @@
-"""Which steps look is decided before they run, from a count that needs no device."""
+"""Steps with and without a sample, chosen on the host from a count that needs no device."""
 
 import flax.linen as nn
 import jax
@@ -36,16 +36,16 @@ def begun():
     return start(), step_of(Monitor(every=2), donate=False)
 
 
-def looked(state):
+def sampled(state):
     return state.monitor.read()[0].tolist()
 
 
-def test_without_a_look_it_is_the_program_of_a_run_without_a_monitor():
+def test_a_step_without_a_sample_is_the_program_of_a_run_without_a_monitor():
     state, step = jax.eval_shape(start), step_of(Monitor(every=3))
-    plain = step.compiled.plain.lower(state, X).as_text()
-    assert plain == step_of(None).lower(state, X).as_text()
+    unmonitored = step.compiled.unmonitored.lower(state, X).as_text()
+    assert unmonitored == step_of(None).lower(state, X).as_text()
     with_buffer, _ = jax.eval_shape(step, state, X)
-    assert len(step.compiled.looking.lower(with_buffer, X).as_text()) > 2 * len(plain)
+    assert len(step.compiled.sampling.lower(with_buffer, X).as_text()) > 2 * len(unmonitored)
 
 
 def test_all_is_compiled_before_the_first_step(compilations):
@@ -57,7 +57,7 @@ def test_all_is_compiled_before_the_first_step(compilations):
     compilations.clear()
     for _ in range(6):
         state, _ = step(state, X)
-    assert not compilations and looked(state) == [0, 3, 6]
+    assert not compilations and sampled(state) == [0, 3, 6]
 
 
 def test_the_device_is_asked_only_for_a_state_from_elsewhere(monkeypatch):
@@ -65,27 +65,27 @@ def test_the_device_is_asked_only_for_a_state_from_elsewhere(monkeypatch):
     get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: asked.append(x) or get(x))
     step, states = step_of(Monitor(every=2)), [start(0), start(1)]
-    for _ in range(5):  # two runs in turns
+    for _ in range(5):  # two runs, step by step
         states = [step(state, X)[0] for state in states]
     assert len(asked) == 2
-    # Not of this step's making, and not at its count.
+    # A state that this step has not returned, at another count.
     states[0] = states[0].replace(step=jax.device_put(np.int32(11)))
     for _ in range(3):
         states[0], _ = step(states[0], X)
     assert len(asked) == 3
     monkeypatch.undo()
-    assert looked(states[0]) == [0, 2, 4, 12] and looked(states[1]) == [0, 2, 4]
+    assert sampled(states[0]) == [0, 2, 4, 12] and sampled(states[1]) == [0, 2, 4]
 
 
-def test_a_step_made_again_is_looked_at_again(begun):
+def test_a_step_that_is_repeated_is_sampled_again(begun):
     state, step = begun
     first, _ = step(state, X)
     second, _ = step(first, X)
     for _ in range(2):
         third, _ = step(second, X)
-        assert looked(third) == [0, 2]
+        assert sampled(third) == [0, 2]
     again, _ = step(first, X)
-    assert looked(again) == [0] and int(again.step) == 2
+    assert sampled(again) == [0] and int(again.step) == 2
 
 
 @pytest.mark.parametrize("larger", [jax.jit, lambda f: lambda s, b: jax.lax.scan(f, s, b[None])])
@@ -95,7 +95,7 @@ def test_in_a_larger_program_the_device_chooses(begun, larger):
     run = larger(step)
     for _ in range(4):
         state, _ = run(state, X)
-    assert looked(state) == [0, 2, 4]
+    assert sampled(state) == [0, 2, 4]
     rows = state.monitor.read()[1]
     state = begun[0]
     for _ in range(5):

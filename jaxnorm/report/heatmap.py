@@ -6,11 +6,11 @@ from typing import Any
 import altair as alt
 
 SHORT = "format(datum.value, abs(datum.value) < 0.001 && datum.value ? '.0e' : '~g')"
-"""Of an axis or a legend, where small numbers would be rows of zeros."""
+"""A label format for axes and legends that shows small numbers without many zeros."""
 
 
 def steps(title: str | None = "training step", **options: Any) -> alt.X:
-    """The axis that every chart over time has."""
+    """The horizontal axis of every chart over training steps."""
     return alt.X(
         "step:Q",
         title=title,
@@ -22,28 +22,28 @@ def steps(title: str | None = "training step", **options: Any) -> alt.X:
 def heatmap(
     data: Any, row: str, of: str, colours: Mapping[float, str], kind: Any, **row_axis: Any
 ) -> alt.Chart:
-    """Rows by step, in colours.
+    """Build a heatmap with one row for each value of a field and one column for each step.
 
     Args:
-      data: of Altair, with the fields "step", "end", "value" and `row`.
-      row: the field that names a row.
-      of: what the value is of, for people.
-      colours: value -> colour; beyond the first and the last the colour stays.
-      kind: of the colours' scale.
-      row_axis: options of the axis of the rows.
+        data: Altair's data, with the fields "step", "end", "value" and `row`.
+        row: the field that names a row.
+        of: the name of the value, for people.
+        colours: value -> colour. Values beyond the first and the last keep the colour of these.
+        kind: the kind of the scale of colours.
+        row_axis: options of the axis of the rows.
 
     Returns:
-      A chart without a size.
+        A chart without a size.
 
     Raises:
-      Nothing of its own.
+        Nothing of its own.
     """
     scale = alt.Scale(
         type=kind,
         domain=list(colours),
         range=list(colours.values()),
         clamp=True,
-        interpolate="lab",  # the default goes from grey to orange by way of pink
+        interpolate="lab",  # the default would pass through pink between grey and orange
     )
     legend = alt.Legend(
         orient="bottom", values=list(colours), format="~g", labelExpr=SHORT, gradientLength=260
@@ -51,7 +51,7 @@ def heatmap(
     axis = {"ticks": False, "domain": False, "labelAngle": 0, **row_axis}
     return (
         alt.Chart(data)
-        .mark_rect(invalid="filter", aria=False)  # thousands; the chart has a label as a whole
+        .mark_rect(invalid="filter", aria=False)  # not thousands of labels, but one for the chart
         .encode(
             x=steps(domain=False),
             x2="end:Q",

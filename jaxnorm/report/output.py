@@ -1,4 +1,4 @@
-"""Folders for what the commands write, checked before there is anything to write."""
+"""Output of the commands: folders that are checked before the work, files written whole."""
 
 import os
 import tempfile
@@ -13,25 +13,25 @@ class OutputError(OSError):
 
 
 def check_folder(folder: str | os.PathLike[str], names: tuple[str, ...] = ()) -> Path:
-    """Find out, before any work is done, whether files can be written into a folder.
+    """Check that files can be written into a folder, before any work is done.
 
-    Nothing is left behind: a folder that does not exist is not made, only the first of its parents
-    that exists is tried.
+    The check leaves nothing in the file system. A folder that does not exist is not made; the first
+    of its parents that exists is tried instead.
 
     Args:
-      folder: where the files are to go.
-      names: of the files; none of them may be a folder.
+        folder: the folder for the files.
+        names: names of the files; none of them may be a folder.
 
     Returns:
-      The folder as a path.
+        The folder as a path.
 
     Raises:
-      OutputError: it, or a parent, is a file, or it cannot be written.
+        OutputError: the folder or a parent is a file, or cannot be written.
 
     Example:
-      >>> with tempfile.TemporaryDirectory() as parent:
-      ...     check_folder(Path(parent) / "new").name
-      'new'
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     check_folder(Path(parent) / "new").name
+        'new'
     """
     folder = Path(folder)
     existing = folder.absolute()
@@ -57,23 +57,24 @@ def check_folder(folder: str | os.PathLike[str], names: tuple[str, ...] = ()) ->
 
 
 def write_files(folder: str | os.PathLike[str], texts: Mapping[str, str]) -> list[Path]:
-    """Write text files next to whatever a folder holds; all are written before any is renamed.
+    """Write text files into a folder; all are written before any gets its name.
 
     Args:
-      folder: made where it does not exist, with its parents.
-      texts: file name -> content. A file of the same name is replaced; no other is touched.
+        folder: the folder. It is made with its parents if it does not exist.
+        texts: file name -> content. A file of the same name is replaced; other files are not
+            changed.
 
     Returns:
-      The paths, in the order of `texts`.
+        The paths, in the order of `texts`.
 
     Raises:
-      OutputError: the folder cannot be made or written. What was there before is still there.
+        OutputError: the folder cannot be made or written. Earlier files are still there.
 
     Example:
-      >>> with tempfile.TemporaryDirectory() as parent:
-      ...     [path] = write_files(parent, {"a.txt": "hello"})
-      ...     path.read_text()
-      'hello'
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     [path] = write_files(parent, {"a.txt": "hello"})
+        ...     path.read_text()
+        'hello'
     """
     try:
         return write_whole(
