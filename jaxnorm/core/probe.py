@@ -30,20 +30,21 @@ def element_of(slices: Slices, x, mask, *, all_at_hand: bool):
 
 
 def _places(shape: tuple[int, ...], axes: tuple[int, ...]):
-    """Start, end and stride of a grid of at most 16 places over the axes, away from the edges."""
-    start, end, stride = [0] * len(shape), list(shape), [1] * len(shape)
+    """Start and end of a block of at most 16 places over the axes, in their middle.
+
+    Neighbours: to fetch elements far apart, TPUs would copy all that lies between.
+    """
+    start, end = [0] * len(shape), list(shape)
     if not all(isinstance(shape[a], int) for a in axes):
         # A symbolic size (jax.export): all that is known is that there is a first place.
-        return start, [1 if a in axes else n for a, n in enumerate(shape)], stride
+        return start, [1 if a in axes else n for a, n in enumerate(shape)]
     room = 16
     for left, a in zip(range(len(axes), 0, -1), sorted(axes, key=lambda a: shape[a])):
         number = min(shape[a], max(1, round(room ** (1 / left))))
         room //= number
-        stride[a] = shape[a] // number
-        span = stride[a] * (number - 1)
-        start[a] = (shape[a] - 1 - span) // 2
-        end[a] = start[a] + span + 1
-    return start, end, stride
+        start[a] = (shape[a] - number) // 2
+        end[a] = start[a] + number
+    return start, end
 
 
 def sliceable(x, axes: tuple[int, ...]) -> bool:
