@@ -1,7 +1,7 @@
 """The monoid of moments, and the few dtype rules that every statistic follows.
 
 The same object serves a masked batch, shards of a mesh, micro-batches of an accumulated step and
-a data set read in pieces: each is a `Moments`, and `Moments.merge` puts them together.
+a data set read in chunks: each is a `Moments`, and `Moments.merge` puts them together.
 """
 
 from typing import NamedTuple
@@ -87,8 +87,8 @@ class Moments(NamedTuple):
         weight = (self.count / jnp.maximum(count, 1)).astype(self.mean.dtype)
         origin = jnp.where(self.count[0] > 0, self.mean[0], self.mean.max(0))
         mean = (weight * (self.mean - origin)).sum(0)
-        apart = self.mean - origin - mean
-        m2 = self.m2 + self.count * abs_squared(apart)
+        deviation = self.mean - origin - mean
+        m2 = self.m2 + self.count * abs_squared(deviation)
         return Moments(count, origin + mean, saturate(m2.sum(0)))
 
     @classmethod

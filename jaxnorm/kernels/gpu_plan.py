@@ -165,7 +165,7 @@ def _block(view: tuple[int, int, int, int], samples: int, itemsize: int, room: i
 
 
 def _span(norm: KernelNorm) -> tuple[int, int]:
-    """The first reduced axis, and the one behind the last."""
+    """The first reduced axis, and the one after the last."""
     if norm.axes or not norm.split_axes:
         return min(norm.axes), max(norm.axes) + 1
     (axis,) = norm.split_axes
