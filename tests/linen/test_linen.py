@@ -1,6 +1,5 @@
 """Drop-in for `flax.linen`: same constructor, same variables, same outputs where Flax is right."""
 
-import dataclasses
 from functools import partial
 
 import flax.linen as nn
@@ -56,20 +55,6 @@ def make(module, name, options):
 
 def shapes(tree):
     return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
-
-
-@pytest.mark.parametrize("name", [*NORMS, "Conv", "Dense"])
-def test_same_name_and_fields_in_the_same_order(name):
-    ours, theirs = getattr(jnn, name), getattr(nn, name)
-    assert ours.__name__ == theirs.__name__
-
-    def fields(module):
-        return [f for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
-
-    their_fields = fields(theirs)
-    for a, b in zip(fields(ours), their_fields):
-        assert (a.name, a.default, a.kw_only) == (b.name, b.default, b.kw_only)
-    assert all(f.kw_only for f in fields(ours)[len(their_fields) :])
 
 
 @pytest.mark.parametrize("name, options", CASES, ids=str)
