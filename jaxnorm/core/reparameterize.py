@@ -35,29 +35,30 @@ def spectral_norm(
 
     W is `kernel` as a matrix from all its axes but the last to the last, and `sigma` its largest
     singular value as `steps` of power iteration from `u` find it, at most the true one. `u` and
-    its counterpart v are constants of the derivative; ``sigma = v W u*`` is not. Of zeros the
-    result is zeros, and `sigma` is 0. All results are in float32 at least.
+    its counterpart v are constants of the derivative; ``sigma = v W u*`` is not. All results are
+    in float32 at least.
+
+    Where W sends `u` to zero, the next `u` and `sigma` are zero and W stays as it is, then and from
+    then on. So it is with parameters that start at zero, for which the quotient would jump from 0
+    to norm 1 with their first update.
     """
     dtype = wide_dtype(promoted(kernel, u))
     matrix = kernel.reshape(-1, kernel.shape[-1]).astype(dtype)
-    # The quotient depends on no scale: without it, kernels of any size are normalized.
+    # The quotient depends on no scale: this way kernels of any size are normalized.
     size = _size(matrix, (0, 1), 0.0)
-    matrix = matrix / size.astype(dtype)
-    v, u = _singular_vectors(lax.stop_gradient(matrix), u.astype(dtype), steps, epsilon)
-    sigma = jnp.real(_product(_product(v, matrix), jnp.conj(u.T)))
-    normalized = matrix / jnp.where(sigma > 0, sigma, 1).astype(dtype)
+    scaled = matrix / size.astype(dtype)
+    v, u = _singular_vectors(lax.stop_gradient(scaled), u.astype(dtype), steps, epsilon)
+    sigma = jnp.real(_product(_product(v, scaled), jnp.conj(u.T)))
+    quotient = scaled / jnp.where(sigma > 0, sigma, 1).astype(dtype)
+    normalized = jnp.where(sigma > 0, quotient, matrix)
     return normalized.reshape(kernel.shape), u, lax.stop_gradient(sigma * size)[0, 0]
 
 
 def _singular_vectors(matrix, u, steps: int, epsilon: float):
     """Vectors v and `u` of the largest singular value, as power iteration from `u` finds them."""
-    adjoint = jnp.conj(matrix.T)
-    # From a vector that the matrix sends to zero there is no way on: start from the longest row.
-    longest = matrix[jnp.argmax(jnp.sum(jnp.square(jnp.abs(matrix)), axis=1))][None]
-    u = jnp.where(jnp.any(_product(u, adjoint) != 0), u, longest)
     v = u
     for _ in range(steps):
-        v = _unit(_product(u, adjoint), (0, 1), epsilon)
+        v = _unit(_product(u, jnp.conj(matrix.T)), (0, 1), epsilon)
         u = _unit(_product(v, matrix), (0, 1), epsilon)
     return lax.stop_gradient((v, u))
 

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from jaxnorm import functional
 from jaxnorm.core import arguments as check
 from jaxnorm.core import reparameterize
+from jaxnorm.core.moments import wide_dtype
 from jaxnorm.layers.norms import fields
 
 
@@ -63,11 +64,16 @@ def is_spectral(layer, kernel) -> bool:
     """True for a parameter that a `SpectralNorm` normalizes: not for vectors and scalars."""
     if kernel.ndim > 2 and layer.error_on_non_matrix:
         raise ValueError(
-            f"SpectralNorm: with error_on_non_matrix=True every parameter has at most two axes; "
-            f"got one of shape {kernel.shape}. Set error_on_non_matrix=False to normalize it as "
-            f"the matrix of shape {(kernel.size // kernel.shape[-1], kernel.shape[-1])}."
+            f"SpectralNorm: parameters must have at most two axes; got shape {kernel.shape}. Input "
+            f"is {kernel.ndim}D but error_on_non_matrix is True: set it to False to normalize the "
+            f"matrix of shape (-1, {kernel.shape[-1]})."
         )
     return kernel.ndim > 1 and layer.n_steps > 0
+
+
+def stored_dtype(param_dtype):
+    """The dtype of what a `SpectralNorm` stores between steps: float32 at least."""
+    return wide_dtype(param_dtype)
 
 
 def spectral_norm(layer, kernel, u) -> tuple[Array, Array, Array]:
@@ -93,7 +99,11 @@ def spectral_norm(layer, kernel, u) -> tuple[Array, Array, Array]:
         kernel, u, steps=layer.n_steps, epsilon=epsilon
     )
     dtype = check.result_dtype("SpectralNorm", kernel, u, dtype=layer.dtype)
-    return normalized.astype(dtype), new.astype(u.dtype), sigma.astype(layer.param_dtype)
+    return (
+        normalized.astype(dtype),
+        new.astype(u.dtype),
+        sigma.astype(stored_dtype(layer.param_dtype)),
+    )
 
 
 def scale_shape(layer, kernel) -> tuple[int, ...]:

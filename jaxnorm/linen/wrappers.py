@@ -21,13 +21,14 @@ class SpectralNorm(nn.SpectralNorm):
     each continues from the stored u when `update_stats` is on. Gradients take u and v as constants.
 
     Fields, variables and results are Flax's, with these differences: a kernel whose norm is below
-    1e-6 or above 1e19 is normalized too (Flax's result explodes, or is the kernel itself); a kernel
-    that was zero once can grow again; ``mutable=True`` does not store the normalized parameters in
-    place of the parameters; `dtype` does not round them; u and sigma keep their dtype; `epsilon`
-    counts relative to the largest weight. As in Flax, `init` gives normalized parameters.
+    1e-6 or above 1e19 is normalized too (Flax's result explodes, or is the kernel itself); only
+    parameters are normalized; ``mutable=True`` does not store the normalized ones in their place;
+    `dtype` does not round them; u and sigma keep their dtype; `epsilon` counts relative to the
+    largest weight. As in Flax, `init` gives normalized parameters, and a parameter that is zero at
+    the first update of u, as biases of attention are, is left as it is from then on.
 
     The variables of `collection_name` are `<layer>/<parameter>/u`, (1, out), and
-    `<layer>/<parameter>/sigma`, (), in `param_dtype`.
+    `<layer>/<parameter>/sigma`, (), in `param_dtype`, in float32 at least.
 
     Raises:
         TypeError: a complex parameter, with a `param_dtype` that is not.
@@ -63,10 +64,10 @@ class SpectralNorm(nn.SpectralNorm):
                 return kernel
             keys = (key.key for key in path[1:] if isinstance(key, DictKey))
             name = "/".join((str(self.layer_instance.name), *keys))
-            u = self.variable(self.collection_name, f"{name}/u", self._start, kernel.shape[-1])
-            sigma = self.variable(
-                self.collection_name, f"{name}/sigma", jnp.ones, (), self.param_dtype
-            )
+            collection, dtype = self.collection_name, weights.stored_dtype(self.param_dtype)
+            shape = (1, kernel.shape[-1])
+            u = self.variable(collection, f"{name}/u", self._random, shape, dtype)
+            sigma = self.variable(collection, f"{name}/sigma", jnp.ones, (), dtype)
             normal, new_u, new_sigma = weights.spectral_norm(self, kernel, u.value)
             if update_stats:
                 u.value, sigma.value = new_u, new_sigma
@@ -74,9 +75,9 @@ class SpectralNorm(nn.SpectralNorm):
 
         return _with_params(self, normalized, args, kwargs)
 
-    def _start(self, outputs: int):
-        """A random vector from which power iteration starts."""
-        return jax.random.normal(self.make_rng("params"), (1, outputs), self.param_dtype)
+    def _random(self, shape: tuple[int, ...], dtype):
+        """A vector from which power iteration starts."""
+        return jax.random.normal(self.make_rng("params"), shape, dtype)
 
 
 class WeightNorm(nn.WeightNorm):

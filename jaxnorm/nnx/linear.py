@@ -28,11 +28,14 @@ Metadata = Mapping[str, Any]
 NONE: Metadata = MappingProxyType({})
 
 
-class _Standardized(Signed, KernelFields):
+class _Standardized(Signed):
     """The common part of Linear and Conv: they compute with the standardized kernel."""
 
     kernel: nnx.Param
     param_dtype: Any
+    weight_standardization: bool
+    use_gain: bool
+    gain_init: Any
 
     def _create_gain(self, rngs: nnx.Rngs) -> None:
         """Check the new fields, and create the gain where there is one."""
@@ -51,7 +54,7 @@ class _Standardized(Signed, KernelFields):
         return super(_Standardized, layer).__call__(inputs, out_sharding)  # type: ignore[misc]
 
 
-class Linear(_Standardized, nnx.Linear):
+class Linear(_Standardized, nnx.Linear, KernelFields):
     """`flax.nnx.Linear`, with weight standardization where asked for.
 
     Args:
@@ -82,8 +85,8 @@ class Linear(_Standardized, nnx.Linear):
         weight_standardization: bool = False, use_gain: bool = False,
         gain_init: Initializer = initializers.ones, weight_epsilon: float = 1e-5,
     ) -> None:  # fmt: skip
-        nnx.Linear.__init__(
-            self, in_features, out_features, use_bias=use_bias, dtype=dtype,
+        super().__init__(
+            in_features, out_features, use_bias=use_bias, dtype=dtype,
             param_dtype=param_dtype, precision=precision, kernel_init=kernel_init,
             bias_init=bias_init, dot_general=dot_general, promote_dtype=promote_dtype,
             preferred_element_type=preferred_element_type, rngs=rngs,
@@ -96,7 +99,7 @@ class Linear(_Standardized, nnx.Linear):
         self._create_gain(rngs)
 
 
-class Conv(_Standardized, nnx.Conv):
+class Conv(_Standardized, nnx.Conv, KernelFields):
     """`flax.nnx.Conv`, with weight standardization where asked for.
 
     Args:
@@ -131,8 +134,8 @@ class Conv(_Standardized, nnx.Conv):
         weight_standardization: bool = False, use_gain: bool = False,
         gain_init: Initializer = initializers.ones, weight_epsilon: float = 1e-5,
     ) -> None:  # fmt: skip
-        nnx.Conv.__init__(
-            self, in_features, out_features, kernel_size, strides, padding=padding,
+        super().__init__(
+            in_features, out_features, kernel_size, strides, padding=padding,
             input_dilation=input_dilation, kernel_dilation=kernel_dilation,
             feature_group_count=feature_group_count, use_bias=use_bias, mask=mask, dtype=dtype,
             param_dtype=param_dtype, precision=precision, kernel_init=kernel_init,

@@ -20,7 +20,7 @@ Metadata = Mapping[str, Any]
 NONE: Metadata = MappingProxyType({})
 
 
-class BatchNorm(Signed, BatchNormFields, nnx.BatchNorm):
+class BatchNorm(Signed, nnx.BatchNorm, BatchNormFields):
     """`flax.nnx.BatchNorm` around `jaxnorm.batch_norm`, same constructor and variables.
 
     Constructor, variables and behaviour are Flax's, with these differences: statistics are taken
@@ -59,8 +59,8 @@ class BatchNorm(Signed, BatchNormFields, nnx.BatchNorm):
         activation: Callable | None = None, implementation: str | None = None,
         unbiased: bool = False, debias: bool = False, virtual_batch_size: int | None = None,
     ) -> None:  # fmt: skip
-        nnx.BatchNorm.__init__(
-            self, num_features, use_running_average=use_running_average, axis=axis,
+        super().__init__(
+            num_features, use_running_average=use_running_average, axis=axis,
             momentum=momentum,  # type: ignore[arg-type]
             epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, use_bias=use_bias,
             use_scale=use_scale, bias_init=bias_init, scale_init=scale_init, axis_name=axis_name,
@@ -108,7 +108,7 @@ class BatchNorm(Signed, BatchNormFields, nnx.BatchNorm):
         return y
 
 
-class LayerNorm(Signed, SavingNormFields, nnx.LayerNorm):
+class LayerNorm(Signed, nnx.LayerNorm, SavingNormFields):
     """`flax.nnx.LayerNorm` around `jaxnorm.layer_norm`, same constructor and variables.
 
     Args:
@@ -139,8 +139,8 @@ class LayerNorm(Signed, SavingNormFields, nnx.LayerNorm):
         activation: Callable | None = None, implementation: str | None = None,
         scale_offset: float = 0.0, save: Save = "input",
     ) -> None:  # fmt: skip
-        nnx.LayerNorm.__init__(
-            self, num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
+        super().__init__(
+            num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
             use_bias=use_bias, use_scale=use_scale, bias_init=bias_init, scale_init=scale_init,
             reduction_axes=reduction_axes, feature_axes=feature_axes, axis_name=axis_name,
             axis_index_groups=axis_index_groups, use_fast_variance=use_fast_variance,
@@ -158,7 +158,7 @@ class LayerNorm(Signed, SavingNormFields, nnx.LayerNorm):
         return norms.layer_norm(self, x, scale, bias, mask=mask, residual=residual)
 
 
-class RMSNorm(Signed, SavingNormFields, nnx.RMSNorm):
+class RMSNorm(Signed, nnx.RMSNorm, SavingNormFields):
     """`flax.nnx.RMSNorm` around `jaxnorm.rms_norm`, same constructor and variables.
 
     Args:
@@ -190,8 +190,8 @@ class RMSNorm(Signed, SavingNormFields, nnx.RMSNorm):
         activation: Callable | None = None, implementation: str | None = None,
         scale_offset: float = 0.0, save: Save = "input",
     ) -> None:  # fmt: skip
-        nnx.RMSNorm.__init__(
-            self, num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
+        super().__init__(
+            num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
             use_scale=use_scale, scale_init=scale_init, reduction_axes=reduction_axes,
             feature_axes=feature_axes, axis_name=axis_name, axis_index_groups=axis_index_groups,
             use_fast_variance=use_fast_variance, promote_dtype=promote_dtype, rngs=rngs,
@@ -208,7 +208,7 @@ class RMSNorm(Signed, SavingNormFields, nnx.RMSNorm):
         return norms.rms_norm(self, x, scale, mask=mask, residual=residual)
 
 
-class GroupNorm(Signed, AffineNormFields, nnx.GroupNorm):
+class GroupNorm(Signed, nnx.GroupNorm, AffineNormFields):
     """`flax.nnx.GroupNorm` around `jaxnorm.group_norm`, same constructor and variables.
 
     Args:
@@ -242,8 +242,8 @@ class GroupNorm(Signed, AffineNormFields, nnx.GroupNorm):
         activation: Callable | None = None, implementation: str | None = None,
         scale_offset: float = 0.0,
     ) -> None:  # fmt: skip
-        nnx.GroupNorm.__init__(
-            self, num_features, num_groups, group_size, epsilon=epsilon, dtype=dtype,
+        super().__init__(
+            num_features, num_groups, group_size, epsilon=epsilon, dtype=dtype,
             param_dtype=param_dtype, use_bias=use_bias, use_scale=use_scale, bias_init=bias_init,
             scale_init=scale_init, reduction_axes=reduction_axes, axis_name=axis_name,
             axis_index_groups=axis_index_groups, use_fast_variance=use_fast_variance,
@@ -260,7 +260,7 @@ class GroupNorm(Signed, AffineNormFields, nnx.GroupNorm):
         return norms.group_norm(self, x, scale, bias, num_groups=self.num_groups, mask=mask)
 
 
-class InstanceNorm(Signed, AffineNormFields, nnx.InstanceNorm):
+class InstanceNorm(Signed, nnx.InstanceNorm, AffineNormFields):
     """`flax.nnx.InstanceNorm` around `jaxnorm.instance_norm`, same constructor and variables.
 
     Args:
@@ -291,8 +291,8 @@ class InstanceNorm(Signed, AffineNormFields, nnx.InstanceNorm):
         activation: Callable | None = None, implementation: str | None = None,
         scale_offset: float = 0.0,
     ) -> None:  # fmt: skip
-        nnx.InstanceNorm.__init__(
-            self, num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
+        super().__init__(
+            num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
             use_bias=use_bias, use_scale=use_scale, bias_init=bias_init, scale_init=scale_init,
             feature_axes=feature_axes, axis_name=axis_name, axis_index_groups=axis_index_groups,
             use_fast_variance=use_fast_variance, promote_dtype=promote_dtype, rngs=rngs,

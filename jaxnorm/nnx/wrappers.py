@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import initializers
@@ -31,11 +32,12 @@ class SpectralNorm(Signed, nnx.SpectralNorm):
     Constructor and variables are Flax's, with these differences: Flax writes the normalized
     parameters over the parameters, so an optimizer never sees W, and `dtype` rounds it for good.
     Here W is kept, as in `flax.linen` and in the paper. A kernel whose norm is below 1e-6 or above
-    1e19 is normalized too; a kernel that was zero once can grow again; u and sigma keep their
-    dtype; `epsilon` counts relative to the largest weight.
+    1e19 is normalized too; u and sigma keep their dtype; `epsilon` counts relative to the largest
+    weight. As in Flax, a parameter that is zero at the first update of u is left as it is from then
+    on.
 
     The variables in `batch_stats` are (*path, "u"), of shape (1, out), and (*path, "sigma"), of
-    shape (), in `param_dtype`.
+    shape (), in `param_dtype`, in float32 at least.
 
     Raises:
         TypeError: a complex parameter, with a `param_dtype` that is not.
@@ -61,9 +63,13 @@ class SpectralNorm(Signed, nnx.SpectralNorm):
         error_on_non_matrix: bool = False, update_stats: bool = True, rngs: nnx.Rngs,
     ) -> None:  # fmt: skip
         super().__init__(
-            layer_instance, n_steps=n_steps, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
-            error_on_non_matrix=error_on_non_matrix, update_stats=update_stats, rngs=rngs,
+            layer_instance, n_steps=n_steps, epsilon=epsilon, dtype=dtype,
+            param_dtype=weights.stored_dtype(param_dtype), update_stats=update_stats, rngs=rngs,
         )  # fmt: skip
+        self.param_dtype = param_dtype
+        self.error_on_non_matrix = error_on_non_matrix
+        for param in jax.tree.leaves(nnx.state(layer_instance, nnx.Param)):
+            weights.is_spectral(self, param)  # an error, where one is asked for
 
     def __call__(self, x, update_stats: bool | None = None) -> Any:
         """Result of the wrapped layer with normalized parameters.

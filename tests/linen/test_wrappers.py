@@ -140,16 +140,6 @@ def test_training_approaches_the_largest_singular_value():
     np.testing.assert_allclose(sigma, np.linalg.svd(kernel, compute_uv=False)[0], rtol=1e-4)
 
 
-def test_a_kernel_that_was_zero_can_grow_again():
-    """Flax's vector u becomes zero with it, for good."""
-    layer, variables = dense("SpectralNorm", np.zeros((6, 4), "f"))
-    for kernel in (np.zeros((6, 4)), *[RNG.normal(size=(6, 4))] * 20):
-        variables["params"] = {"layer_instance": {"kernel": jnp.asarray(kernel, jnp.float32)}}
-        y, new = layer.apply(variables, jnp.eye(6), update_stats=True, mutable=["batch_stats"])
-        variables = {**variables, **new}
-    np.testing.assert_allclose(np.linalg.svd(y, compute_uv=False)[0], 1, rtol=1e-2)
-
-
 @pytest.mark.parametrize("name", ["SpectralNorm", "WeightNorm"])
 def test_parameters_stay_when_everything_is_mutable(name):
     """Flax's spectral norm stores the normalized ones."""
@@ -173,7 +163,7 @@ def test_zeros_in_half_precision():
 
 
 @pytest.mark.parametrize("dtype, param_dtype", [("float64", "float32"), ("float32", "bfloat16")])
-def test_what_is_stored_keeps_its_dtype(dtype, param_dtype):
+def test_what_is_stored_is_float32_and_stays_so(dtype, param_dtype):
     """Flax's takes over that of the kernel: a retrace, a broken donation."""
     with jax.enable_x64(dtype == "float64"):
         layer = jnn.SpectralNorm(nn.Dense(4, param_dtype=dtype), param_dtype=param_dtype)
@@ -181,7 +171,8 @@ def test_what_is_stored_keeps_its_dtype(dtype, param_dtype):
         variables = layer.init(KEY, x, update_stats=False)
         y, new = layer.apply(variables, x, update_stats=True, mutable=["batch_stats"])
         assert y.dtype == dtype
-        assert {a.dtype.name for a in jax.tree.leaves(new)} == {param_dtype}
+        stats = (variables["batch_stats"], new)
+        assert {a.dtype.name for a in jax.tree.leaves(stats)} == {"float32"}
 
 
 def test_only_parameters_are_normalized():
@@ -226,7 +217,7 @@ def test_partitioned_parameters():
 
 def test_errors():
     conv = jnn.SpectralNorm(nn.Conv(4, (3, 3)), error_on_non_matrix=True)
-    with pytest.raises(ValueError, match=r"SpectralNorm: .*\(3, 3, 6, 4\).*error_on_non_matrix=F"):
+    with pytest.raises(ValueError, match=r"SpectralNorm: .*\(3, 3, 6, 4\).*set it to False"):
         conv.init(KEY, X, update_stats=False)
     kernel = jnp.ones((6, 4), jnp.complex64)
     layer, variables = dense("SpectralNorm", kernel)

@@ -193,6 +193,8 @@ def test_errors():
             )
         with pytest.raises(ValueError, match=f"{name}: .*'other_kernel'.*has all its parameters"):
             layer(X)
+    with pytest.raises(ValueError, match=r"SpectralNorm: .*\(3, 3, 6, 4\).*set it to False"):
+        make(jnn, "SpectralNorm", "conv", error_on_non_matrix=True)
     rngs = nnx.Rngs(0)
     with pytest.raises(ValueError, match="WeightNorm: feature_axes=3 is out of range"):
         jnn.WeightNorm(nnx.Linear(6, 4, rngs=rngs), feature_axes=3, rngs=rngs)
