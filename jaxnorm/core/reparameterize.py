@@ -3,6 +3,8 @@
 Both work on scaled numbers, so that no square overflows or vanishes, and in float32 at least.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
@@ -67,7 +69,7 @@ def _unit(x, axes: tuple[int, ...], epsilon: float):
     """Slices of `x` over `axes`, each divided by ``sqrt(sum(|x|^2) + epsilon)``."""
     size = _size(x, axes, epsilon)
     scaled = x / size.astype(x.dtype)
-    squares = jnp.sum(jnp.square(scaled.real) + jnp.square(scaled.imag), axes, keepdims=True)
+    squares = sum(jnp.sum(jnp.square(part), axes, keepdims=True) for part in _parts(scaled))
     total = squares + jnp.square(jnp.asarray(epsilon**0.5, size.dtype) / size)
     return scaled * lax.rsqrt(jnp.where(total > 0, total, 1)).astype(x.dtype)
 
@@ -77,10 +79,17 @@ def _size(x, axes: tuple[int, ...], epsilon: float):
 
     At least the root of `epsilon`, so that dividing this does not overflow; 1 for zeros.
     """
-    largest = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
-    largest = jnp.max(largest, axes, keepdims=True, initial=0.0)
+    # Of nothing -1: a maximum with 0 is what monitors know a relu by.
+    found = [jnp.max(jnp.abs(part), axes, keepdims=True, initial=-1.0) for part in _parts(x)]
+    largest = functools.reduce(jnp.maximum, found)
     least = max(epsilon**0.5, float(jnp.finfo(x.dtype).tiny))
-    return lax.stop_gradient(jnp.where(largest > 0, jnp.maximum(largest, least), 1))
+    small = jnp.where(largest > 0, least, 1).astype(largest.dtype)
+    return lax.stop_gradient(jnp.where(largest > least, largest, small))
+
+
+def _parts(x) -> tuple:
+    """Real and imaginary part of a complex array; a real one as it is."""
+    return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
 
 
 def _product(a, b):

@@ -9,7 +9,7 @@ from jaxnorm.core.reparameterize import spectral_norm, weight_norm
 from jaxnorm.testing import assert_close
 
 RNG = np.random.default_rng(0)
-# The largest singular values lie apart, so that power iteration converges.
+# The largest singular value is far from the others, so that power iteration converges.
 KERNEL = (RNG.normal(size=(3, 4, 5)) + 2).astype("f")
 START = RNG.normal(size=(1, 5)).astype("f")
 SIZES = [1e-30, 1e-9, 1.0, 1e20, 1e37]
@@ -141,3 +141,24 @@ def test_half_precision_has_lengths_of_single_precision():
     exact = np.asarray(v, float)
     wanted = exact / np.linalg.norm(exact.reshape(-1, 5), axis=0)
     np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+def test_a_monitor_finds_no_relu_in_it():
+    """It knows one by a maximum with 0."""
+    kernel, u, scale = jnp.asarray(KERNEL), jnp.asarray(START), jnp.ones(5)
+
+    def both(kernel, u, scale):
+        normalized = spectral_norm(kernel, u, steps=1, epsilon=1e-12)[0]
+        return normalized, weight_norm(kernel, scale, features=(2,), epsilon=1e-12)
+
+    equations = jax.make_jaxpr(both)(kernel, u, scale).eqns
+    maxima = [e for e in equations if e.primitive.name == "max"]
+    assert maxima
+    assert not any(getattr(v, "val", None) == 0 for e in maxima for v in e.invars)
+
+
+def test_a_kernel_without_elements():
+    empty = jnp.zeros((0, 5))
+    got, u, sigma = spectral_norm(empty, jnp.asarray(START), steps=1, epsilon=1e-12)
+    assert got.shape == (0, 5) and sigma == 0 and not u.any()
+    assert weight_norm(empty, None, features=(1,), epsilon=1e-12).shape == (0, 5)

@@ -219,7 +219,7 @@ def test_transforms_of_linen(name):
         )
 
     @jax.jit
-    def alone(variables, x):
+    def single_layer(variables, x):
         (y, _), new = Net().apply(variables, x, mutable=["batch_stats"])
         return y, new
 
@@ -234,7 +234,7 @@ def test_transforms_of_linen(name):
     (y, _), new = applied(scanned, variables, x, None)
     wanted = x
     for i in range(3):
-        wanted, statistics = alone(of_one(variables, i), wanted)
+        wanted, statistics = single_layer(of_one(variables, i), wanted)
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), of_one(new, i), statistics)
     np.testing.assert_allclose(y, wanted, atol=1e-5)
 
@@ -247,7 +247,7 @@ def test_transforms_of_linen(name):
     variables = initialized(twice, both)
     (y, _), new = applied(twice, variables, both)
     for at in np.ndindex(2, 2):
-        one, statistics = alone(of_one(variables, at), both[at])
+        one, statistics = single_layer(of_one(variables, at), both[at])
         np.testing.assert_allclose(of_one(y, at), one, atol=1e-5)
         for g, w in zip(*map(jax.tree.leaves, (of_one(new, at), statistics)), strict=True):
             np.testing.assert_allclose(g, w, atol=1e-5)
@@ -306,8 +306,8 @@ def test_complex_statistics_are_complex_from_the_start():
     assert shapes(variables["batch_stats"]) == shapes(new["batch_stats"])
     # A checkpoint of Flax's holds a real mean before the first update.
     real = {"mean": np.zeros(6, "f"), "var": np.ones(6, "f")}
-    again, _ = apply({**variables, "batch_stats": real}, x)
-    np.testing.assert_array_equal(again, y)
+    after, _ = apply({**variables, "batch_stats": real}, x)
+    np.testing.assert_array_equal(after, y)
 
 
 def test_scale_offset():

@@ -181,8 +181,8 @@ def test_split_merge_and_state_of_flax():
     run = nnx.jit(lambda model, x: model(x))
     np.testing.assert_allclose(run(ours, X), run(theirs, X), atol=2e-5)
     graph, params, rest = nnx.split(ours, nnx.Param, ...)
-    again = nnx.merge(graph, params, rest)
-    np.testing.assert_allclose(run(again, X), run(ours, X), atol=1e-5)
+    merged = nnx.merge(graph, params, rest)
+    np.testing.assert_allclose(run(merged, X), run(ours, X), atol=1e-5)
 
 
 def test_jit_and_grad_update_the_statistics_once():

@@ -1,4 +1,4 @@
-"""NNX's SpectralNorm and WeightNorm: Linen's numbers, and the wrapped parameters left alone."""
+"""NNX's SpectralNorm and WeightNorm: Linen's numbers, and unchanged parameters of the layer."""
 
 import flax.linen as nn
 import jax
