@@ -43,10 +43,10 @@ class SpectralNorm(nn.SpectralNorm):
         >>> layer = jnn.SpectralNorm(nn.Dense(2, use_bias=False), n_steps=20)
         >>> x = jnp.eye(2)
         >>> variables = layer.init(jax.random.key(0), x, update_stats=False)
-        >>> kernel = jnp.array([[3.0, 0.0], [0.0, 4.0]])
+        >>> kernel = jnp.array([[2.0, 0.0], [0.0, 4.0]])
         >>> variables["params"] = {"layer_instance": {"kernel": kernel}}
         >>> print(layer.apply(variables, x, update_stats=False).round(3))
-        [[0.75 0. ] [0. 1. ]]
+        [[0.5 0. ] [0. 1. ]]
     """
 
     @nn.compact

@@ -52,9 +52,9 @@ class SpectralNorm(Signed, nnx.SpectralNorm):
         >>> from flax import nnx
         >>> rngs = nnx.Rngs(0)
         >>> layer = jnn.SpectralNorm(jnn.Linear(2, 2, rngs=rngs), n_steps=20, rngs=rngs)
-        >>> layer.layer_instance.kernel[...] = jnp.array([[3.0, 0.0], [0.0, 4.0]])
+        >>> layer.layer_instance.kernel[...] = jnp.array([[2.0, 0.0], [0.0, 4.0]])
         >>> print(layer(jnp.eye(2)).round(3), layer.layer_instance.kernel[...].max())
-        [[0.75 0. ] [0. 1. ]] 4.0
+        [[0.5 0. ] [0. 1. ]] 4.0
     """
 
     def __init__(
