@@ -49,7 +49,5 @@ def test_an_unknown_implementation_is_refused(name):
 
 
 def test_batch_norm_has_no_kernel():
-    with pytest.raises(
-        ValueError, match=r"batch_norm: .*implementation='pallas'. It has no kernel"
-    ):
+    with pytest.raises(ValueError, match=r"batch_norm: .*implementation='pallas'.* no kernel"):
         results("BatchNorm", implementation="pallas")
