@@ -207,48 +207,6 @@ def groups_of(operation: str, num_groups, x, feature_axis: int) -> int:
     return int(num_groups)
 
 
-def groups_from(operation: str, num_groups, group_size, x) -> int:
-    """The number of groups, given that or the size of one, as Flax's layers take it."""
-    if (num_groups is None) == (group_size is None):
-        raise ValueError(
-            f"{operation}: exactly one of num_groups and group_size must be given; got "
-            f"num_groups={num_groups}, group_size={group_size}. To give group_size, pass "
-            "num_groups=None."
-        )
-    if group_size is None:
-        return num_groups
-    features = x.shape[-1]
-    if group_size <= 0 or features % group_size:
-        raise ValueError(
-            f"{operation}: group_size must divide the number of features, {features}, the last of "
-            f"x.shape={x.shape}; got group_size={group_size}."
-            " Choose a divisor."
-        )
-    return features // group_size
-
-
-def reduced_from(reduction_axes: Axes | None, x) -> Axes | None:
-    """The axes that a group normalization reduces, as Flax's layers take them.
-
-    One example without a batch axis, an array of rank 1, is its features.
-    """
-    return -1 if reduction_axes is None and x.ndim == 1 else reduction_axes
-
-
-def kernel_options(operation: str, standardized: bool, use_gain: bool, mask) -> None:
-    """Options that exclude each other in a layer whose kernel can be standardized."""
-    if use_gain and not standardized:
-        raise ValueError(
-            f"{operation}: a gain belongs to a standardized kernel; got use_gain=True with "
-            "weight_standardization=False. Set weight_standardization=True, or leave out the gain."
-        )
-    if standardized and mask is not None:
-        raise ValueError(
-            f"{operation}: a masked kernel cannot be standardized, since its zeros would enter the "
-            "statistics; got mask with weight_standardization=True. Leave out one of the two."
-        )
-
-
 def implementation_of(operation: str, value) -> bool:
     """True if the two-pass form is asked for; an unknown implementation is refused."""
     known = (None, "xla", "two_pass", "pallas")
@@ -322,24 +280,6 @@ def known_options(operation: str, given: Iterable[str], known: Iterable[str]) ->
             raise TypeError(
                 f"{operation}: the options are {', '.join(known)}; got {name}. Check its spelling."
             )
-
-
-def one_of(operation: str, name: str, used: bool, given) -> None:
-    """A parameter of a layer is its own or given in the call."""
-    if used and given is not None:
-        raise ValueError(
-            f"{operation}: a {name} given in the call stands in place of the layer's own; got "
-            f"{name}.shape={getattr(given, 'shape', None)} with use_{name}=True. Construct the "
-            f"layer with use_{name}=False, or leave {name} out of the call."
-        )
-
-
-def from_flax(use_fast_variance: bool, implementation: str | None = None) -> str | None:
-    """The implementation that is asked for, be it by Flax's flag.
-
-    The flag's fast form is served by the exact one.
-    """
-    return implementation if use_fast_variance or implementation else "two_pass"
 
 
 def result_dtype(operation: str, x, *parameters, dtype=None):

@@ -1,21 +1,16 @@
-"""Linen variables around the pure functions; no arithmetic lives here."""
+"""Linen's normalizations of activations: variables around `jaxnorm.layers.norms`."""
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxnorm import functional
-from jaxnorm.core import arguments as check
-from jaxnorm.core.arguments import Save
 from jaxnorm.core.moments import promoted
 from jaxnorm.core.running import BatchStats, init_batch_stats
-from jaxnorm.distributed.axes import is_bound
+from jaxnorm.layers import AffineNormFields, BatchNormFields, SavingNormFields, norms
 
 
-class BatchNorm(nn.BatchNorm):
+class BatchNorm(BatchNormFields, nn.BatchNorm):
     """`flax.linen.BatchNorm` around `jaxnorm.batch_norm`, same fields and variables.
 
     Fields, variables and behaviour are Flax's, with these differences: statistics are taken of
@@ -26,14 +21,8 @@ class BatchNorm(nn.BatchNorm):
 
     Attributes:
         momentum: share of the old statistics that is kept; None: cumulative average.
-        unbiased: keep the variance over n - 1 as running variance, as PyTorch does.
-        debias: bias-corrected running statistics, see `jaxnorm.batch_norm`.
-        virtual_batch_size: normalize over this many examples, whatever the number of devices; see
-            `jaxnorm.batch_norm`. Like `axis_name` not asked for while initializing.
-        activation: an elementwise function of the result, see `jaxnorm.batch_norm`.
-        implementation: "xla", or None to let jaxnorm choose; see `jaxnorm.batch_norm`.
-
-    With `momentum=None` or `debias=True` there is one more variable, `batch_stats/count`.
+        unbiased, debias, virtual_batch_size: see `jaxnorm.layers.BatchNormFields`.
+        activation, implementation: see `jaxnorm.layers.NormFields`.
 
     Raises:
         ValueError: as `jaxnorm.batch_norm`; also if `use_running_average` is given neither or
@@ -51,11 +40,7 @@ class BatchNorm(nn.BatchNorm):
         ([[-1.0], [1.0]], [0.20000000298023224])
     """
 
-    unbiased: bool = dataclasses.field(default=False, kw_only=True)
-    debias: bool = dataclasses.field(default=False, kw_only=True)
-    virtual_batch_size: int | None = dataclasses.field(default=None, kw_only=True)
-    activation: Callable | None = dataclasses.field(default=None, kw_only=True)
-    implementation: str | None = dataclasses.field(default=None, kw_only=True)
+    momentum: float | None = 0.99  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @nn.compact
     def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
@@ -66,12 +51,11 @@ class BatchNorm(nn.BatchNorm):
             use_running_average: as the field; one of the two must be given.
             mask: broadcasts to `x`; nonzero elements enter the statistics.
         """
-        use_running_average = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
+        use_running_average = norms.uses_running_average(
+            nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         )
-        check.flag("BatchNorm", "use_running_average", use_running_average)
-        x = check.inexact("BatchNorm", "x", x)
-        shape = _feature_shape(self, "axis", self.axis, x)
+        x = norms.checked_input(self, x)
+        shape = norms.feature_shape(self, "axis", self.axis, x)
         dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         if jnp.iscomplexobj(x):
             dtype = promoted(dtype, jnp.complex64)
@@ -80,51 +64,29 @@ class BatchNorm(nn.BatchNorm):
         var = self.variable("batch_stats", "var", lambda: start.var)
         counted = self.momentum is None or self.debias
         count = self.variable("batch_stats", "count", lambda: start.count) if counted else None
-
         stats = BatchStats(
             mean.value.astype(dtype) if jnp.iscomplexobj(x) else mean.value,
             var.value,
             start.count if count is None else count.value,
         )
         initializing = self.is_initializing()
-        # As in Flax, one example without a batch axis is enough to initialize.
-        one_example = initializing and x.ndim == len(shape)
-        # A named axis need not exist while initializing; inside `shard_map` it may.
-        bound = not initializing or is_bound(self.axis_name)
-        training = not use_running_average
-        y, new = functional.batch_norm(
-            x,
-            *_parameters(self, shape),
-            stats,
-            training=training and not one_example,
-            feature_axis=self.axis,
-            decay=self.momentum,
-            epsilon=self.epsilon,
-            mask=mask,
-            axis_name=self.axis_name if bound else None,
-            axis_index_groups=self.axis_index_groups if bound else None,
-            virtual_batch_size=None if initializing else self.virtual_batch_size,
-            unbiased=self.unbiased,
-            debias=self.debias,
-            activation=self.activation,
-            implementation=check.from_flax(self.use_fast_variance, self.implementation),
-            dtype=self.dtype,
-        )
-        if training and not initializing:
+        y, new = norms.batch_norm(
+            self, x, *_parameters(self, shape), stats, mask=mask, dtype=self.dtype,
+            training=not use_running_average, initializing=initializing,
+        )  # fmt: skip
+        if not use_running_average and not initializing:
             mean.value, var.value = new.mean, new.var
             if count is not None:
                 count.value = new.count
         return y
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(SavingNormFields, nn.LayerNorm):
     """`flax.linen.LayerNorm` around `jaxnorm.layer_norm`, same fields and variables.
 
     Attributes:
-        activation: an elementwise function of the result, see `jaxnorm.layer_norm`.
-        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
-        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
-        save: which array the backward pass keeps, "input" or "output", see `jaxnorm.layer_norm`.
+        scale_offset, save: see `jaxnorm.layers.SavingNormFields`.
+        activation, implementation: see `jaxnorm.layers.NormFields`.
 
     Raises:
         TypeError, ValueError: as `jaxnorm.layer_norm`; also if `scale` or `bias` is given to a
@@ -139,38 +101,23 @@ class LayerNorm(nn.LayerNorm):
         [-1.225  0.     1.225]
     """
 
-    activation: Callable | None = dataclasses.field(default=None, kw_only=True)
-    implementation: str | None = dataclasses.field(default=None, kw_only=True)
-    scale_offset: float = dataclasses.field(default=0.0, kw_only=True)
-    save: Save = dataclasses.field(default="input", kw_only=True)
-
     @nn.compact
-    def __call__(self, x, *, residual=None, scale=None, bias=None, mask=None) -> Any:
-        """Normalize `x` over `reduction_axes`.
-
-        Args:
-            x: floating or complex array.
-            residual: added to `x` before; then the result is a pair, the second the sum.
-            scale, bias: of each sample, see `jaxnorm.layer_norm`; for a layer that has none.
-            mask: broadcasts to `x`; nonzero elements enter the statistics.
-        """
-        x = check.inexact("LayerNorm", "x", x)
-        shape = _feature_shape(self, "feature_axes", self.feature_axes, x)
-        parameters = _parameters(self, shape, scale, bias)
-        options = {**_axes(self), **_options(self), "mask": mask}
-        if residual is None:
-            return functional.layer_norm(x, *parameters, **options)
-        return functional.add_layer_norm(x, residual, *parameters, **options)
+    def __call__(self, x, *, mask=None, residual=None, scale=None, bias=None) -> Any:
+        """Normalize `x`, with the arguments of `jaxnorm.layers.norms.layer_norm`."""
+        x = norms.checked_input(self, x)
+        shape = norms.feature_shape(self, "feature_axes", self.feature_axes, x)
+        return norms.layer_norm(
+            self, x, *_parameters(self, shape, scale, bias), mask=mask, residual=residual,
+            initializing=self.is_initializing(),
+        )  # fmt: skip
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(SavingNormFields, nn.RMSNorm):
     """`flax.linen.RMSNorm` around `jaxnorm.rms_norm`, same fields and variables.
 
     Attributes:
-        activation: an elementwise function of the result, see `jaxnorm.rms_norm`.
-        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
-        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
-        save: which array the backward pass keeps, "input" or "output", see `jaxnorm.rms_norm`.
+        scale_offset, save: see `jaxnorm.layers.SavingNormFields`.
+        activation, implementation: see `jaxnorm.layers.NormFields`.
 
     Raises:
         TypeError, ValueError: as `jaxnorm.rms_norm`; also if `scale` is given to a layer that has
@@ -185,37 +132,23 @@ class RMSNorm(nn.RMSNorm):
         [0.849, 1.131]
     """
 
-    activation: Callable | None = dataclasses.field(default=None, kw_only=True)
-    implementation: str | None = dataclasses.field(default=None, kw_only=True)
-    scale_offset: float = dataclasses.field(default=0.0, kw_only=True)
-    save: Save = dataclasses.field(default="input", kw_only=True)
-
     @nn.compact
-    def __call__(self, x, *, residual=None, scale=None, mask=None) -> Any:
-        """Normalize `x` over `reduction_axes`.
-
-        Args:
-            x: floating or complex array.
-            residual: added to `x` before; then the result is a pair, the second the sum.
-            scale: of each sample, see `jaxnorm.layer_norm`; for a layer that has none of its own.
-            mask: broadcasts to `x`; nonzero elements enter the mean square.
-        """
-        x = check.inexact("RMSNorm", "x", x)
-        shape = _feature_shape(self, "feature_axes", self.feature_axes, x)
-        scale = _parameter(self, "scale", shape, scale)
-        options = {**_axes(self), **_options(self), "mask": mask}
-        if residual is None:
-            return functional.rms_norm(x, scale, **options)
-        return functional.add_rms_norm(x, residual, scale, **options)
+    def __call__(self, x, *, mask=None, residual=None, scale=None) -> Any:
+        """Normalize `x`, with the arguments of `jaxnorm.layers.norms.rms_norm`."""
+        x = norms.checked_input(self, x)
+        shape = norms.feature_shape(self, "feature_axes", self.feature_axes, x)
+        return norms.rms_norm(
+            self, x, _parameter(self, "scale", shape, scale), mask=mask, residual=residual,
+            initializing=self.is_initializing(),
+        )  # fmt: skip
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(AffineNormFields, nn.GroupNorm):
     """`flax.linen.GroupNorm` around `jaxnorm.group_norm`, same fields and variables.
 
     Attributes:
-        activation: an elementwise function of the result, see `jaxnorm.group_norm`.
-        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
-        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
+        scale_offset: see `jaxnorm.layers.AffineNormFields`.
+        activation, implementation: see `jaxnorm.layers.NormFields`.
 
     Raises:
         TypeError, ValueError: as `jaxnorm.group_norm`; also unless exactly one of `num_groups`
@@ -232,37 +165,23 @@ class GroupNorm(nn.GroupNorm):
         [[-1.0, 1.0, -1.0, 1.0]]
     """
 
-    activation: Callable | None = dataclasses.field(default=None, kw_only=True)
-    implementation: str | None = dataclasses.field(default=None, kw_only=True)
-    scale_offset: float = dataclasses.field(default=0.0, kw_only=True)
-
     @nn.compact
-    def __call__(self, x, *, scale=None, bias=None, mask=None):
-        """Normalize each group of `x`.
-
-        Args:
-            x: floating or complex array.
-            scale, bias: of each sample, see `jaxnorm.layer_norm`; for a layer that has none.
-            mask: broadcasts to `x`; nonzero elements enter the statistics.
-        """
-        x = check.inexact("GroupNorm", "x", x)
-        return functional.group_norm(
-            x,
-            *_parameters(self, _feature_shape(self, "axis", -1, x), scale, bias),
-            num_groups=check.groups_from("GroupNorm", self.num_groups, self.group_size, x),
-            axis=check.reduced_from(self.reduction_axes, x),
-            mask=mask,
-            **_options(self),
-        )
+    def __call__(self, x, *, mask=None, scale=None, bias=None):
+        """Normalize each group of `x`, with the arguments of `jaxnorm.layers.norms.group_norm`."""
+        x = norms.checked_input(self, x)
+        shape = norms.feature_shape(self, "axis", -1, x)
+        return norms.group_norm(
+            self, x, *_parameters(self, shape, scale, bias), mask=mask,
+            num_groups=norms.groups_of(self, x), initializing=self.is_initializing(),
+        )  # fmt: skip
 
 
-class InstanceNorm(nn.InstanceNorm):
+class InstanceNorm(AffineNormFields, nn.InstanceNorm):
     """`flax.linen.InstanceNorm` around `jaxnorm.instance_norm`, same fields and variables.
 
     Attributes:
-        activation: an elementwise function of the result, see `jaxnorm.instance_norm`.
-        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
-        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
+        scale_offset: see `jaxnorm.layers.AffineNormFields`.
+        activation, implementation: see `jaxnorm.layers.NormFields`.
 
     Raises:
         TypeError, ValueError: as `jaxnorm.instance_norm`; also if `scale` or `bias` is given to
@@ -278,62 +197,25 @@ class InstanceNorm(nn.InstanceNorm):
         [[[-1.0, -1.0], [1.0, 1.0]]]
     """
 
-    activation: Callable | None = dataclasses.field(default=None, kw_only=True)
-    implementation: str | None = dataclasses.field(default=None, kw_only=True)
-    scale_offset: float = dataclasses.field(default=0.0, kw_only=True)
-
     @nn.compact
-    def __call__(self, x, *, scale=None, bias=None, mask=None):
-        """Normalize each feature of each example.
-
-        Args:
-            x: floating or complex array.
-            scale, bias: of each sample, see `jaxnorm.layer_norm`; for a layer that has none.
-            mask: broadcasts to `x`; nonzero elements enter the statistics.
-        """
-        x = check.inexact("InstanceNorm", "x", x)
-        shape = _feature_shape(self, "feature_axes", self.feature_axes, x)
-        return functional.instance_norm(
-            x, *_parameters(self, shape, scale, bias), feature_axis=self.feature_axes, mask=mask,
-            **_options(self),
+    def __call__(self, x, *, mask=None, scale=None, bias=None):
+        """Normalize each feature of `x`, with the arguments of `layers.norms.instance_norm`."""
+        x = norms.checked_input(self, x)
+        shape = norms.feature_shape(self, "feature_axes", self.feature_axes, x)
+        return norms.instance_norm(
+            self, x, *_parameters(self, shape, scale, bias), mask=mask,
+            initializing=self.is_initializing(),
         )  # fmt: skip
 
 
-def _feature_shape(module: nn.Module, name: str, axes, x) -> tuple[int, ...]:
-    return tuple(x.shape[a] for a in check.axes(type(module).__name__, name, axes, x))
-
-
 def _parameters(module, shape: tuple[int, ...], scale=None, bias=None):
+    """Scale and bias, each the module's own or that given in the call."""
     return _parameter(module, "scale", shape, scale), _parameter(module, "bias", shape, bias)
 
 
 def _parameter(module, name: str, shape: tuple[int, ...], given=None):
-    """The module's own, where it has one, or that given in the call."""
-    used = getattr(module, f"use_{name}")
-    check.one_of(type(module).__name__, name, used, given)
-    if not used:
-        return given
-    return module.param(name, getattr(module, f"{name}_init"), shape, module.param_dtype)
-
-
-def _axes(module) -> dict:
-    """Options that only layer and RMS normalization have."""
-    return {
-        "axis": module.reduction_axes,
-        "feature_axis": module.feature_axes,
-        "save": module.save,
-    }
-
-
-def _options(module) -> dict:
-    """Options of all stateless layers. A named axis need not exist while initializing."""
-    bound = not module.is_initializing()
-    return {
-        "epsilon": module.epsilon,
-        "scale_offset": module.scale_offset,
-        "activation": module.activation,
-        "implementation": check.from_flax(module.use_fast_variance, module.implementation),
-        "dtype": module.dtype,
-        "axis_name": module.axis_name if bound else None,
-        "axis_index_groups": module.axis_index_groups if bound else None,
-    }
+    """The parameter `name`, which is created where the module has its own."""
+    own = None
+    if getattr(module, f"use_{name}"):
+        own = module.param(name, getattr(module, f"{name}_init"), shape, module.param_dtype)
+    return norms.own_or_given(module, name, own, given)

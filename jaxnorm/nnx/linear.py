@@ -1,59 +1,68 @@
 """NNX Linear and Conv whose kernel can be standardized before it is used."""
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import initializers
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.linear import default_bias_init, default_kernel_init
+from flax.typing import (
+    ConvGeneralDilatedT,
+    DotGeneralT,
+    Dtype,
+    Initializer,
+    PaddingLike,
+    PrecisionLike,
+    PromoteDtypeFn,
+)
+from jax import Array, lax
 
-from jaxnorm import functional
-from jaxnorm.core.arguments import kernel_options
-from jaxnorm.nnx.constructor import extends
+from jaxnorm.layers import KernelFields, weights
+from jaxnorm.nnx.replace import with_arrays
+from jaxnorm.nnx.signature import Signed
+
+Metadata = Mapping[str, Any]
+NONE: Metadata = MappingProxyType({})
 
 
-class _Standardized:
-    """The common part of Linear and Conv: they run on a copy with the standardized kernel."""
+class _Standardized(Signed):
+    """The common part of Linear and Conv: they compute with the standardized kernel."""
 
     kernel: nnx.Param
     param_dtype: Any
+    weight_standardization: bool
+    use_gain: bool
+    gain_init: Any
 
-    def _standardize(self, weight_standardization, use_gain, gain_init, weight_epsilon, kwargs):
-        self.weight_standardization = weight_standardization
-        self.use_gain = use_gain
-        self.weight_epsilon = weight_epsilon
-        kernel_options(
-            type(self).__name__, weight_standardization, use_gain, getattr(self, "mask", None)
-        )
-        if use_gain:
-            key = kwargs["rngs"].params()
-            self.gain = nnx.Param(gain_init(key, self.kernel.shape[-1:], self.param_dtype))
+    def _create_gain(self, rngs: nnx.Rngs) -> None:
+        """Check the new fields, and create the gain where there is one."""
+        weights.check_kernel_fields(self)
+        if self.use_gain:
+            shape = self.kernel.shape[-1:]
+            self.gain = nnx.Param(self.gain_init(rngs.params(), shape, self.param_dtype))
 
-    def __call__(self, inputs, *args, **kwargs):
+    def __call__(self, inputs: Array, out_sharding=None) -> Array:
         """As Flax's, with the standardized kernel where asked for."""
         layer = self
         if self.weight_standardization:
             gain = self.gain[...] if self.use_gain else None
-            kernel = functional.standardize_weight(
-                self.kernel[...], gain, epsilon=self.weight_epsilon
-            )
-            # A copy made here and now, so that it may be changed inside of any transformation.
-            layer = nnx.merge(*nnx.split(self))
-            layer.kernel = nnx.Param(kernel)
-        return super(_Standardized, layer).__call__(inputs, *args, **kwargs)  # type: ignore[misc]
+            kernel = weights.standardized(self, self.kernel[...], gain)
+            layer = with_arrays(self, {("kernel",): kernel})
+        return super(_Standardized, layer).__call__(inputs, out_sharding)  # type: ignore[misc]
 
 
-class Linear(_Standardized, nnx.Linear):
+class Linear(_Standardized, nnx.Linear, KernelFields):
     """`flax.nnx.Linear`, with weight standardization where asked for.
 
     Args:
-        weight_standardization: standardize each output's weights before use, see
-            `jaxnorm.standardize_weight`. Off, the layer is Flax's.
-        use_gain: multiply them by a learned `gain`, one for each output (a new parameter).
-        gain_init: initializer of the gain. For activations of unit variance without another
-            normalization: the constant ``1 / sqrt(fan_in)``.
-        weight_epsilon: epsilon of the standardization.
+        weight_standardization, use_gain, gain_init, weight_epsilon: see
+            `jaxnorm.layers.KernelFields`.
 
     Raises:
-        ValueError: a gain without standardization; standardization of a masked kernel (Conv).
+        ValueError: a gain without standardization.
 
     Source: Qiao et al. 2019; arguments as in Flax.
 
@@ -65,28 +74,37 @@ class Linear(_Standardized, nnx.Linear):
         True
     """
 
-    @extends(nnx.Linear)
     def __init__(
-        self,
-        *args,
-        weight_standardization: bool = False,
-        use_gain: bool = False,
-        gain_init=jax.nn.initializers.ones,
-        weight_epsilon: float = 1e-5,
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        self._standardize(weight_standardization, use_gain, gain_init, weight_epsilon, kwargs)
+        self, in_features: int, out_features: int, *, use_bias: bool = True,
+        dtype: Dtype | None = None, param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None, kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = default_bias_init, dot_general: DotGeneralT = lax.dot_general,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None, rngs: nnx.Rngs,
+        kernel_metadata: Metadata = NONE, bias_metadata: Metadata = NONE,
+        weight_standardization: bool = False, use_gain: bool = False,
+        gain_init: Initializer = initializers.ones, weight_epsilon: float = 1e-5,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            in_features, out_features, use_bias=use_bias, dtype=dtype,
+            param_dtype=param_dtype, precision=precision, kernel_init=kernel_init,
+            bias_init=bias_init, dot_general=dot_general, promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type, rngs=rngs,
+            kernel_metadata=kernel_metadata, bias_metadata=bias_metadata,
+        )  # fmt: skip
+        KernelFields.__init__(
+            self, weight_standardization=weight_standardization, use_gain=use_gain,
+            gain_init=gain_init, weight_epsilon=weight_epsilon,
+        )  # fmt: skip
+        self._create_gain(rngs)
 
 
-class Conv(_Standardized, nnx.Conv):
+class Conv(_Standardized, nnx.Conv, KernelFields):
     """`flax.nnx.Conv`, with weight standardization where asked for.
 
     Args:
-        weight_standardization: standardize each output channel's weights, as in `Linear`.
-        use_gain: multiply them by a learned `gain`, one for each output channel.
-        gain_init: initializer of the gain, as in `Linear`.
-        weight_epsilon: epsilon of the standardization.
+        weight_standardization, use_gain, gain_init, weight_epsilon: see
+            `jaxnorm.layers.KernelFields`.
 
     Raises:
         ValueError: a gain without standardization; standardization of a masked kernel.
@@ -101,15 +119,32 @@ class Conv(_Standardized, nnx.Conv):
         (1, 8, 8, 4)
     """
 
-    @extends(nnx.Conv)
     def __init__(
-        self,
-        *args,
-        weight_standardization: bool = False,
-        use_gain: bool = False,
-        gain_init=jax.nn.initializers.ones,
-        weight_epsilon: float = 1e-5,
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        self._standardize(weight_standardization, use_gain, gain_init, weight_epsilon, kwargs)
+        self, in_features: int, out_features: int, kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = 1, *, padding: PaddingLike = "SAME",
+        input_dilation: int | Sequence[int] | None = 1,
+        kernel_dilation: int | Sequence[int] | None = 1, feature_group_count: int = 1,
+        use_bias: bool = True, mask: Array | None = None, dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32, precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init, bias_init: Initializer = default_bias_init,
+        conv_general_dilated: ConvGeneralDilatedT = lax.conv_general_dilated,
+        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        preferred_element_type: Dtype | None = None, rngs: nnx.Rngs,
+        kernel_metadata: Metadata = NONE, bias_metadata: Metadata = NONE,
+        weight_standardization: bool = False, use_gain: bool = False,
+        gain_init: Initializer = initializers.ones, weight_epsilon: float = 1e-5,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            in_features, out_features, kernel_size, strides, padding=padding,
+            input_dilation=input_dilation, kernel_dilation=kernel_dilation,
+            feature_group_count=feature_group_count, use_bias=use_bias, mask=mask, dtype=dtype,
+            param_dtype=param_dtype, precision=precision, kernel_init=kernel_init,
+            bias_init=bias_init, conv_general_dilated=conv_general_dilated,
+            promote_dtype=promote_dtype, preferred_element_type=preferred_element_type, rngs=rngs,
+            kernel_metadata=kernel_metadata, bias_metadata=bias_metadata,
+        )  # fmt: skip
+        KernelFields.__init__(
+            self, weight_standardization=weight_standardization, use_gain=use_gain,
+            gain_init=gain_init, weight_epsilon=weight_epsilon,
+        )  # fmt: skip
+        self._create_gain(rngs)

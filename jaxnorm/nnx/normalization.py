@@ -1,39 +1,38 @@
-"""NNX variables around the pure functions; no arithmetic lives here."""
+"""NNX's normalizations of activations: variables around `jaxnorm.layers.norms`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import initializers
 from flax.nnx.nn import dtypes
+from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
 
-from jaxnorm import functional
-from jaxnorm.core import arguments as check
 from jaxnorm.core.arguments import Save
 from jaxnorm.core.moments import promoted
 from jaxnorm.core.running import BatchStats, init_batch_stats
-from jaxnorm.nnx.constructor import extends
+from jaxnorm.layers import AffineNormFields, BatchNormFields, SavingNormFields, norms
+from jaxnorm.nnx.signature import Signed
+
+Metadata = Mapping[str, Any]
+NONE: Metadata = MappingProxyType({})
 
 
-class BatchNorm(nnx.BatchNorm):
+class BatchNorm(Signed, nnx.BatchNorm, BatchNormFields):
     """`flax.nnx.BatchNorm` around `jaxnorm.batch_norm`, same constructor and variables.
 
     Constructor, variables and behaviour are Flax's, with these differences: statistics are taken
     of shifted data; running statistics keep their dtype, are never rounded to that of `x`, and
     carry no gradient. `use_fast_variance=False` asks for the numbers of Flax's two-pass formula,
     see `implementation="two_pass"` of `jaxnorm.batch_norm`; the default is faster and more exact.
+    For complex data give a complex `param_dtype`: then `mean` is complex too.
 
     Args:
         momentum: share of the old statistics that is kept; None: cumulative average.
-        unbiased: keep the variance over n - 1 as running variance, as PyTorch does.
-        debias: bias-corrected running statistics, see `jaxnorm.batch_norm`.
-        virtual_batch_size: normalize over this many examples, whatever the number of devices; see
-            `jaxnorm.batch_norm`.
-        activation: an elementwise function of the result, see `jaxnorm.batch_norm`.
-        implementation: "xla", or None to let jaxnorm choose; see `jaxnorm.batch_norm`.
-
-    With `momentum=None` or `debias=True` there is one more variable, `count`, an
-    `nnx.BatchStat`. For complex data give a complex `param_dtype`: then `mean` is complex too.
+        unbiased, debias, virtual_batch_size: see `jaxnorm.layers.BatchNormFields`.
+        activation, implementation: see `jaxnorm.layers.NormFields`.
 
     Raises:
         ValueError: as `jaxnorm.batch_norm`; also if `use_running_average` is None both here and
@@ -49,28 +48,35 @@ class BatchNorm(nnx.BatchNorm):
         ([[-1.0], [1.0]], [0.20000000298023224])
     """
 
-    @extends(nnx.BatchNorm)
     def __init__(
-        self,
-        *args,
-        unbiased: bool = False,
-        debias: bool = False,
-        virtual_batch_size: int | None = None,
-        activation: Callable | None = None,
-        implementation: str | None = None,
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        self.unbiased = unbiased
-        self.debias = debias
-        self.virtual_batch_size = virtual_batch_size
-        self.activation = activation
-        self.implementation = implementation
-        if jnp.issubdtype(self.param_dtype, jnp.complexfloating):
+        self, num_features: int, *, use_running_average: bool | None = False, axis: int = -1,
+        momentum: float | None = 0.99, epsilon: float = 1e-5, dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32, use_bias: bool = True, use_scale: bool = True,
+        bias_init: Initializer = initializers.zeros, scale_init: Initializer = initializers.ones,
+        axis_name: str | None = None, axis_index_groups: Any = None,
+        use_fast_variance: bool = True, promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs, bias_metadata: Metadata = NONE, scale_metadata: Metadata = NONE,
+        activation: Callable | None = None, implementation: str | None = None,
+        unbiased: bool = False, debias: bool = False, virtual_batch_size: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            num_features, use_running_average=use_running_average, axis=axis,
+            momentum=momentum,  # type: ignore[arg-type]
+            epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, use_bias=use_bias,
+            use_scale=use_scale, bias_init=bias_init, scale_init=scale_init, axis_name=axis_name,
+            axis_index_groups=axis_index_groups, use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype, rngs=rngs, bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )  # fmt: skip
+        BatchNormFields.__init__(
+            self, activation=activation, implementation=implementation, unbiased=unbiased,
+            debias=debias, virtual_batch_size=virtual_batch_size,
+        )  # fmt: skip
+        if jnp.issubdtype(param_dtype, jnp.complexfloating):
             # Of complex data the mean is complex, from the start.
             self.mean = nnx.BatchStat(self.mean[...].astype(jnp.complex64))
-        if self.momentum is None or debias:
-            self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
+        if momentum is None or debias:
+            self.count = nnx.BatchStat(init_batch_stats(()).count)
 
     def __call__(self, x, use_running_average: bool | None = None, *, mask=None):
         """Normalize `x` and, in training, update the running statistics.
@@ -80,43 +86,21 @@ class BatchNorm(nnx.BatchNorm):
             use_running_average: overrides the constructor's and `train()`, `eval()`.
             mask: broadcasts to `x`; nonzero elements enter the statistics.
         """
-        if use_running_average is None:
-            use_running_average = self.use_running_average
-        if use_running_average is None:
-            raise ValueError(
-                "BatchNorm: whether to use the running statistics must be said; got "
-                "use_running_average=None here and in the constructor. Pass True (evaluation) or "
-                "False (training), or call model.train() or model.eval() first."
-            )
-        check.flag("BatchNorm", "use_running_average", use_running_average)
+        use_running_average = norms.uses_running_average(
+            self.use_running_average if use_running_average is None else use_running_average
+        )
         mean, var = self.mean[...], self.var[...]
-        x, *rest = _promoted(self, x, mean, var, *_parameters(self))
-        scale, bias = rest[2:]
+        x, *rest, scale, bias = _promoted(self, x, mean, var, *_parameters(self))
         dtype = self.dtype
         if dtype is None and self.promote_dtype is dtypes.promote_dtype:
             # By Flax's rule the statistics' dtypes count.
-            dtype = promoted(x, *(a for a in rest if a is not None))
+            dtype = promoted(x, *rest, *(a for a in (scale, bias) if a is not None))
         counted = hasattr(self, "count")
         count = self.count[...] if counted else init_batch_stats(()).count
-        y, new = functional.batch_norm(
-            x,
-            scale,
-            bias,
-            BatchStats(mean, var, count),
+        y, new = norms.batch_norm(
+            self, x, scale, bias, BatchStats(mean, var, count), mask=mask, dtype=dtype,
             training=not use_running_average,
-            feature_axis=self.axis,
-            decay=self.momentum,
-            epsilon=self.epsilon,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            virtual_batch_size=self.virtual_batch_size,
-            unbiased=self.unbiased,
-            debias=self.debias,
-            activation=self.activation,
-            implementation=check.from_flax(self.use_fast_variance, self.implementation),
-            dtype=dtype,
-        )
+        )  # fmt: skip
         if not use_running_average:
             self.mean[...], self.var[...] = new.mean, new.var
             if counted:
@@ -124,14 +108,12 @@ class BatchNorm(nnx.BatchNorm):
         return y
 
 
-class LayerNorm(nnx.LayerNorm):
+class LayerNorm(Signed, nnx.LayerNorm, SavingNormFields):
     """`flax.nnx.LayerNorm` around `jaxnorm.layer_norm`, same constructor and variables.
 
     Args:
-        activation: an elementwise function of the result, see `jaxnorm.layer_norm`.
-        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
-        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
-        save: which array the backward pass keeps, "input" or "output", see `jaxnorm.layer_norm`.
+        scale_offset, save: see `jaxnorm.layers.SavingNormFields`.
+        activation, implementation: see `jaxnorm.layers.NormFields`.
 
     Raises:
         TypeError, ValueError: as `jaxnorm.layer_norm`; also if `scale` or `bias` is given to a
@@ -146,46 +128,42 @@ class LayerNorm(nnx.LayerNorm):
         [-1.225  0.     1.225]
     """
 
-    @extends(nnx.LayerNorm)
     def __init__(
-        self,
-        *args,
-        activation: Callable | None = None,
-        implementation: str | None = None,
-        scale_offset: float = 0.0,
-        save: Save = "input",
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        self.activation = activation
-        self.implementation = implementation
-        self.scale_offset = scale_offset
-        self.save: Save = save
+        self, num_features: int, *, epsilon: float = 1e-6, dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32, use_bias: bool = True, use_scale: bool = True,
+        bias_init: Initializer = initializers.zeros, scale_init: Initializer = initializers.ones,
+        reduction_axes: Axes = -1, feature_axes: Axes = -1,
+        axis_name: str | None = None, axis_index_groups: Any = None,
+        use_fast_variance: bool = True, promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs, bias_metadata: Metadata = NONE, scale_metadata: Metadata = NONE,
+        activation: Callable | None = None, implementation: str | None = None,
+        scale_offset: float = 0.0, save: Save = "input",
+    ) -> None:  # fmt: skip
+        super().__init__(
+            num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
+            use_bias=use_bias, use_scale=use_scale, bias_init=bias_init, scale_init=scale_init,
+            reduction_axes=reduction_axes, feature_axes=feature_axes, axis_name=axis_name,
+            axis_index_groups=axis_index_groups, use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype, rngs=rngs, bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )  # fmt: skip
+        SavingNormFields.__init__(
+            self, activation=activation, implementation=implementation, scale_offset=scale_offset,
+            save=save,
+        )  # fmt: skip
 
-    def __call__(self, x, *, residual=None, scale=None, bias=None, mask=None) -> Any:
-        """Normalize `x` over `reduction_axes`.
-
-        Args:
-            x: floating or complex array.
-            residual: added to `x` before; then the result is a pair, the second the sum.
-            scale, bias: of each sample, see `jaxnorm.layer_norm`; for a layer that has none.
-            mask: broadcasts to `x`; nonzero elements enter the statistics.
-        """
+    def __call__(self, x, *, mask=None, residual=None, scale=None, bias=None) -> Any:
+        """Normalize `x`, with the arguments of `jaxnorm.layers.norms.layer_norm`."""
         x, scale, bias = _promoted(self, x, *_parameters(self, scale, bias))
-        options = {**_axes(self), **_options(self), "mask": mask}
-        if residual is None:
-            return functional.layer_norm(x, scale, bias, **options)
-        return functional.add_layer_norm(x, residual, scale, bias, **options)
+        return norms.layer_norm(self, x, scale, bias, mask=mask, residual=residual)
 
 
-class RMSNorm(nnx.RMSNorm):
+class RMSNorm(Signed, nnx.RMSNorm, SavingNormFields):
     """`flax.nnx.RMSNorm` around `jaxnorm.rms_norm`, same constructor and variables.
 
     Args:
-        activation: an elementwise function of the result, see `jaxnorm.rms_norm`.
-        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
-        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
-        save: which array the backward pass keeps, "input" or "output", see `jaxnorm.rms_norm`.
+        scale_offset, save: see `jaxnorm.layers.SavingNormFields`.
+        activation, implementation: see `jaxnorm.layers.NormFields`.
 
     Raises:
         TypeError, ValueError: as `jaxnorm.rms_norm`; also if `scale` is given to a layer that has
@@ -201,45 +179,41 @@ class RMSNorm(nnx.RMSNorm):
         [0.849, 1.131]
     """
 
-    @extends(nnx.RMSNorm)
     def __init__(
-        self,
-        *args,
-        activation: Callable | None = None,
-        implementation: str | None = None,
-        scale_offset: float = 0.0,
-        save: Save = "input",
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        self.activation = activation
-        self.implementation = implementation
-        self.scale_offset = scale_offset
-        self.save: Save = save
+        self, num_features: int, *, epsilon: float = 1e-6, dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32, use_scale: bool = True,
+        scale_init: Initializer = initializers.ones,
+        reduction_axes: Axes = -1, feature_axes: Axes = -1,
+        axis_name: str | None = None, axis_index_groups: Any = None,
+        use_fast_variance: bool = True, promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs, scale_metadata: Metadata = NONE,
+        activation: Callable | None = None, implementation: str | None = None,
+        scale_offset: float = 0.0, save: Save = "input",
+    ) -> None:  # fmt: skip
+        super().__init__(
+            num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
+            use_scale=use_scale, scale_init=scale_init, reduction_axes=reduction_axes,
+            feature_axes=feature_axes, axis_name=axis_name, axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance, promote_dtype=promote_dtype, rngs=rngs,
+            scale_metadata=scale_metadata,
+        )  # fmt: skip
+        SavingNormFields.__init__(
+            self, activation=activation, implementation=implementation, scale_offset=scale_offset,
+            save=save,
+        )  # fmt: skip
 
     def __call__(self, x, mask=None, *, residual=None, scale=None) -> Any:
-        """Normalize `x` over `reduction_axes`.
-
-        Args:
-            x: floating or complex array.
-            residual: added to `x` before; then the result is a pair, the second the sum.
-            scale: of each sample, see `jaxnorm.layer_norm`; for a layer that has none of its own.
-            mask: broadcasts to `x`; nonzero elements enter the mean square.
-        """
+        """Normalize `x`, with the arguments of `jaxnorm.layers.norms.rms_norm`."""
         x, scale = _promoted(self, x, _parameter(self, "scale", scale))
-        options = {**_axes(self), **_options(self), "mask": mask}
-        if residual is None:
-            return functional.rms_norm(x, scale, **options)
-        return functional.add_rms_norm(x, residual, scale, **options)
+        return norms.rms_norm(self, x, scale, mask=mask, residual=residual)
 
 
-class GroupNorm(nnx.GroupNorm):
+class GroupNorm(Signed, nnx.GroupNorm, AffineNormFields):
     """`flax.nnx.GroupNorm` around `jaxnorm.group_norm`, same constructor and variables.
 
     Args:
-        activation: an elementwise function of the result, see `jaxnorm.group_norm`.
-        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
-        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
+        scale_offset: see `jaxnorm.layers.AffineNormFields`.
+        activation, implementation: see `jaxnorm.layers.NormFields`.
 
     Raises:
         TypeError, ValueError: as `jaxnorm.group_norm`; also unless exactly one of `num_groups`
@@ -256,43 +230,42 @@ class GroupNorm(nnx.GroupNorm):
         [[-1.0, 1.0, -1.0, 1.0]]
     """
 
-    @extends(nnx.GroupNorm)
     def __init__(
-        self,
-        *args,
-        activation: Callable | None = None,
-        implementation: str | None = None,
+        self, num_features: int, num_groups: int | None = 32, group_size: int | None = None, *,
+        epsilon: float = 1e-6, dtype: Dtype | None = None, param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True, use_scale: bool = True,
+        bias_init: Initializer = initializers.zeros, scale_init: Initializer = initializers.ones,
+        reduction_axes: Axes | None = None,
+        axis_name: str | None = None, axis_index_groups: Any = None,
+        use_fast_variance: bool = True, promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs, bias_metadata: Metadata = NONE, scale_metadata: Metadata = NONE,
+        activation: Callable | None = None, implementation: str | None = None,
         scale_offset: float = 0.0,
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        self.activation = activation
-        self.implementation = implementation
-        self.scale_offset = scale_offset
-
-    def __call__(self, x, *, scale=None, bias=None, mask=None):
-        """Normalize each group of `x`.
-
-        Args:
-            x: floating or complex array.
-            scale, bias: of each sample, see `jaxnorm.layer_norm`; for a layer that has none.
-            mask: broadcasts to `x`; nonzero elements enter the statistics.
-        """
-        x, scale, bias = _promoted(self, x, *_parameters(self, scale, bias))
-        return functional.group_norm(
-            x, scale, bias, num_groups=self.num_groups,
-            axis=check.reduced_from(self.reduction_axes, x), mask=mask,
-            **_options(self),
+    ) -> None:  # fmt: skip
+        super().__init__(
+            num_features, num_groups, group_size, epsilon=epsilon, dtype=dtype,
+            param_dtype=param_dtype, use_bias=use_bias, use_scale=use_scale, bias_init=bias_init,
+            scale_init=scale_init, reduction_axes=reduction_axes, axis_name=axis_name,
+            axis_index_groups=axis_index_groups, use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype, rngs=rngs, bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
         )  # fmt: skip
+        AffineNormFields.__init__(
+            self, activation=activation, implementation=implementation, scale_offset=scale_offset
+        )
+
+    def __call__(self, x, *, mask=None, scale=None, bias=None):
+        """Normalize each group of `x`, with the arguments of `jaxnorm.layers.norms.group_norm`."""
+        x, scale, bias = _promoted(self, x, *_parameters(self, scale, bias))
+        return norms.group_norm(self, x, scale, bias, num_groups=self.num_groups, mask=mask)
 
 
-class InstanceNorm(nnx.InstanceNorm):
+class InstanceNorm(Signed, nnx.InstanceNorm, AffineNormFields):
     """`flax.nnx.InstanceNorm` around `jaxnorm.instance_norm`, same constructor and variables.
 
     Args:
-        activation: an elementwise function of the result, see `jaxnorm.instance_norm`.
-        implementation: "xla" or "pallas" to insist on one; None lets jaxnorm choose.
-        scale_offset: added to `scale` in float32, for checkpoints that store gamma - 1.
+        scale_offset: see `jaxnorm.layers.AffineNormFields`.
+        activation, implementation: see `jaxnorm.layers.NormFields`.
 
     Raises:
         TypeError, ValueError: as `jaxnorm.instance_norm`; also if `scale` or `bias` is given to
@@ -308,43 +281,42 @@ class InstanceNorm(nnx.InstanceNorm):
         [[[-1.0, -1.0], [1.0, 1.0]]]
     """
 
-    @extends(nnx.InstanceNorm)
     def __init__(
-        self,
-        *args,
-        activation: Callable | None = None,
-        implementation: str | None = None,
+        self, num_features: int, *, epsilon: float = 1e-6, dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32, use_bias: bool = True, use_scale: bool = True,
+        bias_init: Initializer = initializers.zeros, scale_init: Initializer = initializers.ones,
+        feature_axes: Axes = -1, axis_name: str | None = None, axis_index_groups: Any = None,
+        use_fast_variance: bool = True, promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
+        rngs: nnx.Rngs, bias_metadata: Metadata = NONE, scale_metadata: Metadata = NONE,
+        activation: Callable | None = None, implementation: str | None = None,
         scale_offset: float = 0.0,
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        self.activation = activation
-        self.implementation = implementation
-        self.scale_offset = scale_offset
-
-    def __call__(self, x, *, scale=None, bias=None, mask=None):
-        """Normalize each feature of each example.
-
-        Args:
-            x: floating or complex array.
-            scale, bias: of each sample, see `jaxnorm.layer_norm`; for a layer that has none.
-            mask: broadcasts to `x`; nonzero elements enter the statistics.
-        """
-        x, scale, bias = _promoted(self, x, *_parameters(self, scale, bias))
-        return functional.instance_norm(
-            x, scale, bias, feature_axis=self.feature_axes, mask=mask, **_options(self)
+    ) -> None:  # fmt: skip
+        super().__init__(
+            num_features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype,
+            use_bias=use_bias, use_scale=use_scale, bias_init=bias_init, scale_init=scale_init,
+            feature_axes=feature_axes, axis_name=axis_name, axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance, promote_dtype=promote_dtype, rngs=rngs,
+            bias_metadata=bias_metadata, scale_metadata=scale_metadata,
         )  # fmt: skip
+        AffineNormFields.__init__(
+            self, activation=activation, implementation=implementation, scale_offset=scale_offset
+        )
+
+    def __call__(self, x, *, mask=None, scale=None, bias=None):
+        """Normalize each feature of `x`, with the arguments of `layers.norms.instance_norm`."""
+        x, scale, bias = _promoted(self, x, *_parameters(self, scale, bias))
+        return norms.instance_norm(self, x, scale, bias, mask=mask)
 
 
 def _parameters(module, scale=None, bias=None):
+    """Scale and bias, each the module's own or that given in the call."""
     return _parameter(module, "scale", scale), _parameter(module, "bias", bias)
 
 
 def _parameter(module, name: str, given=None):
-    """The module's own, where it has one, or that given in the call."""
-    own = getattr(module, name, None)
-    check.one_of(type(module).__name__, name, own is not None, given)
-    return given if own is None else own[...]
+    """The parameter `name`, where the module has it, or what the call gives."""
+    own = getattr(module, name)
+    return norms.own_or_given(module, name, None if own is None else own[...], given)
 
 
 def _promoted(module, x, *others):
@@ -354,28 +326,7 @@ def _promoted(module, x, *others):
     before its statistics are taken would cost digits, and widening it bytes kept for the backward
     pass. A `promote_dtype` of the user's own is called as Flax calls it, with the same arrays.
     """
-    x = check.inexact(type(module).__name__, "x", x)
+    x = norms.checked_input(module, x)
     if module.promote_dtype is dtypes.promote_dtype:
         return x, *others
     return module.promote_dtype((x, *others), dtype=module.dtype)
-
-
-def _axes(module) -> dict:
-    """Options that only layer and RMS normalization have."""
-    return {
-        "axis": module.reduction_axes,
-        "feature_axis": module.feature_axes,
-        "save": module.save,
-    }
-
-
-def _options(module) -> dict:
-    return {
-        "epsilon": module.epsilon,
-        "scale_offset": module.scale_offset,
-        "activation": module.activation,
-        "dtype": module.dtype,
-        "implementation": check.from_flax(module.use_fast_variance, module.implementation),
-        "axis_name": module.axis_name,
-        "axis_index_groups": module.axis_index_groups,
-    }
