@@ -313,17 +313,18 @@ def _kept(array, number, *, full: bool):
 
 
 def _divided_by_one(array, number):
-    """What ends in a division is computed once; all else anew for each element that it meets.
+    """An equal array that ends in a division, and is therefore computed once.
 
-    Even where that means to find out to which block of an axis the element belongs.
+    XLA for CPUs computes all else anew for each element that it meets, even if that means to find
+    out to which block of an axis the element belongs.
     """
     return array / jnp.where(number == number, 1, number).astype(array.dtype)
 
 
 def _kept_where(array, number):
-    """A choice makes an array of what is summed, which CPUs need to be fast.
+    """An array that ends in a choice, and is therefore an array in memory, which sums are fast over.
 
-    It also keeps what it is chosen for from being computed for each sum anew.
+    That also keeps the array from being computed anew for each sum.
     """
     return jnp.where(number != 0, array, jnp.zeros_like(array))
 

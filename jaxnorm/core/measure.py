@@ -34,7 +34,7 @@ NEAR = 2.0
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured of an array: the meaning of a normalization, without its affine part."""
+    """A measurement of an array: the static half of a normalization, without its affine part."""
 
     slices: Slices
     epsilon: float = 0.0
@@ -60,7 +60,7 @@ class Way(enum.Enum):
 
 @dataclass(frozen=True)
 class Strategy:
-    """How an array is measured. No result depends on it but by rounding."""
+    """The way in which an array is measured. Results depend on it only by rounding."""
 
     way: Way
     stored: jax.typing.DTypeLike | None = None

@@ -60,7 +60,7 @@ class Slices:
         return replace(self, axes=tuple(a + 1 for a in self.axes), blocks=blocks)
 
     def without_blocks(self, x: Array, *others: Array | None) -> tuple["Slices", list[Any]]:
-        """The same slices of views in which the axis of the blocks is split into two axes.
+        """These slices, of views in which the axis of the blocks is split into two axes.
 
         Only for arrays that lie whole on one device; see `jaxnorm.core.blocks`.
 
