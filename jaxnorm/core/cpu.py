@@ -322,7 +322,7 @@ def _divided_by_one(array, number):
 
 
 def _kept_where(array, number):
-    """An array that ends in a choice, and is therefore an array in memory, which sums are fast over.
+    """An array that ends in a choice, and is therefore kept in memory, where sums are fast.
 
     That also keeps the array from being computed anew for each sum.
     """
