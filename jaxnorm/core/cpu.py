@@ -152,12 +152,9 @@ def _lower_measure_on_cpu(context, *operands, call: _Call):
 
 def _measure_by(way: Callable, measurement: Measurement, strategy: Strategy, x, mask, guess):
     """The result of a way that finds count, origin, mean of ``x - origin``, var in float64."""
-    slices, (view, *others) = measurement.slices.without_blocks(x, mask, guess)
-    *parts, var = way(replace(measurement, slices=slices), strategy, view, *others)
-    shape, narrow = measurement.slices.reduced_shape(x.shape), x.dtype
-    parts = (jnp.broadcast_to(part, var.shape).reshape(shape) for part in parts)
-    count, origin, mean = (part.astype(narrow) for part in parts)
-    var = var.reshape(shape)
+    *parts, var = way(measurement, strategy, x, mask, guess)
+    narrow = x.dtype
+    count, origin, mean = (jnp.broadcast_to(part, var.shape).astype(narrow) for part in parts)
     with_epsilon = var + measurement.epsilon
     # Below, powers of rstd would leave the range; float32 has no such variance either.
     flat = (with_epsilon < float(np.finfo(narrow).tiny)) | (count == 0)
@@ -167,21 +164,24 @@ def _measure_by(way: Callable, measurement: Measurement, strategy: Strategy, x, 
 
 
 def _two_pass(measurement: Measurement, strategy: Strategy, x, mask, guess):
-    """The textbook's two passes over numbers of 24 bits, in sums of 53: exact at any offset."""
+    """A mean, then the moments about it: numbers of 24 bits in sums of 53, exact at any offset."""
     del strategy, guess
-    slices, wide = measurement.slices, x.astype(np.float64)
+    slices = measurement.slices
 
-    def total(terms):
-        return slices.reduce(jnp.sum, terms if mask is None else jnp.where(mask, terms, 0))
+    def total(function, terms):
+        wide = function(terms.astype(np.float64))  # in one loop with the sum, without an array
+        return slices.reduce(jnp.sum, wide if mask is None else jnp.where(mask, wide, 0))
 
-    count = slices.size(x.shape) if mask is None else total(jnp.ones_like(wide))
+    count = slices.size(x.shape) if mask is None else total(jnp.ones_like, x)
     n = count if mask is None else jnp.maximum(count, 1)
-    mean = total(wide) / n
-    deviations = wide - mean if measurement.centered else wide
-    m2 = total(deviations * deviations)
-    origin = _where_within(m2, mean).astype(x.dtype)
-    mean = _where_within(m2, mean - origin).astype(x.dtype)
-    return count, _divided_by_one(origin, origin), _divided_by_one(mean, mean), m2 / n
+    if not measurement.centered:
+        return count, np.float32(0), np.float32(0), total(jnp.square, x) / n
+    mean = total(jnp.asarray, x) / n
+    origin = mean.astype(x.dtype)
+    m2 = 4 * total(jnp.square, _half_deviations(slices, x, origin))
+    rest = _where_within(m2, mean - origin).astype(x.dtype)
+    var = jnp.maximum(m2 / n - rest.astype(np.float64) ** 2, 0)
+    return count, _where_within(m2, origin), _divided_by_one(rest, rest), var
 
 
 def _squares(measurement: Measurement, strategy: Strategy, x, mask, guess):
@@ -213,20 +213,19 @@ def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess):
     share = np.float32(2.0 ** -math.ceil(math.log2(size)))
     rest = np.float32(1 / (float(share) * size))
     guess = jnp.zeros((1,) * x.ndim, narrow) if guess is None else guess.astype(narrow)
-    z = x - guess
+    z = x - slices.broadcast(guess, x)
     square, mean = total(z * z), total(z * share) * rest
     var = jnp.maximum(square * np.float32(1 / size) - mean * mean, 0)
     good = (square < _BIG) & (jnp.abs(mean) <= measure.NEAR * jnp.sqrt(var))
 
-    # The sums of squares are those of halves: halved, no difference leaves the range.
+    # The sums of squares are those of halves.
     def about_guess():
         return square.astype(np.float64) / 4, mean, jnp.broadcast_to(guess, mean.shape)
 
     def about_sample():
         x = stored.astype(narrow)
         origin = _mean_of_sample(slices, x)
-        origin = _divided_by_one(origin, origin)
-        half = x * np.float32(0.5) - origin * np.float32(0.5)
+        half = _half_deviations(slices, x, origin)
         wide = half.astype(np.float64)
         square, mean = total(wide * wide), total(half * share) * (2 * rest)
         return square, *(_where_within(4 * square, part) for part in (mean, origin))
@@ -260,6 +259,13 @@ def _mean_of_sample(slices: Slices, x):
     sample = lax.slice(x, start, end)
     total = slices.reduce(jnp.sum, sample.astype(np.float64))
     return (total / slices.size(sample.shape)).astype(x.dtype)
+
+
+def _half_deviations(slices: Slices, x, origin):
+    """``(x - origin) / 2``: halved, no difference leaves the range."""
+    near = slices.broadcast(origin, x)
+    near = _divided_by_one(near, near)
+    return x * np.float32(0.5) - near * np.float32(0.5)
 
 
 def _where_within(m2, part):

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from jaxtyping import Array
 
@@ -58,25 +57,3 @@ class Slices:
         """These slices in each entry of one more axis in front."""
         blocks = self.blocks and (self.blocks[0] + 1, self.blocks[1])
         return replace(self, axes=tuple(a + 1 for a in self.axes), blocks=blocks)
-
-    def without_blocks(self, x: Array, *others: Array | None) -> tuple["Slices", list[Any]]:
-        """These slices, of views in which the axis of the blocks is split into two axes.
-
-        Only for arrays that lie whole on one device; see `jaxnorm.core.blocks`.
-
-        Args:
-            x: the array whose slices these are.
-            *others: arrays that broadcast to it, of its rank.
-        """
-        if self.blocks is None:
-            return self, [x, *others]
-        axis, blocks = self.blocks
-        axes = (*(a + (a > axis) for a in self.axes), axis + 1)
-
-        def split(array):
-            if array is None:
-                return None
-            sizes = (blocks, array.shape[axis] // blocks) if array.shape[axis] > 1 else (1, 1)
-            return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
-
-        return replace(self, axes=axes, blocks=None), [split(array) for array in (x, *others)]
