@@ -104,6 +104,16 @@ def partitions(context: Any) -> int | None:
     return getattr(context.module_context.axis_context, "num_devices", None)
 
 
+def is_single_program(context: Any) -> bool:
+    """True if a program is lowered for one platform and one device, with sizes that are known.
+
+    Only then may what is lowered in place of a primitive have 64-bit numbers: the indices of
+    platforms and of symbolic sizes, which are operands of all inner functions, have 32 bits.
+    """
+    module = context.module_context
+    return partitions(context) == 1 and len(module.platforms) == 1 and not context.dim_var_values
+
+
 def is_zero(tangent: Any) -> bool:
     """True for a tangent or cotangent that is known to be zero."""
     return type(tangent) is ad.Zero

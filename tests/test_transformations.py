@@ -216,6 +216,23 @@ def test_export_runs_what_was_exported(case: Case):
     np.testing.assert_allclose(exported.call(*a), jax.jit(case.function)(*a), atol=1e-6)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_export_for_several_platforms(case: Case):
+    a = case.arguments()
+    function = jax.jit(lambda *b: jax.vjp(case.function, *b)[0])
+    exported = jax.export.export(function, platforms=["cpu", "tpu"])(*a)
+    np.testing.assert_allclose(exported.call(*a), function(*a), atol=1e-5)
+
+
+def test_export_of_known_sizes_beside_a_symbolic_one():
+    """The kernel is known, the batch is not."""
+    (b,) = jax.export.symbolic_shape("b")
+    z, w = np.ones((2, 4), "f"), np.arange(12, dtype="f").reshape(4, 3)
+    function = jax.jit(lambda z, w: z @ jaxnorm.standardize_weight(w) + jaxnorm.layer_norm(w)[0])
+    exported = jax.export.export(function)(jax.ShapeDtypeStruct((b, 4), z.dtype), w)
+    np.testing.assert_allclose(exported.call(z, w), function(z, w), atol=1e-5)
+
+
 def test_export_with_statistics_and_moments():
     x = BATCH.arguments()[0]
     stats = jaxnorm.init_batch_stats(x.shape[-1])

@@ -27,11 +27,11 @@ from jaxtyping import Array, Bool, Float, Inexact
 from jaxnorm._jax import (
     instantiated,
     is_linear,
+    is_single_program,
     lower,
     lower_identity,
     lowering,
     make_primitive,
-    partitions,
 )
 from jaxnorm.core import measure
 from jaxnorm.core.measure import Measurement, Strategy
@@ -142,10 +142,11 @@ def _lower_measure(context, *operands, call: _Call):
 def _lower_measure_on_cpu(context, *operands, call: _Call):
     x, *_ = context.avals_in
     small = x.size < LARGE
-    if partitions(context) != 1 or x.dtype != np.float32 or not (small or not call.has_mask):
+    suited = x.dtype == np.float32 and (small or not call.has_mask)
+    if not (suited and is_single_program(context)):
         return _lower_measure(context, *operands, call=call)
     large_way = _about_guess if call.measurement.centered else _squares
-    by = partial(_measure_by, _two_pass if small else large_way)
+    by = partial(_measure_by, _two_reads_in_float64 if small else large_way)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         return lower(partial(call.measure, by), context, *operands, several=True)
 
@@ -163,7 +164,7 @@ def _measure_by(way: Callable, measurement: Measurement, strategy: Strategy, x, 
     return Measured(LocalMoments(origin, mean, rstd), count, saturate(var, narrow))
 
 
-def _two_pass(measurement: Measurement, strategy: Strategy, x, mask, guess):
+def _two_reads_in_float64(measurement: Measurement, strategy: Strategy, x, mask, guess):
     """A mean, then the moments about it: numbers of 24 bits in sums of 53, exact at any offset."""
     del strategy, guess
     slices = measurement.slices
