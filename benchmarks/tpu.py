@@ -33,7 +33,7 @@ from benchmarks.running import Plan, Unit
 TOPOLOGIES = ("v5e:2x2x1", "v5p:2x2x1", "v6e:2x2x1", "tpu7x:2x2x1")
 PEERS = (p.FLAX, *p.FORMS)
 ROWS, IMAGES = ((65536, 1024), (16384, 4096)), ((256, 56, 56, 128),)
-ALONE = {"layer": ROWS, "rms": ROWS, "add rms": ROWS, "batch": IMAGES, "group": IMAGES,
+OPERATIONS = {"layer": ROWS, "rms": ROWS, "add rms": ROWS, "batch": IMAGES, "group": IMAGES,
          "instance": IMAGES}  # fmt: skip
 GROUPS = 32
 NORMS = {norm.name: norm for norm in p.norms(GROUPS)}
@@ -85,11 +85,11 @@ def plan(*, quick: bool = False) -> Plan:
 
 def _units(quick: bool) -> Iterator[Unit]:
     for topology in TOPOLOGIES[:1] if quick else TOPOLOGIES:
-        for name, shapes in {"layer": ((512, 256),)}.items() if quick else ALONE.items():
+        for name, shapes in {"layer": ((512, 256),)}.items() if quick else OPERATIONS.items():
             for shape in shapes:
                 for peer in _having(name):
                     key = f"{name} {'x'.join(map(str, shape))} {peer.name} {topology}"
-                    yield Unit(key, functools.partial(_alone_rows, peer, name, shape, topology))
+                    yield Unit(key, functools.partial(_operation_rows, peer, name, shape, topology))
         for block in (QUICK_BLOCK,) if quick else BLOCKS:
             for name in block.norms:
                 for peer in _having(name):
@@ -101,7 +101,7 @@ def _having(name: str) -> list:
     return [peer for peer in PEERS if peer is p.FLAX or peer.has(NORMS[name.removeprefix("add ")])]
 
 
-def _alone_rows(peer, name: str, shape, topology: str) -> dict:
+def _operation_rows(peer, name: str, shape, topology: str) -> dict:
     return {
         "alone": [
             {
@@ -112,7 +112,9 @@ def _alone_rows(peer, name: str, shape, topology: str) -> dict:
                 "pass": "forward and backward" if backward else "forward",
                 **described(compiled, math.prod(shape) * 2),
             }
-            for backward, compiled in zip((False, True), compile_alone(peer, name, shape, topology))
+            for backward, compiled in zip(
+                (False, True), compile_operation(peer, name, shape, topology)
+            )
         ]
     }
 
@@ -158,21 +160,14 @@ def in_subprocess(function: Callable, *arguments) -> Any:
         return None
 
 
-def alone(peer, name: str, shape: tuple[int, ...], topology: str) -> tuple[float, float]:
+def operation_passes(peer, name: str, shape: tuple[int, ...], topology: str) -> tuple[float, float]:
     """Passes of a peer's norm, or of "add rms": forward, and forward with backward."""
     size = math.prod(shape) * 2
     forward, both = (
         Program(compiled.as_text()).hbm_bytes / size
-        for compiled in compile_alone(peer, name, shape, topology)
+        for compiled in compile_operation(peer, name, shape, topology)
     )
     return forward, both
-
-
-def blocks_extra(peer, name: str, topology: str) -> float:
-    """Extra passes for each norm layer of the block that belongs to that norm."""
-    (block,) = (b for b in BLOCKS if name in b.norms)
-    compiled, base = compile_block(block, peer, name, topology), _without(block, topology)
-    return _extra(compiled, base, models.normed(block.model, _input(block)))
 
 
 def _extra(compiled, base, layers: list[int]) -> float:
@@ -192,7 +187,7 @@ def described(compiled, size: int) -> dict:
     }
 
 
-def compile_alone(peer, name: str, shape: tuple[int, ...], topology: str) -> tuple[Any, Any]:
+def compile_operation(peer, name: str, shape: tuple[int, ...], topology: str) -> tuple[Any, Any]:
     """The forward, and forward with backward, compiled for one device."""
     x = jax.ShapeDtypeStruct(shape, models.DTYPE)
     feature = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)

@@ -52,6 +52,11 @@ def axes(operation: str, name: str, value: Axes, x) -> tuple[int, ...]:
         ) from None
     if not given:
         raise ValueError(f"{operation}: {name} names no axis; got {name}={value!r}. Name one.")
+    if x.ndim == 0:
+        raise ValueError(
+            f"{operation}: x must have an axis that {name} can name; got x.shape=() with "
+            f"{name}={value!r}. Give it one: x[None]."
+        )
     for a in given:
         if not -x.ndim <= a < x.ndim:
             raise ValueError(
@@ -185,7 +190,7 @@ def not_empty(operation: str, x, reduced: tuple[int, ...]) -> None:
     if math.prod(x.shape[a] for a in reduced) == 0:
         raise ValueError(
             f"{operation}: there is nothing to take statistics of: x.shape={x.shape} has no "
-            f"element over the reduced axes {reduced}. Skip empty batches before this call."
+            f"element over the reduced axes {reduced}. Skip empty arrays before this call."
         )
 
 
@@ -196,6 +201,12 @@ def groups_of(operation: str, num_groups, x, feature_axis: int) -> int:
         raise TypeError(
             f"{operation}: num_groups must be an int; got {type(num_groups).__name__} "
             f"{_short(num_groups)}. For example num_groups=32."
+        )
+    if not isinstance(features, int) and features % num_groups != 0:  # a symbol
+        raise ValueError(
+            f"{operation}: num_groups must be known to divide a symbolic number of features; got "
+            f"num_groups={num_groups} for x.shape={x.shape} at axis {feature_axis}. Export a "
+            f'multiple of it: jax.export.symbolic_shape("{num_groups}*c").'
         )
     if num_groups <= 0 or features % num_groups:
         divisors = [d for d in range(1, features + 1) if features % d == 0]
@@ -286,6 +297,13 @@ def result_dtype(operation: str, x, *parameters, dtype=None):
     """`dtype`, or what `x` and the parameters promote to: Flax's rule."""
     if dtype is None:
         return promoted(x, *(p for p in parameters if p is not None))
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"{operation}: dtype must be a dtype, or its name; got {_short(dtype)}. For example "
+            "dtype=jnp.bfloat16."
+        ) from None
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"{operation}: the result's dtype must be floating or complex; got "

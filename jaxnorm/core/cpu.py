@@ -1,4 +1,4 @@
-"""All that exists for XLA's CPU backend only: other platforms neither trace nor compile it.
+"""All that exists for XLA's CPU backend only.
 
 A CPU pays for memory and for each loop that is compiled, and its compiler computes a broadcast
 value anew for each element that it meets. So on a CPU
@@ -10,7 +10,7 @@ value anew for each element that it meets. So on a CPU
   products of matrices.
 
 Each is a primitive with a lowering of its own for CPUs. On other platforms they are what `measure`
-says, their operand, and a plain product.
+says, their operand, and a plain product: nothing of this file is compiled there.
 """
 
 import math
@@ -44,15 +44,14 @@ LARGE = 2**18
 _BIG = np.float32(2.0**100)
 
 
-def holds(x: Inexact[Array, "*shape"]) -> bool:
-    """True if one device holds `x`, or one that does not know of others, and its size is known."""
-    # A symbolic size (jax.export) may be anything.
+def is_unsharded(x: Inexact[Array, "*shape"]) -> bool:
+    """True if the type of `x` names no mesh and no symbolic size."""
     return jax.typeof(x).sharding.mesh.empty and all(isinstance(n, int) for n in x.shape)
 
 
 def is_large(x: Inexact[Array, "*shape"]) -> bool:
-    """True if normalizing `x` takes long enough to compile what makes it faster."""
-    return holds(x) and x.size >= LARGE
+    """True if `x` is large enough for what pays for its compile time only then."""
+    return is_unsharded(x) and x.size >= LARGE
 
 
 # The moments.
@@ -280,29 +279,29 @@ def _where_within(m2, part):
 # What is computed once.
 
 
-def materialize(array: Array, number: Array, *, full: bool = False) -> Array:
+def materialize(array: Array, divisor: Array, *, full: bool = False) -> Array:
     """An equal array that CPUs keep in memory, linear in `array`.
 
     Args:
         array: what is to be kept.
-        number: known values that broadcast to it, of which none is a linear function of `array`.
-        full: whether `array` is what a sum weighs another with, and may be zero where `number` is.
+        divisor: known values that broadcast to it; finite ones change nothing.
+        full: whether `array` is what a sum weighs another with, and may be zero where `divisor` is.
     """
-    return _materialize_p().bind(array, number, full=full)
+    return _materialize_p().bind(array, divisor, full=full)
 
 
 @cache
 def _materialize_p():
     return make_primitive(
         "jaxnorm_materialize",
-        value=lambda array, number, full: array,
-        result=lambda array, number, full: array,
+        value=lambda array, divisor, full: array,
+        result=lambda array, divisor, full: array,
         jvp=lambda primals, tangents, full: (
             materialize(*primals, full=full),
             materialize(instantiated(tangents[:1])[0], primals[1], full=full),
         ),
-        transpose=lambda cotangent, array, number, full: [
-            materialize(instantiated([cotangent])[0], number, full=full), None
+        transpose=lambda cotangent, array, divisor, full: [
+            materialize(instantiated([cotangent])[0], divisor, full=full), None
         ],
         batch=_materialize_batched,
         lowerings={None: lower_identity, "cpu": lowering(_kept)},
@@ -310,30 +309,30 @@ def _materialize_p():
 
 
 def _materialize_batched(operands, places, *, full: bool):
-    size, (array, number) = _leading(operands, places)
+    size, (array, divisor) = _leading(operands, places)
     array = jnp.broadcast_to(array, (size, *array.shape[1:]))
-    return materialize(array, number, full=full), 0
+    return materialize(array, divisor, full=full), 0
 
 
-def _kept(array, number, *, full: bool):
-    return (_kept_where if full else _divided_by_one)(array, number)
+def _kept(array, divisor, *, full: bool):
+    return (_kept_where if full else _divided_by_one)(array, divisor)
 
 
-def _divided_by_one(array, number):
+def _divided_by_one(array, divisor):
     """An equal array that ends in a division, and is therefore computed once.
 
     XLA for CPUs computes all else anew for each element that it meets, even if that means to find
     out to which block of an axis the element belongs.
     """
-    return array / jnp.where(number == number, 1, number).astype(array.dtype)
+    return array / jnp.where(divisor == divisor, 1, divisor).astype(array.dtype)
 
 
-def _kept_where(array, number):
+def _kept_where(array, divisor):
     """An array that ends in a choice, and is therefore kept in memory, where sums are fast.
 
     That also keeps the array from being computed anew for each sum.
     """
-    return jnp.where(number != 0, array, jnp.zeros_like(array))
+    return jnp.where(divisor != 0, array, jnp.zeros_like(array))
 
 
 # Products that are summed.

@@ -1,4 +1,4 @@
-"""Layer, RMS, instance and group normalization: moments over axes of one example, no state."""
+"""Layer, RMS, instance and group normalization and weight standardization: no state."""
 
 from jaxtyping import Array, Bool, Inexact
 

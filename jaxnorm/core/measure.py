@@ -69,9 +69,9 @@ class Strategy:
     """Whether compilers for TPUs are told that the slices lie in memory as rows."""
     in_block: bool = False
     """Whether `x` is a block in fast memory, as in a kernel: all of it can be read for nothing."""
-    cpu: bool = False
+    cpu_measured: bool = False
     """Whether a CPU measures it in its own way; see `core.cpu`."""
-    large: bool = False
+    cpu_large: bool = False
     """Whether CPUs get what pays for its compile time on large arrays only; see `core.cpu`."""
 
 
@@ -101,7 +101,7 @@ def measure(
         x: the data in the dtype that it is to be computed in, float32 at least.
         mask: which elements count; None for all.
         guess: a value expected near the mean of each slice, the same on all replicas; only
-            `Way.GUESS` looks at it.
+            `Way.GUESS` uses it.
     """
     if strategy.row_major:
         x = row_major(x)
@@ -190,7 +190,7 @@ def _means(measurement: Measurement, x, mask, *, origin):
 
 def _two_reads(slices: Slices, in_block: bool, x, mask) -> _Scaled:
     """The moments about a first mean, for which a first read is taken about an element."""
-    element = element_of(slices, x, mask, all_at_hand=in_block)
+    element = element_of(slices, x, mask, in_block=in_block)
     z = x - slices.broadcast(element, x)
     z = z if mask is None else jnp.where(mask, z, 0)
     # Scaled down, since here the sum alone may be too large.
@@ -284,7 +284,7 @@ def _fitting(square):
 
 @custom_vmap
 def all_true(condition) -> Bool[Array, ""]:
-    """One answer for all slices."""
+    """True if a condition holds in all slices, of all members of a vmapped batch."""
     # A sum, for which CPUs need one compiled function; for jnp.all it is three.
     return jnp.sum(jnp.where(condition, 0.0, 1.0), dtype=jnp.float32) == 0
 

@@ -20,7 +20,7 @@ from jaxnorm.core.blocks import reduce_blocks, reshard_like
 from jaxnorm.core.epilogue import Epilogue, affine
 from jaxnorm.core.measure import Measurement, Strategy, Way, measure
 from jaxnorm.core.moments import LocalMoments, Measured, wide_dtype
-from jaxnorm.core.strategy import strategy
+from jaxnorm.core.strategy import choose_strategy
 
 # Between the passes `x` is kept in its own dtype, and the moments, which bear this name. All else
 # is recomputed, in the wide dtype, and the gradient rounded once.
@@ -148,10 +148,10 @@ def standardize(
         # of what is replicated is replicated too, though it may be as large as x.
         mask = None if mask is None else reshard_like(jnp.broadcast_to(mask, x.shape), x)
         factor, shift = (None if p is None else reshard_like(p, x) for p in (factor, shift))
-    how = strategy(measurement, wide, stored=x.dtype, has_guess=guess is not None)
-    measured = jax.tree.map(_named, _measure(measurement, how, wide, mask, guess))
+    strategy = choose_strategy(measurement, wide, stored=x.dtype, has_guess=guess is not None)
+    measured = jax.tree.map(_named, _measure(measurement, strategy, wide, mask, guess))
     count = None if mask is None else measured.count  # else it is known without being kept
-    y = _standardize(measurement, how, wide, mask, count, measured.local, factor, shift)
+    y = _standardize(measurement, strategy, wide, mask, count, measured.local, factor, shift)
     return y, measured
 
 
@@ -168,10 +168,10 @@ def normalize_block(
     epilogue: Epilogue,
 ) -> Inexact[Array, "*shape"]:
     """Normalize a block in fast memory."""
-    how = _in_block(measurement)
+    strategy = _in_block(measurement)
     wide = x.astype(wide_dtype(x.dtype))
-    local = measure(measurement, how, wide, mask, None).local
-    return epilogue(_broadcast(measurement, how, local, wide).standardize(x), scale, bias)
+    local = measure(measurement, strategy, wide, mask, None).local
+    return epilogue(_broadcast(measurement, strategy, local, wide).standardize(x), scale, bias)
 
 
 def pull_back_block(
@@ -185,10 +185,10 @@ def pull_back_block(
     epilogue: Epilogue,
 ):
     """Cotangents of `x`, scale and bias, not rounded, from that of `normalize_block`'s result."""
-    how = _in_block(measurement)
+    strategy = _in_block(measurement)
     wide = x.astype(wide_dtype(x.dtype))
-    measured = measure(measurement, how, wide, mask, None)
-    xhat = _broadcast(measurement, how, measured.local, wide).standardize(wide)
+    measured = measure(measurement, strategy, wide, mask, None)
+    xhat = _broadcast(measurement, strategy, measured.local, wide).standardize(wide)
     given = [p if p is None else p.astype(wide_dtype(p.dtype)) for p in (scale, bias)]
     _, pull = jax.vjp(epilogue, xhat, *given)
     dxhat, *dgiven = pull(dy)
@@ -196,7 +196,7 @@ def pull_back_block(
     # The map of tangents is its own transpose.
     primals = wide, mask, count, measured.local, None, None
     tangents = dxhat, None, None, None, None, None
-    return _standardize_jvp(measurement, how, primals, tangents)[1], *dgiven
+    return _standardize_jvp(measurement, strategy, primals, tangents)[1], *dgiven
 
 
 def _in_block(measurement: Measurement) -> Strategy:
@@ -207,18 +207,20 @@ def _in_block(measurement: Measurement) -> Strategy:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _measure(measurement: Measurement, how: Strategy, x, mask, guess) -> Measured:
-    return (cpu.measured if how.cpu else measure)(measurement, how, x, mask, guess)
+def _measure(measurement: Measurement, strategy: Strategy, x, mask, guess) -> Measured:
+    return (cpu.measured if strategy.cpu_measured else measure)(
+        measurement, strategy, x, mask, guess
+    )
 
 
 @_measure.defjvp
-def _measure_jvp(measurement: Measurement, how: Strategy, primals, tangents):
+def _measure_jvp(measurement: Measurement, strategy: Strategy, primals, tangents):
     """d mean = <dx>, d rstd = -rstd^2 i and d var = 2 i / rstd with i = <Re(conj(xhat) dx)>."""
     x, mask, guess = primals
     dx, *_ = tangents
-    measured = _measure(measurement, how, x, mask, guess)
+    measured = _measure(measurement, strategy, x, mask, guess)
     count, local = measured.count, measured.local
-    xhat = _standardize(measurement, how, x, mask, count, local, None, None)
+    xhat = _standardize(measurement, strategy, x, mask, count, local, None, None)
     dmean, inner = means_of_tangent(measurement, xhat, mask, count, dx)
     rstd, zero = local.rstd, jnp.zeros_like
     dvar = jnp.where(rstd > 0, inner + inner, 0) / jnp.where(rstd > 0, rstd, 1)
@@ -228,14 +230,14 @@ def _measure_jvp(measurement: Measurement, how: Strategy, primals, tangents):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _standardize(
-    measurement: Measurement, how: Strategy, x, mask, count, local: LocalMoments, factor, shift
+    measurement: Measurement, strategy: Strategy, x, mask, count, local: LocalMoments, factor, shift
 ):
     del mask, count
-    return affine(_broadcast(measurement, how, local, x).standardize(x), factor, shift)
+    return affine(_broadcast(measurement, strategy, local, x).standardize(x), factor, shift)
 
 
 @_standardize.defjvp
-def _standardize_jvp(measurement: Measurement, how: Strategy, primals, tangents):
+def _standardize_jvp(measurement: Measurement, strategy: Strategy, primals, tangents):
     """dxhat = rstd (dx - <dx> - xhat <Re(conj(xhat) dx)>), <.> the mean over a slice.
 
     The whole derivative, through the moments too, which are those of the same x: a linear map of
@@ -247,23 +249,23 @@ def _standardize_jvp(measurement: Measurement, how: Strategy, primals, tangents)
     """
     x, mask, count, local, factor, shift = primals
     dx, _, _, _, dfactor, dshift = tangents
-    xhat = _standardize(measurement, how, x, mask, count, local, None, None)
+    xhat = _standardize(measurement, strategy, x, mask, count, local, None, None)
     y = affine(xhat, factor, shift)
-    total = partial(_total, measurement, how, local.rstd)
+    total = partial(_total, measurement, strategy, local.rstd)
     dmean, inner = means_of_tangent(measurement, xhat, mask, count, dx, total)
-    inner = inner.astype(x.dtype)
-    dmean, inner, rstd = _broadcast(measurement, how, LocalMoments(dmean, inner, local.rstd), x)
+    parts = LocalMoments(dmean, inner.astype(x.dtype), local.rstd)
+    dmean, inner, rstd = _broadcast(measurement, strategy, parts, x)
     rstd = rstd.astype(x.dtype)
-    slope = _times(measurement, how, inner * -rstd, factor, x.shape)
+    slope = _times(measurement, strategy, inner * -rstd, factor, x.shape)
     slope = slope if factor is None else slope + dfactor
-    if how.large:
+    if strategy.cpu_large:
         # Where rstd is zero so is xhat, which the slope is multiplied with.
         slope = cpu.materialize(jnp.broadcast_to(slope, x.shape), rstd, full=True)
     dy = (dx * rstd).astype(y.dtype)
     dy = dy if factor is None else dy * factor
     dy = dy + xhat.astype(y.dtype) * slope.astype(y.dtype)
     if measurement.centered:
-        dy = dy + _times(measurement, how, dmean * -rstd, factor, x.shape).astype(y.dtype)
+        dy = dy + _times(measurement, strategy, dmean * -rstd, factor, x.shape).astype(y.dtype)
     return y, dy if shift is None else dy + dshift
 
 
@@ -285,31 +287,33 @@ def means_of_tangent(
     return first / n.astype(first.dtype), inner / n
 
 
-def _total(measurement: Measurement, how: Strategy, rstd, array):
+def _total(measurement: Measurement, strategy: Strategy, rstd, array):
     """Sums over the slices; on CPUs those of large arrays are kept before blocks are formed."""
     slices = measurement.slices
-    if slices.blocks is None or not how.large:
+    if slices.blocks is None or not strategy.cpu_large:
         return slices.reduce(jnp.sum, array)
     sums = jnp.sum(array, axis=slices.axes, keepdims=True)
     sums = cpu.materialize(sums, slices.broadcast(rstd, sums))
     return reduce_blocks(jnp.sum, sums, *slices.blocks)
 
 
-def _broadcast(measurement: Measurement, how: Strategy, local: LocalMoments, x) -> LocalMoments:
+def _broadcast(
+    measurement: Measurement, strategy: Strategy, local: LocalMoments, x
+) -> LocalMoments:
     """Local moments with size 1 or that of `x` on all axes: those of blocks, for each entry."""
     slices = measurement.slices
     if slices.blocks is None:
         return local
     wide = [slices.broadcast(part, x) for part in local]
-    if how.large:
+    if strategy.cpu_large:
         wide = [
             w if w.shape == p.shape else cpu.materialize(w, wide[-1]) for w, p in zip(wide, local)
         ]
     return LocalMoments(*wide)
 
 
-def _times(measurement: Measurement, how: Strategy, per_slice, factor, shape):
-    """The product of what there is one of for each slice with the factor."""
+def _times(measurement: Measurement, strategy: Strategy, per_slice, factor, shape):
+    """The product of a per-slice array and the factor."""
     if factor is None:
         return per_slice
     per_slice = per_slice.astype(factor.dtype)
@@ -318,7 +322,7 @@ def _times(measurement: Measurement, how: Strategy, per_slice, factor, shape):
     outer = (*shape[:first], *ones[first:]), (*ones[:first], *shape[first:])
     # Where all of the one meets all of the other it is a product of matrices, which its transpose
     # is too: on CPUs a slice of an array is so weighted and summed in one go.
-    if how.large and (per_slice.shape, factor.shape) == outer:
+    if strategy.cpu_large and (per_slice.shape, factor.shape) == outer:
         return cpu.product(per_slice, factor, shape)
     return per_slice * factor
 

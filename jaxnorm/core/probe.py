@@ -7,7 +7,7 @@ from jaxnorm.core.blocks import spec_of
 from jaxnorm.core.slices import Slices
 
 
-def element_of(slices: Slices, x, mask, *, all_at_hand: bool):
+def element_of(slices: Slices, x, mask, *, in_block: bool):
     """A value inside the range of each slice, for one repeated value that value; 0 for none.
 
     It is the smallest element: of all, or of a few where all elements count and not all are at
@@ -15,7 +15,7 @@ def element_of(slices: Slices, x, mask, *, all_at_hand: bool):
     """
     # Of axis 0 all are read: a batch is sharded over devices, and a few would have to travel.
     axes = tuple(a for a in slices.axes if a > 0)
-    if mask is None and not all_at_hand and sliceable(x, axes):
+    if mask is None and not in_block and sliceable(x, axes):
         x = lax.slice(x, *_places(x.shape, axes))
 
     def smallest(part):

@@ -49,7 +49,8 @@ def init_batch_stats(
         `BatchStats` for `jaxnorm.batch_norm`.
 
     Raises:
-        TypeError: a size that is no int, a dtype that is not floating or complex.
+        TypeError: a size that is no int, a dtype that is none.
+        ValueError: a negative size, a dtype that is neither floating nor complex.
 
     Example:
         >>> import jaxnorm
@@ -57,7 +58,20 @@ def init_batch_stats(
         (2, 3)
     """
     several = isinstance(num_features, tuple | list)
-    shape = tuple(map(operator.index, num_features if several else (num_features,)))
+    try:
+        shape = tuple(map(operator.index, num_features if several else (num_features,)))
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            "init_batch_stats: num_features must be an int or a tuple of ints, and dtype a dtype; "
+            f"got num_features={num_features!r}, dtype={dtype!r}. For example "
+            "init_batch_stats(64)."
+        ) from None
+    if any(size < 0 for size in shape) or not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            "init_batch_stats: sizes must be at least 0, and the dtype floating or complex; got "
+            f"num_features={num_features!r}, dtype={dtype}. For example init_batch_stats(64)."
+        )
     return BatchStats(
         jnp.zeros(shape, dtype), jnp.ones(shape, jnp.finfo(dtype).dtype), jnp.zeros((), jnp.int32)
     )

@@ -8,7 +8,7 @@ from jaxnorm.core import cpu, exact_sums
 from jaxnorm.core.measure import Measurement, Strategy, Way
 
 
-def strategy(
+def choose_strategy(
     measurement: Measurement,
     x: Inexact[Array, "*shape"],
     *,
@@ -25,15 +25,15 @@ def strategy(
     """
     slices = measurement.slices
     way = _way(measurement, x, stored, has_guess)
-    one_holds_it = cpu.holds(x)
+    unsharded = cpu.is_unsharded(x)
     real = not jnp.iscomplexobj(x)
     trailing = tuple(range(x.ndim - len(slices.axes), x.ndim))
     return Strategy(
         way,
         stored,
         row_major=slices.blocks is None and slices.axes == trailing,
-        cpu=one_holds_it and real and slices.replicas.is_single and way is not Way.TWO_PASS,
-        large=cpu.is_large(x),
+        cpu_measured=unsharded and real and slices.replicas.is_single and way is not Way.TWO_PASS,
+        cpu_large=cpu.is_large(x),
     )
 
 

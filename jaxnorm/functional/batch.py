@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Inexact
@@ -16,9 +15,8 @@ from jaxnorm.core.running import BatchStats
 from jaxnorm.core.slices import Slices
 from jaxnorm.distributed.axes import AxisName, check_synchronized, named_axis
 from jaxnorm.distributed.virtual import virtual_batches
+from jaxnorm.functional.prepare import DType
 from jaxnorm.kernels.dispatch import kernel_for
-
-DType = jax.typing.DTypeLike
 
 
 def batch_norm(

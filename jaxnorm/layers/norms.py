@@ -4,7 +4,7 @@ In the functions, `layer` is a Linen or NNX layer, of which only fields are read
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 from jaxnorm import functional
@@ -134,14 +134,18 @@ def batch_norm(
         initializing: True in Linen's `init`, where as in Flax one example without a batch axis
             will do, and neither a named axis nor a whole virtual batch need be there.
     """
-    one_example = initializing and x.ndim == len(stats.mean.shape)
-    return functional.batch_norm(
+    axis, one_example = layer.axis, initializing and x.ndim == len(stats.mean.shape)
+    if one_example:  # a batch of one, whose axis stands in front of all others
+        axes = axis if isinstance(axis, Iterable) else (axis,)
+        axis = tuple(a if a < 0 else a - x.ndim for a in axes)
+        x, mask = x[None], None if mask is None else mask[None]
+    y, stats = functional.batch_norm(
         x,
         scale,
         bias,
         stats,
-        training=training and not one_example,
-        feature_axis=layer.axis,
+        training=training,
+        feature_axis=axis,
         decay=layer.momentum,
         epsilon=layer.epsilon,
         mask=mask,
@@ -153,6 +157,7 @@ def batch_norm(
         dtype=dtype,
         **_named_axis(layer, initializing),
     )
+    return (y[0] if one_example else y), stats
 
 
 def layer_norm(layer, x, scale, bias, *, residual=None, mask=None, initializing=False) -> Any:

@@ -110,7 +110,7 @@ class Monitor:
         """A step that takes a sample when it is time.
 
         Args:
-            made: as for `sampling`.
+            step_with_gradients: as for `sampling`.
             members: the axis of a `vmap` around it whose members all make the same step.
 
         Returns:

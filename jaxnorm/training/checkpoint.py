@@ -126,14 +126,6 @@ class Checkpoints:
         Before it returns, it copies the state to the host, and reads it once more on the devices
         for the checksums.
 
-        Returns when the values have left the devices: the next step may reuse (donate) the
-        buffers. The files are written meanwhile; a failure to write them is raised by the next
-        `save`, `restore` or `wait`, and by leaving the context. If the previous `save` has not
-        finished yet, waits for it first.
-
-        What it costs before it returns: the copy to the host, and one more read of the state on
-        the devices for the checksums.
-
         Args:
             state: the state of a run, or of a sweep. With several processes every leaf must lie on
                 a mesh of all devices.

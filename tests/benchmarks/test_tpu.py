@@ -12,14 +12,14 @@ def test_passes_of_flax_alone():
     """Forward reads twice and writes once; backward reads x and dy twice and writes dx once."""
     from benchmarks import peers, tpu
 
-    forward, both = tpu.alone(peers.FLAX, "rms", (16384, 4096), "v5e:2x2x1")
+    forward, both = tpu.operation_passes(peers.FLAX, "rms", (16384, 4096), "v5e:2x2x1")
     assert forward == pytest.approx(3, abs=0.01) and both == pytest.approx(7, abs=0.01)
 
 
 def test_add_and_norm_returns_both():
     from benchmarks import peers, tpu
 
-    forward, _ = tpu.compile_alone(peers.FLAX, "add rms", (512, 256), "v5e:2x2x1")
+    forward, _ = tpu.compile_operation(peers.FLAX, "add rms", (512, 256), "v5e:2x2x1")
     (y, total), state = forward.out_info
     assert y.shape == total.shape == (512, 256) and state == {}
 

@@ -14,6 +14,6 @@ def ways_to_measure(request):
         return
     jax.clear_caches()  # of what was compiled in the other way
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "holds", lambda x: False)
+        patch.setattr(cpu, "is_unsharded", lambda x: False)
         yield
     jax.clear_caches()
