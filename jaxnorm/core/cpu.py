@@ -13,7 +13,6 @@ Each is a primitive with a lowering of its own for CPUs. On other platforms they
 says, their operand, and a plain product: nothing of this file is compiled there.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -34,6 +33,7 @@ from jaxnorm._jax import (
     make_primitive,
 )
 from jaxnorm.core import measure
+from jaxnorm.core.exact_sums import share_of
 from jaxnorm.core.measure import Measurement, Strategy
 from jaxnorm.core.moments import LocalMoments, Measured, saturate
 from jaxnorm.core.slices import Slices
@@ -209,9 +209,8 @@ def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess):
     del mask
     slices, narrow, stored = measurement.slices, x.dtype, _stored(strategy, x)
     size, total = slices.size(x.shape), partial(slices.reduce, jnp.sum)
-    # A power of two near 1 / size, so that no sum leaves the range, and what is left of 1 / size.
-    share = np.float32(2.0 ** -math.ceil(math.log2(size)))
-    rest = np.float32(1 / (float(share) * size))
+    share = np.float32(share_of(size))
+    rest = np.float32(1 / (float(share) * size))  # share * rest is 1 / size
     guess = jnp.zeros((1,) * x.ndim, narrow) if guess is None else guess.astype(narrow)
     z = x - slices.broadcast(guess, x)
     square, mean = total(z * z), total(z * share) * rest

@@ -36,7 +36,7 @@ def terms(x: Float[Array, "*shape"], dtype, size: int, down: float) -> tuple[Arr
     if _overflows(dtype):
         squares.append(lax.square(x * down))
     high = [_rounded(s, dtype) for s in squares]
-    return x * _share(size), *(part for s, h in zip(squares, high) for part in (h, s - h))
+    return x * share_of(size), *(part for s, h in zip(squares, high) for part in (h, s - h))
 
 
 def solve(
@@ -50,7 +50,7 @@ def solve(
         fits = high < big
         rescale = jnp.where(fits, rescale, down)
         high, low = (jnp.where(fits, a, b) for a, b in zip(halves[:2], halves[2:]))
-    total = total * (rescale / _share(size))
+    total = total * (rescale / share_of(size))
     n = jnp.maximum(count, 1)
     # A mean of as many bits as x has: n * origin, and what it is multiplied with below, are exact.
     origin = _rounded(total / n, dtype)
@@ -82,5 +82,6 @@ def _overflows(dtype) -> bool:
     return jnp.finfo(dtype).nexp == 8
 
 
-def _share(size: int) -> float:
+def share_of(size: int) -> float:
+    """A power of two near ``1 / size``, by which no sum of `size` numbers leaves the range."""
     return 2.0 ** -math.ceil(math.log2(size))

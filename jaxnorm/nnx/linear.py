@@ -1,7 +1,6 @@
 """NNX Linear and Conv whose kernel can be standardized before it is used."""
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,10 +21,7 @@ from jax import Array, lax
 
 from jaxnorm.layers import KernelFields, weights
 from jaxnorm.nnx.replace import with_arrays
-from jaxnorm.nnx.signature import Signed
-
-Metadata = Mapping[str, Any]
-NONE: Metadata = MappingProxyType({})
+from jaxnorm.nnx.signature import NONE, Metadata, Signed
 
 
 class _Standardized(Signed):

@@ -1,7 +1,6 @@
 """NNX's normalizations of activations: variables around `jaxnorm.layers.norms`."""
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,10 +13,7 @@ from jaxnorm.core.arguments import Save
 from jaxnorm.core.moments import promoted
 from jaxnorm.core.running import BatchStats, init_batch_stats
 from jaxnorm.layers import AffineNormFields, BatchNormFields, SavingNormFields, norms
-from jaxnorm.nnx.signature import Signed
-
-Metadata = Mapping[str, Any]
-NONE: Metadata = MappingProxyType({})
+from jaxnorm.nnx.signature import NONE, Metadata, Signed
 
 
 class BatchNorm(Signed, nnx.BatchNorm, BatchNormFields):

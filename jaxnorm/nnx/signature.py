@@ -1,7 +1,13 @@
 """Signatures of NNX classes, which Flax's metaclass hides."""
 
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
+
+Metadata = Mapping[str, Any]
+# The default of arguments for metadata, which cannot be changed by accident.
+NONE: Metadata = MappingProxyType({})
 
 
 class Signed:

@@ -47,6 +47,11 @@ CASES = [
 ]
 
 
+def name_of(part):
+    """A part of a test's name that is the same in every process: options by name, not by value."""
+    return "+".join(sorted(part)) or "defaults" if isinstance(part, dict) else str(part)
+
+
 def make(module, name, layer="linear", **options):
     rngs = nnx.Rngs(0)
     return getattr(module, name)(LAYERS[layer](rngs), **options, rngs=rngs)
@@ -63,7 +68,7 @@ def kernels(module):
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("name, layer, options", CASES, ids=str)
+@pytest.mark.parametrize("name, layer, options", CASES, ids=name_of)
 def test_results_and_variables_as_flax(name, layer, options):
     """The first result of Flax's layer; it overwrites the parameters then."""
     ours, theirs = (make(module, name, layer, **options) for module in (jnn, nnx))

@@ -16,7 +16,7 @@ import jaxnorm.linen as jnn
 from jaxnorm.monitor import Finding, Findings, Monitor, Recording, attach, diagnose, observe
 from jaxnorm.monitor.diagnosis.evidence import Evidence, symmetric_divergence
 from jaxnorm.monitor.diagnosis.rules.activations import near_epsilon
-from jaxnorm.monitor.diagnosis.rules.statistics import train_serve_skew
+from jaxnorm.monitor.diagnosis.rules.statistics import train_eval_divergence
 from jaxnorm.training import create_train_state, make_train_step
 
 RNG = np.random.default_rng(0)
@@ -226,7 +226,7 @@ class TestOnePass:
         model = Net(depth=2)
         found = by_rule(diagnose(model, initial(model, X), X + 3))
         assert found["never-updated"].where == ("BatchNorm_0", "BatchNorm_1")
-        assert "train-serve-skew" not in found
+        assert "train-eval-divergence" not in found
 
     def test_nan_in_the_data(self):
         x = X.copy()
@@ -296,7 +296,7 @@ class TestOnePass:
             return attach(model).apply(variables, x, mutable=["batch_stats"])
 
         _, seen = jax.jit(observe(run, elements=4096))(fitted(model, x), x)
-        assert not list(train_serve_skew(Evidence.of_observations(seen)))
+        assert not list(train_eval_divergence(Evidence.of_observations(seen)))
         assert not list(near_epsilon(Evidence.of_observations(seen)))
 
     def test_several_feature_axes_in_any_order(self):
@@ -343,7 +343,7 @@ class TestTraining:
 
     def test_running_statistics_that_lag_behind(self, tmp_path):
         found, recording = train(tmp_path, Net(momentum=0.99), batches() + 2)
-        skew = found["train-serve-skew"]
+        skew = found["train-eval-divergence"]
         assert "Recalibrate" in skew.remedy
         assert (
             skew.evidence["after recalibration (nats)"]
@@ -358,7 +358,7 @@ class TestTraining:
     def test_batches_that_are_not_drawn_alike(self, tmp_path):
         drift = 4 * np.random.default_rng(2).normal(size=(40, 1, 8)).astype(np.float32)
         found, _ = train(tmp_path, Net(), batches() + drift, rates=(1e-3, 1e-3))
-        assert "would not mend it" in found["train-serve-skew"].remedy
+        assert "would not mend it" in found["train-eval-divergence"].remedy
 
     def test_frozen_statistics_while_fine_tuning(self, tmp_path):
         xs = batches() + 2

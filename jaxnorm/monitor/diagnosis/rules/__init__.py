@@ -20,14 +20,14 @@ from jaxnorm.monitor.diagnosis.rules.statistics import (
     imported_momentum,
     never_updated,
     small_batch,
-    train_serve_skew,
+    train_eval_divergence,
 )
 
 RULES = (
     nonfinite,
     never_updated,
     frozen_on_shifted,
-    train_serve_skew,
+    train_eval_divergence,
     small_batch,
     imported_momentum,
     half_precision,

@@ -63,7 +63,7 @@ def never_updated(evidence: Evidence) -> Iterator[Finding]:
     )
 
 
-def train_serve_skew(evidence: Evidence) -> Iterator[Finding]:
+def train_eval_divergence(evidence: Evidence) -> Iterator[Finding]:
     """Running statistics that differ from those of the batches they stand for."""
     shifted = [place for place in _shifted(evidence) if not evidence.is_frozen(place)]
     norms = [place for place in shifted if not _is_stuck(evidence, place)]
@@ -90,10 +90,10 @@ def train_serve_skew(evidence: Evidence) -> Iterator[Finding]:
                 "synchronize statistics across devices, or use a norm without batch statistics."
             )
     yield Finding(
-        "train-serve-skew",
+        "train-eval-divergence",
         _severity(numbers),
         _layers(norms),
-        "Evaluation will not see what training saw: running and batch statistics are apart.",
+        "Evaluation will not see what training saw: running and batch statistics differ.",
         verdict,
         remedy,
         WU_JOHNSON,
