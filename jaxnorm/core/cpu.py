@@ -209,7 +209,7 @@ def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess):
     del mask
     slices, narrow, stored = measurement.slices, x.dtype, _stored(strategy, x)
     size, total = slices.size(x.shape), partial(slices.reduce, jnp.sum)
-    share = np.float32(share_of(size))
+    share = np.float32(share_of(int(size)))
     rest = np.float32(1 / (float(share) * size))  # share * rest is 1 / size
     guess = jnp.zeros((1,) * x.ndim, narrow) if guess is None else guess.astype(narrow)
     z = x - slices.broadcast(guess, x)
