@@ -209,11 +209,9 @@ def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess):
     del mask
     slices, narrow, stored = measurement.slices, x.dtype, _stored(strategy, x)
     size, total = slices.size(x.shape), partial(slices.reduce, jnp.sum)
-    share = np.float32(share_of(int(size)))
-    rest = np.float32(1 / (float(share) * size))  # share * rest is 1 / size
     guess = jnp.zeros((1,) * x.ndim, narrow) if guess is None else guess.astype(narrow)
     z = x - slices.broadcast(guess, x)
-    square, mean = total(z * z), total(z * share) * rest
+    square, mean = total(z * z), total(z) * np.float32(1 / size)
     var = jnp.maximum(square * np.float32(1 / size) - mean * mean, 0)
     good = (square < _BIG) & (jnp.abs(mean) <= measure.NEAR * jnp.sqrt(var))
 
@@ -226,7 +224,9 @@ def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess):
         origin = _mean_of_sample(slices, x)
         half = _half_deviations(slices, x, origin)
         wide = half.astype(np.float64)
-        square, mean = total(wide * wide), total(half * share) * (2 * rest)
+        share = share_of(int(size))  # here the sum alone may be too large
+        square = total(wide * wide)
+        mean = total(half * np.float32(share)) * np.float32(2 / (share * size))
         return square, *(_where_within(4 * square, part) for part in (mean, origin))
 
     square, mean, origin = lax.cond(measure.all_true(good), about_guess, about_sample)
