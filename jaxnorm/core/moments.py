@@ -29,6 +29,7 @@ class Moments(NamedTuple):
         (4.0, 3.0, 14.0, 3.5)
     """
 
+    # float32, or float64 for such data; the mean complex64 or complex128 for complex data
     count: Float[Array, "*slices"]  # pyright: ignore[reportIncompatibleMethodOverride]
     mean: Inexact[Array, "*slices"]
     m2: Float[Array, "*slices"]

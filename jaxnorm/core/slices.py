@@ -14,19 +14,19 @@ from jaxnorm.core.replicas import SINGLE, Replicas
 class Slices:
     """A partition of the elements of an array into the sets that have moments of their own.
 
-    What there is one of for each slice is an array of the same rank, with size 1 on the axes that
-    are reduced, and with the number of blocks on an axis that is reduced in blocks.
-
-    Attributes:
-        axes: the axes that are reduced as a whole.
-        blocks: a further axis, and the number of blocks of consecutive entries in which it is
-            reduced, such as groups of channels; None for no such axis.
-        replicas: who else holds a part of each slice.
+    A per-slice array has the same rank, with size 1 on the axes that are reduced, and with the
+    number of blocks on an axis that is reduced in blocks.
     """
 
     axes: tuple[int, ...]
+    """The axes that are reduced as a whole."""
     blocks: tuple[int, int] | None = None
+    """A further axis, and the number of blocks of consecutive entries in which it is reduced.
+
+    Such as groups of channels; None for no such axis.
+    """
     replicas: Replicas = SINGLE
+    """The replicas that hold parts of each slice."""
 
     def size(self, shape: tuple[int, ...]) -> int | Array:
         """Elements in a slice of an array of this shape, over all replicas."""
@@ -46,7 +46,7 @@ class Slices:
         return values if self.blocks is None else broadcast_blocks(values, like)
 
     def reduced_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of what there is one of for each slice of an array of this shape."""
+        """The shape of a per-slice array, for an array of this shape."""
         sizes = [1 if a in self.axes else n for a, n in enumerate(shape)]
         if self.blocks is not None:
             axis, blocks = self.blocks
