@@ -47,6 +47,11 @@ def test_of_equal_rates_the_lowest_is_best():
     assert curves("none", [[[0.1, 0.9]], [[0.2, 0.9]]]).best == 0
 
 
+def test_the_best_rate_is_best_over_the_last_quarter():
+    steady, jumping = [0.1] * 6 + [0.9, 0.9], [0.1] * 6 + [0.5, 1.0]
+    assert curves("none", [[jumping], [steady]]).best == 1
+
+
 def test_steps_are_those_of_the_first_sample_that_reaches():
     accuracy = np.array([0.1, 0.9, 0.5, 0.9])
     assert results.steps_to_reach([0, 5, 10, 15], accuracy, 0.9) == 5
