@@ -196,3 +196,8 @@ def cotangent(shape, seed: int = 7, dtype=jnp.float32) -> jax.Array:
     if jnp.issubdtype(dtype, jnp.complexfloating):
         value = value + 1j * rng.normal(size=shape)
     return jnp.asarray(value, dtype)
+
+
+def name_of(part):
+    """A part of a test's name that is the same in every process: options by name, not by value."""
+    return "+".join(sorted(part)) or "defaults" if isinstance(part, dict) else str(part)

@@ -188,7 +188,7 @@ def _squares(measurement: Measurement, strategy: Strategy, x, mask, guess):
     """Raw second moments: squares summed in float32, or where they overflow in float64."""
     del mask, guess
     total = partial(measurement.slices.reduce, jnp.sum)
-    square, stored = total(x * x), _stored(strategy, x)
+    square, stored = total(x * x), strategy.narrowed(x)
 
     def anew():
         wide = stored.astype(np.float64)
@@ -207,7 +207,7 @@ def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess):
     of it first, such as of the differences from a guess.
     """
     del mask
-    slices, narrow, stored = measurement.slices, x.dtype, _stored(strategy, x)
+    slices, narrow, stored = measurement.slices, x.dtype, strategy.narrowed(x)
     size, total = slices.size(x.shape), partial(slices.reduce, jnp.sum)
     guess = jnp.zeros((1,) * x.ndim, narrow) if guess is None else guess.astype(narrow)
     z = x - slices.broadcast(guess, x)
@@ -232,15 +232,6 @@ def _about_guess(measurement: Measurement, strategy: Strategy, x, mask, guess):
     square, mean, origin = lax.cond(measure.all_true(good), about_guess, about_sample)
     var = square * (4 / size) - mean.astype(np.float64) ** 2
     return size, origin, mean, jnp.maximum(var, 0)
-
-
-def _stored(strategy: Strategy, x):
-    """The array as it lies in memory, which is what a branch takes.
-
-    Narrowed, that is the array that is there already: narrowing undoes the widening exactly, and
-    the compiler drops both.
-    """
-    return x if strategy.stored is None else x.astype(strategy.stored)
 
 
 def _mean_of_sample(slices: Slices, x):

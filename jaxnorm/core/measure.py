@@ -74,6 +74,14 @@ class Strategy:
     cpu_large: bool = False
     """Whether CPUs get what pays for its compile time on large arrays only; see `core.cpu`."""
 
+    def narrowed(self, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        """The array as it lies in memory, which is what a branch takes as its operand.
+
+        Narrowed, that is the array that is there already: narrowing undoes the widening exactly,
+        and the compiler drops both.
+        """
+        return x if self.stored is None else x.astype(self.stored)
+
 
 class _Scaled(NamedTuple):
     """Moments of ``x * scale - origin``, by any of the ways; what follows them is common."""
@@ -147,9 +155,7 @@ def _near_guess(measurement: Measurement, strategy: Strategy, x, mask, guess) ->
     var = jnp.maximum(square - lax.min(abs_squared(mean), largest), 0)
     near = jnp.abs(mean) <= NEAR * jnp.sqrt(var)
     finite = square < _big(square.dtype)
-    # A branch's operands are arrays in memory. Narrowed, this one is the array that is there
-    # already (narrowing undoes the widening exactly, and the compiler drops both).
-    stored = x if strategy.stored is None else x.astype(strategy.stored)
+    stored = strategy.narrowed(x)
 
     # Both branches must have one type, also where the guess is on more devices than x.
     zero = (mean == 0) & (guess == 0) & False

@@ -168,10 +168,8 @@ def normalize_block(
     epilogue: Epilogue,
 ) -> Inexact[Array, "*shape"]:
     """Normalize a block in fast memory."""
-    strategy = _in_block(measurement)
-    wide = x.astype(wide_dtype(x.dtype))
-    local = measure(measurement, strategy, wide, mask, None).local
-    return epilogue(_broadcast(measurement, strategy, local, wide).standardize(x), scale, bias)
+    *_, xhat = _standardize_block(measurement, x, mask)
+    return epilogue(xhat, scale, bias)
 
 
 def pull_back_block(
@@ -185,10 +183,7 @@ def pull_back_block(
     epilogue: Epilogue,
 ):
     """Cotangents of `x`, scale and bias, not rounded, from that of `normalize_block`'s result."""
-    strategy = _in_block(measurement)
-    wide = x.astype(wide_dtype(x.dtype))
-    measured = measure(measurement, strategy, wide, mask, None)
-    xhat = _broadcast(measurement, strategy, measured.local, wide).standardize(wide)
+    strategy, wide, measured, xhat = _standardize_block(measurement, x, mask)
     given = [p if p is None else p.astype(wide_dtype(p.dtype)) for p in (scale, bias)]
     _, pull = jax.vjp(epilogue, xhat, *given)
     dxhat, *dgiven = pull(dy)
@@ -199,8 +194,13 @@ def pull_back_block(
     return _standardize_jvp(measurement, strategy, primals, tangents)[1], *dgiven
 
 
-def _in_block(measurement: Measurement) -> Strategy:
-    return Strategy(Way.TWO_READS if measurement.centered else Way.RAW, in_block=True)
+def _standardize_block(measurement: Measurement, x, mask):
+    """The strategy for a block; the block widened, its moments, and xhat."""
+    strategy = Strategy(Way.TWO_READS if measurement.centered else Way.RAW, in_block=True)
+    wide = x.astype(wide_dtype(x.dtype))
+    measured = measure(measurement, strategy, wide, mask, None)
+    xhat = _broadcast(measurement, strategy, measured.local, wide).standardize(wide)
+    return strategy, wide, measured, xhat
 
 
 # The two functions with a derivative rule.

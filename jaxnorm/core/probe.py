@@ -15,7 +15,7 @@ def element_of(slices: Slices, x, mask, *, in_block: bool):
     """
     # Of axis 0 all are read: a batch is sharded over devices, and a few would have to travel.
     axes = tuple(a for a in slices.axes if a > 0)
-    if mask is None and not in_block and sliceable(x, axes):
+    if mask is None and not in_block and _sliceable(x, axes):
         x = lax.slice(x, *_places(x.shape, axes))
 
     def smallest(part):
@@ -47,7 +47,7 @@ def _places(shape: tuple[int, ...], axes: tuple[int, ...]):
     return start, end
 
 
-def sliceable(x, axes: tuple[int, ...]) -> bool:
+def _sliceable(x, axes: tuple[int, ...]) -> bool:
     """True if the type of `x` shards none of these axes over an Explicit mesh."""
     spec = spec_of(x)
     return all(spec[a] is None for a in axes)

@@ -94,6 +94,16 @@ def test_initialization_updates_nothing_and_needs_no_axis():
     del variables
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((4,), -1), ((4,), 0), ((3, 4), (0, 1))])
+def test_batch_norm_starts_from_one_example_as_flax(shape, axis):
+    x = np.arange(float(np.prod(shape)), dtype="f").reshape(shape)
+    ours, theirs = (
+        module.BatchNorm(use_running_average=False, axis=axis).init_with_output(KEY, x)
+        for module in (jnn, nn)
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
 def test_one_example_without_a_batch_axis():
     """It initializes a batch norm, as in Flax, and is no batch to train on; groups need none."""
     one = X[0, 0, 0]

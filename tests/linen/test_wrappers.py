@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import name_of
 
 import jaxnorm.linen as jnn
 
@@ -54,11 +55,6 @@ WEIGHT_CASES = [
     *(("dense", options) for options in WEIGHT),
     ("block", {"variable_filter": {"kernel", "bias", "scale"}}),
 ]
-
-
-def name_of(part):
-    """A part of a test's name that is the same in every process: options by name, not by value."""
-    return "+".join(sorted(part)) or "defaults" if isinstance(part, dict) else str(part)
 
 
 def wrapped(module, name, layer, options):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import name_of
 from flax import nnx
 
 import jaxnorm.nnx as jnn
@@ -45,11 +46,6 @@ CASES = [
     *((name, layer, {}) for name in NAMES for layer in LAYERS),
     *((name, "linear", options) for name in NAMES for options in OPTIONS[name][1:]),
 ]
-
-
-def name_of(part):
-    """A part of a test's name that is the same in every process: options by name, not by value."""
-    return "+".join(sorted(part)) or "defaults" if isinstance(part, dict) else str(part)
 
 
 def make(module, name, layer="linear", **options):
