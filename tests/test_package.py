@@ -25,7 +25,7 @@ ROOT = Path(jaxnorm.__file__).parent
 # Each room may use those before it.
 ROOMS = (
     "_jax", "files", "core", "distributed", "kernels", "functional", "layers", "linen", "nnx",
-    "training", "tools", "monitor", "lab", "report", "testing", "examples", "cli",
+    "models", "training", "tools", "monitor", "lab", "report", "testing", "examples", "cli",
 )  # fmt: skip
 APART = {("linen", "nnx"), ("nnx", "linen")}
 # Within the monitor: from what goes into a program to what is judged on the host.

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm._jax import run_program
-from jaxnorm.monitor.probe.attach import Selection, adapted
+from jaxnorm.models.adapt import Model
+from jaxnorm.models.select import Selection
+from jaxnorm.monitor.probe.attach import adapted
 from jaxnorm.monitor.probe.observe import observe_program
 from jaxnorm.monitor.samples.buffer import Buffer
 from jaxnorm.monitor.samples.gradient_shift import shift_of
 from jaxnorm.monitor.samples.schema import ParameterSummary, Sample, Schema
-from jaxnorm.training.models import Model
 
 
 @dataclass(frozen=True)

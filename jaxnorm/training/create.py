@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from jaxnorm.models.adapt import initial_variables
 from jaxnorm.training.layout import Layout, check_layout, put
-from jaxnorm.training.models import initial_variables
 from jaxnorm.training.state import TrainState, own
 
 # Folded into the seed to make the key of the training steps. The seed itself stays the key of

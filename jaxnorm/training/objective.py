@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnorm.models.adapt import Model, Variables
 from jaxnorm.training.layout import Layout, keep_batch, keep_parameters
-from jaxnorm.training.models import Model, Variables
 from jaxnorm.training.precision import narrowed, widened
 from jaxnorm.training.rematerialize import in_segments
 from jaxnorm.training.state import same_kind, strong

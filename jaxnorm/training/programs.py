@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxnorm.models.adapt import Model
 from jaxnorm.training.layout import Layout, keep_batch, keep_parameters, keep_state
-from jaxnorm.training.models import Model
 from jaxnorm.training.objective import Batch, InputsFn, Metrics, Objective, take_inputs
 from jaxnorm.training.precision import narrowed, widened
 from jaxnorm.training.state import TrainState, same_kind

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from jaxnorm.training.models import Variables
+from jaxnorm.models.adapt import Variables
 
 Tree = TypeVar("Tree")
 

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import optax
 
+from jaxnorm.models.adapt import adapt
 from jaxnorm.training.alternating import compile_step
 from jaxnorm.training.create import check_optimizer
 from jaxnorm.training.layout import Layout, check_layout
-from jaxnorm.training.models import adapt
 from jaxnorm.training.objective import InputsFn, LossFn, Objective, Policy
 from jaxnorm.training.precision import compute_dtype_of
 from jaxnorm.training.prepared import PreparedStep

@@ -20,9 +20,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxnorm.models.adapt import adapt
 from jaxnorm.training.alternating import compile_step
 from jaxnorm.training.create import as_key, check_optimizer, concrete, initial_state
-from jaxnorm.training.models import adapt
 from jaxnorm.training.objective import Batch, InputsFn, LossFn, Metrics, Objective
 from jaxnorm.training.prepared import PreparedStep
 from jaxnorm.training.programs import (

@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_policies
 from training.deep import MAKE, RATE, assert_trained, data, plain, reference, squared_error
 
 import jaxnorm.linen
+from jaxnorm.models.adapt import adapt
 from jaxnorm.training import Layout, create_train_state, make_eval_step, make_train_step
-from jaxnorm.training.models import adapt
 from jaxnorm.training.objective import Objective
 from jaxnorm.training.rematerialize import in_segments
 

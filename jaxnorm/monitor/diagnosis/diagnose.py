@@ -9,12 +9,14 @@ import jax
 import numpy as np
 from flax import linen, nnx
 
+from jaxnorm.models.select import Layers
+from jaxnorm.models.trace import on_arrays
 from jaxnorm.monitor.diagnosis.evidence import Evidence
 from jaxnorm.monitor.diagnosis.findings import SEVERITIES, Findings
 from jaxnorm.monitor.diagnosis.rules import RULES
-from jaxnorm.monitor.probe.attach import Layers, attach
+from jaxnorm.monitor.probe.attach import attach
 from jaxnorm.monitor.probe.observations import Observations
-from jaxnorm.monitor.probe.observe import observe, on_arrays
+from jaxnorm.monitor.probe.observe import observe
 from jaxnorm.monitor.samples.recording import Recording
 
 

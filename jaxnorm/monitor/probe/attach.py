@@ -2,68 +2,19 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import linen, nnx
 
 from jaxnorm._jax import run_program
-from jaxnorm.monitor.probe.layers import NORM_TYPES, derived, intercepted, seen_layers
-from jaxnorm.monitor.probe.observe import on_arrays
+from jaxnorm.models.adapt import Model, Variables, adapt, build
+from jaxnorm.models.calls import hooked, hooked_copy
+from jaxnorm.models.select import Layers, Selection
+from jaxnorm.models.trace import on_arrays
+from jaxnorm.monitor.probe.layers import Marking, seen_layers
 from jaxnorm.monitor.probe.places import Marker
-from jaxnorm.training.models import Model, Variables, adapt, build
-
-Layers = str | type | Callable[[str, str], bool] | Sequence[str | type]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The layers and nonlinearities to be observed.
-
-    Attributes:
-        layers: None, a function, or a tuple of patterns and types.
-    """
-
-    layers: Any = None
-
-    @classmethod
-    def of(cls, operation: str, layers: Layers | None) -> Selection:
-        """A selection from the argument of a public function."""
-        if layers is None or (callable(layers) and not isinstance(layers, type)):
-            return cls(layers)
-        several = layers if isinstance(layers, list | tuple | set) else (layers,)
-        for each in several:
-            if not isinstance(each, str | type):
-                raise TypeError(
-                    f"{operation}: layers must be a path with * for anything, a class of layers, "
-                    "several of these, or a function of a path and a name of a class; got "
-                    f"{each!r}. For example layers=('*/BatchNorm_*', flax.linen.LayerNorm)."
-                )
-        return cls(tuple(several))
-
-    def layer(self, path: str, module: Any) -> bool:
-        """True if this layer is to be observed."""
-        if self.layers is None:
-            return isinstance(module, NORM_TYPES)
-        if not isinstance(self.layers, tuple):
-            return bool(self.layers(path, type(module).__name__))
-        types = tuple(t for t in self.layers if isinstance(t, type))
-        return isinstance(module, types) or self._matches(path)
-
-    def nonlinearity(self, path: str, name: str) -> bool:
-        """True if this nonlinearity is to be observed."""
-        if self.layers is None:
-            return True
-        if not isinstance(self.layers, tuple):
-            return bool(self.layers(path, name))
-        return self._matches(path)
-
-    def _matches(self, path: str) -> bool:
-        patterns = [p for p in self.layers if isinstance(p, str)]
-        return any(fnmatch.fnmatchcase(path, p) for p in patterns)
 
 
 def attach(model: Any, layers: Layers | None = None) -> Any:
@@ -110,9 +61,9 @@ def adapted(
     mode_kwargs: Mapping[str, Any] | None,
     compute_dtype: Any,
 ) -> Model:
-    """A marked model, as `jaxnorm.training.models.adapt` gives it."""
+    """A marked model, as `jaxnorm.models.adapt.adapt` gives it."""
     if isinstance(model, nnx.Module):
-        marked = derived(model, selection.layer)
+        marked = hooked_copy(model, Marking(selection.layer))
     elif isinstance(model, linen.Module):
         marked = model
     else:
@@ -124,13 +75,13 @@ def _factory(operation: str, factory: Any, selection: Selection) -> Callable[[nn
     """A factory of marked modules, from a factory of NNX modules."""
 
     def make(rngs):
-        return derived(build(operation, factory, rngs), selection.layer)
+        return hooked_copy(build(operation, factory, rngs), Marking(selection.layer))
 
     return make
 
 
 class _Adapted:
-    """A `training.models.Model` whose training passes are marked."""
+    """A `models.adapt.Model` whose training passes are marked."""
 
     def __init__(self, inner: Model, model: Any, selection: Selection):
         self._inner = inner
@@ -146,11 +97,6 @@ class _Adapted:
 
     def evaluate(self, variables: Variables, key, args, kwargs) -> Any:
         return self._inner.evaluate(variables, key, args, kwargs)
-
-
-# JAX may have traced a compiled part of the model before, without marks: within this context it
-# traces that part again.
-_marking = jax.make_user_context(default_value=None)
 
 
 class _Linen:
@@ -177,7 +123,9 @@ class _NNX(nnx.Module):
         self._selection = selection
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        graph, params, rest = nnx.split(derived(self.model, self._selection.layer), nnx.Param, ...)
+        graph, params, rest = nnx.split(
+            hooked_copy(self.model, Marking(self._selection.layer)), nnx.Param, ...
+        )
 
         def run(params, rest, args, kwargs):
             model = nnx.merge(graph, params, rest)
@@ -194,7 +142,7 @@ def _marked(function: Callable, selection: Selection, top: str, params: Any, *ar
     """Run ``function(params, *args)`` with marks; in `args`, all but arrays is constant."""
     # Parameters come first, so that they are the first inputs of the program.
     run, arrays = on_arrays(function, (params, *args), {})
-    with _marking(selection), intercepted(selection.layer), seen_layers() as existing:
+    with hooked(Marking(selection.layer)), seen_layers() as existing:
         closed, shape = jax.make_jaxpr(run, return_shape=True)(arrays)
     marker = Marker(selection.nonlinearity, top)
     count = len(jax.tree.leaves(params))

@@ -1,28 +1,21 @@
-"""Marks on the layers of a Flax model that is left as it is.
-
-A Linen module's calls are intercepted while it is traced. An NNX module is copied, and the layers
-of the copy get classes derived from their own, since classes are what NNX carries into `scan`,
-`vmap` and `remat`. In both, every layer that is wanted gets a mark on its input and on its output.
-"""
+"""Marks on the input and on the output of every layer of a model that is wanted."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
+from jaxnorm.models.calls import Path
+from jaxnorm.models.select import NORM_TYPES
 from jaxnorm.monitor.probe.marks import FENCE, VALUE, Place, mark
 
-NORMS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
-NORM_TYPES = tuple(getattr(flax, name) for flax in (linen, nnx) for name in NORMS)
 # Layers whose bias is subtracted again by a batch norm that follows.
 AFFINE_TYPES = (
     *(linen.Dense, linen.DenseGeneral, linen.Conv, linen.ConvTranspose, linen.ConvLocal),
@@ -40,7 +33,6 @@ class _Trace(threading.local):
     """The knowledge about a model while it is traced."""
 
     def __init__(self) -> None:
-        self.path: tuple[str, ...] = ()
         self.layers: list[str] = []
         # By its identity, what an affine layer returned (kept, so that the identity is its own),
         # the layer's path, and the axes along which its bias varies; None without a bias.
@@ -61,51 +53,16 @@ def seen_layers() -> Iterator[list[str]]:
         _trace.layers, _trace.fed = outer
 
 
-@contextlib.contextmanager
-def intercepted(wanted: Wanted) -> Iterator[None]:
-    """Mark the calls of Linen modules that are traced within it."""
+@dataclass(frozen=True)
+class Marking:
+    """The hook that marks the layers that are wanted; see `jaxnorm.models.calls`."""
 
-    def intercept(call, args, kwargs, context):
-        module = context.module
-        if context.method_name != "__call__":
-            return call(*args, **kwargs)
-        path = "/".join(module.path) or type(module).__name__
-        return _called(call, path, module, wanted(path, module), args, kwargs)
+    wanted: Wanted
 
-    with linen.intercept_methods(intercept):
-        yield
-
-
-def derived(model: nnx.Module, wanted: Wanted) -> nnx.Module:
-    """A copy of an NNX module whose layers mark what they are given and what they return."""
-    copy = nnx.merge(*nnx.split(model))
-    for path, module in nnx.iter_modules(copy):
-        if "__call__" in dir(type(module)):
-            name = "/".join(map(str, path)) or type(module).__name__
-            # Not through NNX, which would take it for an attribute.
-            object.__setattr__(module, "__class__", _subclass(type(module), name, wanted))
-    return copy
-
-
-@functools.cache
-def _subclass(kind: type, path: str, wanted: Wanted) -> type:
-    original = kind.__call__
-
-    @functools.wraps(original)
-    def call(self, *args, **kwargs):
-        outer = _trace.path
-        names = tuple(path.split("/"))
-        _trace.path = names
-        # Each name once: the scopes of the modules around this one are there already.
-        inner = names[len(outer) :] if names[: len(outer)] == outer else names
-        with contextlib.ExitStack() as scopes:
-            scopes.callback(setattr, _trace, "path", outer)
-            scopes.enter_context(jax.named_scope("/".join(inner) or path))
-            run = functools.partial(original, self)
-            return _called(run, path, self, wanted(path, self), args, kwargs)
-
-    # The name stays: errors show it, and layers are selected by it.
-    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    def __call__(self, call, path: Path, module: Any, args, kwargs):
+        """Call a layer, with marks if it is wanted."""
+        name = "/".join(path) or type(module).__name__
+        return _called(call, name, module, self.wanted(name, module), args, kwargs)
 
 
 def _called(call, path: str, module: Any, wanted: bool, args, kwargs):

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxnorm._jax import JaxprEqn, evaluate, inner_programs, read, scan_operands, traced_under
+from jaxnorm.models.trace import on_arrays
 from jaxnorm.monitor.probe.groups import (
     Group,
     Key,
@@ -76,21 +77,6 @@ def observe(
         return jax.tree.unflatten(jax.tree.structure(shape), outputs), observations
 
     return run
-
-
-def on_arrays(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Callable, list[Any]]:
-    """A function of the arrays among some arguments, and these arrays; all else is constant."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    positions = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
-
-    def run(arrays: list[Any]) -> Any:
-        filled = list(leaves)
-        for i, array in zip(positions, arrays):
-            filled[i] = array
-        args, kwargs = tree.unflatten(filled)
-        return function(*args, **kwargs)
-
-    return run, [leaves[i] for i in positions]
 
 
 def observe_program(

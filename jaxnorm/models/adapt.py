@@ -116,6 +116,36 @@ def initial_variables(
     return _split(fresh)[2]
 
 
+def partition(collections: Mapping[str, Any]) -> Variables:
+    """The collections of a Linen module as `Variables`."""
+    rest = dict(collections)
+    return Variables(rest.pop("params", {}), rest.pop("batch_stats", {}), rest)
+
+
+def in_evaluation(
+    operation: str, model: Any, variables: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """The outputs of a model in evaluation mode; can be traced.
+
+    A Linen module that is told its mode neither by its call nor by a field is called as it is.
+
+    Args:
+        operation: the public function that is being called; errors begin with it.
+        model: a Linen or NNX module; of the latter, nothing is changed.
+        variables: collections of the Linen module; unused by NNX.
+        args: inputs.
+        kwargs: further keyword arguments of the call; they win over the mode flags.
+    """
+    if isinstance(model, nn.Module):
+        inner = _LinenModel(operation, model, None)
+        if inner.without_mode():
+            inner = _LinenModel(operation, model, {})
+        return inner.evaluate(partition(variables), jax.random.key(0), args, kwargs)
+    inner = _NNXModel(operation, model, None, None)
+    variables = _split(nnx.merge(*nnx.split(model)))[2]
+    return inner.evaluate(variables, jax.random.key(0), args, kwargs)
+
+
 def _bind(
     operation: str, name: str, signature: inspect.Signature, args: Any, kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -188,7 +218,7 @@ class _LinenModel:
     def init(self, key: jax.Array, args: tuple[Any, ...]) -> Variables:
         module, args, kwargs = self._call(args, {}, train=True)
         rngs = {"params": key, "dropout": jax.random.fold_in(key, _DROPOUT_STREAM)}
-        return self._partition(module.init(rngs, *args, **kwargs))
+        return partition(module.init(rngs, *args, **kwargs))
 
     def train(
         self, variables: Variables, key: jax.Array, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -232,8 +262,12 @@ class _LinenModel:
         merged = {**_flags(self._call_flags, train), **(self._mode_kwargs or {}), **kwargs}
         return module, *_bind(self._operation, self._name, self._signature, args, merged)
 
+    def without_mode(self) -> bool:
+        """True if neither the call nor a field tells the module its mode."""
+        return not (self._call_flags or self._field_flags)
+
     def _check_mode(self, variables: Variables, keyword: str) -> None:
-        told = self._call_flags or self._field_flags or self._mode_kwargs is not None
+        told = not self.without_mode() or self._mode_kwargs is not None
         if told or not jax.tree.leaves(variables.batch_stats):
             return
         raise ValueError(
@@ -255,11 +289,6 @@ class _LinenModel:
         if jax.tree.leaves(variables.batch_stats):
             collections["batch_stats"] = variables.batch_stats
         return collections
-
-    @staticmethod
-    def _partition(collections: Mapping[str, Any]) -> Variables:
-        rest = dict(collections)
-        return Variables(rest.pop("params", {}), rest.pop("batch_stats", {}), rest)
 
 
 # Separates the streams that are drawn from one key. It is far from the small counters of Flax.
