@@ -26,14 +26,13 @@ import jax.numpy as jnp
 from flax import errors, nnx
 from flax import linen as nn
 
-# Names of arguments that tell a model its mode, each with its value in training.
-MODE_FLAGS: Mapping[str, bool] = {
-    "train": True,
-    "training": True,
-    "is_training": True,
-    "deterministic": False,
-    "use_running_average": False,
-}
+from jaxnorm.models.mode import (
+    MODE_FLAGS,
+    bound_arguments,
+    call_signature,
+    check_known,
+    mode_flags,
+)
 
 
 class Variables(NamedTuple):
@@ -146,58 +145,6 @@ def in_evaluation(
     return inner.evaluate(variables, jax.random.key(0), args, kwargs)
 
 
-def _bind(
-    operation: str, name: str, signature: inspect.Signature, args: Any, kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments in the form that the call takes, positional if they can be.
-
-    A model under `nn.remat(..., static_argnums=...)` must get its flag by position.
-    """
-    try:
-        bound = signature.bind(None, *args, **kwargs)
-    except TypeError as error:
-        shapes = ", ".join(
-            [str(jax.tree.map(jnp.shape, a)) for a in args]
-            + [f"{k}={v!r}" for k, v in kwargs.items() if _is_plain(v)]
-        )
-        raise TypeError(
-            f"{operation}: the model must accept its inputs; {name}.__call__{signature} was given "
-            f"({shapes}): {error}. Choose the inputs with inputs=lambda batch: (...), and further "
-            "arguments with train_kwargs= or eval_kwargs=."
-        ) from error
-    return bound.args[1:], bound.kwargs
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _call_signature(model_class: type) -> inspect.Signature:
-    try:
-        return inspect.signature(model_class.__call__)
-    except (AttributeError, TypeError, ValueError):
-        return inspect.signature(lambda self, *args, **kwargs: None)
-
-
-def _flags(names: Any, train: bool) -> dict[str, bool]:
-    return {name: value == train for name, value in MODE_FLAGS.items() if name in names}
-
-
-def _check_known(
-    operation: str, name: str, signature: inspect.Signature, kwargs: Mapping[str, Any] | None
-) -> None:
-    parameters = signature.parameters.values()
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return
-    unknown = sorted(set(kwargs or {}) - set(signature.parameters))
-    if unknown:
-        raise TypeError(
-            f"{operation}: every keyword argument for the model must be one that its call takes; "
-            f"got {', '.join(unknown)} for {name}.__call__{signature}. Pass a name from that "
-            "signature."
-        )
-
-
 class _LinenModel:
     """A `flax.linen.Module` as a `Model`: variables are the dictionaries of its collections."""
 
@@ -208,8 +155,8 @@ class _LinenModel:
         self._module = module
         self._name = type(module).__name__
         self._mode_kwargs = mode_kwargs
-        self._signature = _call_signature(type(module))
-        _check_known(operation, self._name, self._signature, mode_kwargs)
+        self._signature = call_signature(type(module))
+        check_known(operation, self._name, self._signature, mode_kwargs)
         self._call_flags = set(self._signature.parameters) & set(MODE_FLAGS)
         fields = {field.name for field in dataclasses.fields(module)}  # type: ignore[arg-type]
         use_fields = not self._call_flags and mode_kwargs is None
@@ -233,7 +180,7 @@ class _LinenModel:
             rngs=self._rngs(key),
             mutable=[name for name in collections if name != "params"],
         )
-        return outputs, self._partition({**collections, **written})
+        return outputs, partition({**collections, **written})
 
     def evaluate(
         self, variables: Variables, key: jax.Array, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -247,7 +194,7 @@ class _LinenModel:
         except errors.ModifyScopeVariableError as error:
             raise ValueError(
                 f"{self._operation}: an evaluation must not write variables; {self._name} tried "
-                f"to, called with {_flags(self._call_flags, False) or 'no mode argument'}: "
+                f"to, called with {mode_flags(self._call_flags, False) or 'no mode argument'}: "
                 f"{error}. Give the model an argument that switches it to evaluation, and name it "
                 "in eval_kwargs= if it is not one of " + ", ".join(MODE_FLAGS) + "."
             ) from error
@@ -257,10 +204,10 @@ class _LinenModel:
     ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         module = self._module
         if self._field_flags:
-            fields: dict[str, Any] = dict(_flags(self._field_flags, train))
+            fields: dict[str, Any] = dict(mode_flags(self._field_flags, train))
             module = module.clone(**fields)
-        merged = {**_flags(self._call_flags, train), **(self._mode_kwargs or {}), **kwargs}
-        return module, *_bind(self._operation, self._name, self._signature, args, merged)
+        merged = {**mode_flags(self._call_flags, train), **(self._mode_kwargs or {}), **kwargs}
+        return module, *bound_arguments(self._operation, self._name, self._signature, args, merged)
 
     def without_mode(self) -> bool:
         """True if neither the call nor a field tells the module its mode."""
@@ -321,8 +268,8 @@ class _NNXModel:
 
         self._graphdef, self._rngs, self._like = jax.eval_shape(describe)
         self._name = classes[0].__name__
-        self._signature = _call_signature(classes[0])
-        _check_known(operation, self._name, self._signature, mode_kwargs)
+        self._signature = call_signature(classes[0])
+        check_known(operation, self._name, self._signature, mode_kwargs)
         self._call_flags = set(self._signature.parameters) & set(MODE_FLAGS)
 
     def train(
@@ -346,8 +293,8 @@ class _NNXModel:
         model = nnx.view(
             model, raise_if_not_found=False, deterministic=not train, use_running_average=not train
         )
-        merged = {**_flags(self._call_flags, train), **(self._mode_kwargs or {}), **kwargs}
-        args, merged = _bind(self._operation, self._name, self._signature, args, merged)
+        merged = {**mode_flags(self._call_flags, train), **(self._mode_kwargs or {}), **kwargs}
+        args, merged = bound_arguments(self._operation, self._name, self._signature, args, merged)
         return model(*args, **merged), model
 
     def _merge(self, variables: Variables, key: jax.Array) -> Any:

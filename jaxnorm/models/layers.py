@@ -45,7 +45,7 @@ class _Noting:
             kept = module.clone(parent=None) if isinstance(module, linen.Module) else module
             self.layers[path] = Layer(path, kept)
         first = args[0] if args else next(iter(kwargs.values()), None)
-        if hasattr(first, "dtype") and hasattr(first, "shape"):
+        if first is not None and hasattr(first, "dtype") and hasattr(first, "shape"):
             self.layers[path].inputs.append(jax.ShapeDtypeStruct(first.shape, first.dtype))
         return call(*args, **kwargs)
 
