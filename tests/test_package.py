@@ -24,8 +24,8 @@ pytestmark = pytest.mark.sample
 ROOT = Path(jaxnorm.__file__).parent
 # Each room may use those before it.
 ROOMS = (
-    "_jax", "files", "core", "distributed", "kernels", "functional", "layers", "linen", "nnx",
-    "models", "training", "tools", "monitor", "lab", "report", "testing", "examples", "cli",
+    "_jax", "files", "text", "testing", "core", "distributed", "kernels", "functional", "layers",
+    "linen", "nnx", "models", "training", "tools", "monitor", "lab", "report", "examples", "cli",
 )  # fmt: skip
 APART = {("linen", "nnx"), ("nnx", "linen")}
 # Within the monitor: from what goes into a program to what is judged on the host.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 
 from jaxnorm.kernels.dispatch import Decision, recorded
+from jaxnorm.text import aligned
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,7 @@ class Explanation:
     def __str__(self):
         rows = [("operation", "shape", "dtype", "runs", f"why, on {self.platform}")]
         rows += [(o, "x".join(map(str, s)) or "()", d, i, why) for o, s, d, i, why in self]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join(
-            "  ".join((*(part.ljust(w) for part, w in zip(row, widths)), row[-1])) for row in rows
-        )
+        return aligned(rows)
 
     __repr__ = __str__
 
