@@ -145,6 +145,16 @@ def in_evaluation(
     return inner.evaluate(variables, jax.random.key(0), args, kwargs)
 
 
+def evaluating(model: Any) -> Any:
+    """A copy of a model that is in evaluation mode, where it holds its mode itself."""
+    if isinstance(model, nn.Module):
+        inner = _LinenModel("evaluating", model, None)
+        return inner.in_mode(train=False)
+    copy = nnx.merge(*nnx.split(model))
+    copy.eval()
+    return nnx.view(copy, raise_if_not_found=False, deterministic=True, use_running_average=True)
+
+
 class _LinenModel:
     """A `flax.linen.Module` as a `Model`: variables are the dictionaries of its collections."""
 
@@ -202,12 +212,16 @@ class _LinenModel:
     def _call(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, train: bool
     ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-        module = self._module
-        if self._field_flags:
-            fields: dict[str, Any] = dict(mode_flags(self._field_flags, train))
-            module = module.clone(**fields)
+        module = self.in_mode(train=train)
         merged = {**mode_flags(self._call_flags, train), **(self._mode_kwargs or {}), **kwargs}
         return module, *bound_arguments(self._operation, self._name, self._signature, args, merged)
+
+    def in_mode(self, *, train: bool) -> nn.Module:
+        """The module with the fields that tell it its mode."""
+        if not self._field_flags:
+            return self._module
+        fields: dict[str, Any] = dict(mode_flags(self._field_flags, train))
+        return self._module.clone(**fields)
 
     def without_mode(self) -> bool:
         """True if neither the call nor a field tells the module its mode."""

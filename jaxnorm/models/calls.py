@@ -121,7 +121,7 @@ def hooked_copy(model: nnx.Module, hook: Hook) -> nnx.Module:
     return copy
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _subclass(kind: type, path: Path, hook: Hook) -> type:
     original = kind.__call__
 

@@ -31,24 +31,35 @@ def with_modules(model: Module, change: Callable[[Path, nnx.Module], nnx.Module 
     """
     copy = copied(model)
     modules = [(tuple(map(str, path)), module) for path, module in nnx.iter_modules(copy)]
+    others: dict[int, nnx.Module] = {}  # by the object that each one replaces
     replaced: list[Path] = []
     for path, module in sorted(modules, key=lambda entry: len(entry[0])):
         if any(path[: len(outer)] == outer for outer in replaced):
             continue
-        # An object apart, so that the new module may hold the old one.
-        old = object.__new__(type(module))
-        vars(old).update(vars(module))
-        new = change(path, old)
-        if new is not None and new is not old:
-            _become(module, new)
+        new = change(path, module)
+        if new is not None and new is not module:
+            others[id(module)] = new
             replaced.append(path)
+    if id(copy) in others:
+        return others[id(copy)]  # type: ignore[return-value]
+    for _, node in list(nnx.iter_graph(copy)):
+        if hasattr(node, "__dict__") and not isinstance(node, nnx.Variable):
+            attributes = vars(node)
+            # Not through NNX, which would ask again what is data.
+            attributes.update({k: _with_others(v, others) for k, v in attributes.items()})
     return copy
 
 
-def _become(module: Any, new: Any) -> None:
-    """Turn a module into another, so that all that refers to it refers to the other."""
-    attributes = dict(vars(new))
-    vars(module).clear()
-    # Not through NNX, which would take it for an attribute.
-    object.__setattr__(module, "__class__", type(new))
-    vars(module).update(attributes)
+def _with_others(value: Any, others: dict[int, nnx.Module]) -> Any:
+    """A value of an attribute, with other modules in it and in the containers within it."""
+    if id(value) in others:
+        return others[id(value)]
+    if isinstance(value, list):
+        value[:] = [_with_others(each, others) for each in value]
+    elif isinstance(value, dict):
+        value.update({key: _with_others(each, others) for key, each in value.items()})
+    elif isinstance(value, tuple):
+        each = [_with_others(each, others) for each in value]
+        if any(a is not b for a, b in zip(each, value)):
+            return type(value)(*each) if hasattr(value, "_fields") else type(value)(each)
+    return value

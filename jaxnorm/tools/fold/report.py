@@ -1,0 +1,65 @@
+"""What folding did to the norms of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxnorm.text import aligned
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A layer that has become part of others.
+
+    Attributes:
+        layer: its path.
+        kind: its class.
+        into: the paths of the linear layers that took it.
+        how: what of them changed.
+    """
+
+    layer: str
+    kind: str
+    into: str
+    how: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A layer that is left as it was.
+
+    Attributes:
+        layer: its path.
+        kind: its class.
+        reason: why.
+    """
+
+    layer: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What was folded, what was not and why, and how far the results differ.
+
+    Attributes:
+        folded: the layers that have become part of others.
+        kept: the layers that are left as they were.
+        difference: largest difference of the outputs for the example, relative to their size.
+        allowed: the largest that rounding explains.
+    """
+
+    folded: tuple[Folded, ...]
+    kept: tuple[Kept, ...]
+    difference: float
+    allowed: float
+
+    def __str__(self) -> str:
+        rows = [("layer", "class", "folded into", "what changes there, or why not")]
+        rows += [(f.layer, f.kind, f.into, f.how) for f in self.folded]
+        rows += [(k.layer, k.kind, "kept", k.reason) for k in self.kept]
+        return (
+            f"{aligned(rows)}\n{len(self.folded)} folded, {len(self.kept)} kept; outputs differ by "
+            f"{self.difference:.1e} of their size, of {self.allowed:.1e} that rounding explains."
+        )
