@@ -73,13 +73,17 @@ def nnx_network(make, seed=0):
     graph, state = nnx.split(model)
     model = nnx.merge(graph, filled(state, seed))
     for _, module in nnx.iter_modules(model):
-        # Flax's weight norm keeps its scales in a dict of arrays, which are not in the state.
-        if isinstance(getattr(module, "scales", None), dict):
-            for path, scale in module.scales.items():
-                if not isinstance(scale, nnx.Variable):
-                    module.scales[path] = values(np.random.default_rng(seed), "scale", scale)
+        _change_plain_scales(module, partial(values, np.random.default_rng(seed), "scale"))
     model.eval()
     return Network(model, None, inputs_like(shape, seed))
+
+
+def _change_plain_scales(module, change):
+    """Change the scales of Flax's weight norm, which are arrays in a dict, and in no state."""
+    if isinstance(getattr(module, "scales", None), dict):
+        scales = module.scales.items()
+        plain = {p: change(s) for p, s in scales if not isinstance(s, nnx.Variable)}
+        module.scales = nnx.data({**module.scales, **plain})
 
 
 def _mode(model):
@@ -98,7 +102,13 @@ def cast(network, dtype):
         params = jax.tree.map(to, network.variables["params"])
         return Network(network.model, {**network.variables, "params": params}, inputs)
     graph, params, rest = nnx.split(network.model, nnx.Param, ...)
-    return Network(nnx.merge(graph, jax.tree.map(to, params), rest), None, inputs)
+    model = nnx.merge(graph, jax.tree.map(to, params), rest)
+    for _, module in nnx.iter_modules(model):
+        # Without a dtype of its own, an NNX norm would promote to that of its statistics.
+        if getattr(module, "dtype", ...) is None:
+            module.dtype = dtype
+        _change_plain_scales(module, to)
+    return Network(model, None, inputs)
 
 
 LINEN: dict[str, Callable[..., Network]] = {
