@@ -34,11 +34,11 @@ class Layer:
         return "/".join(self.path) or type(self.module).__name__
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Noting:
-    """The hook that keeps every layer that is called."""
+    """The hook that keeps every layer that is called; it is equal to itself alone."""
 
-    layers: dict[Path, Layer] = field(hash=False, compare=False)
+    layers: dict[Path, Layer]
 
     def __call__(self, call, path: Path, module: Any, args, kwargs):
         if path not in self.layers:
