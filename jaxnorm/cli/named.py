@@ -114,11 +114,12 @@ def read_numpy(command: str, argument: str, text: str) -> dict[str, Any]:
     import numpy as np
 
     try:
-        loaded = np.load(text, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"array": loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
+        with open(text, "rb") as file:  # NumPy leaves a file that is none of its own open
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return {"array": loaded}
+            with loaded:
+                return {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise UsageError(
             f"{command}: {argument} must be a whole .npy or .npz file of arrays of numbers; "
