@@ -120,13 +120,16 @@ class Inner(nn.Module):
         return nn.Dense(3, name="dense")(x)
 
 
+Compiled = nn.jit(Inner)  # one class, which JAX knows again
+
+
 class Outer(nn.Module):
     """Compiled, rematerialized and repeated parts, and a method beside the call."""
 
     inner: nn.Module | None = None
 
     def setup(self):
-        self.compiled = nn.jit(Inner)()
+        self.compiled = Compiled()
         self.saved = nn.remat(Inner)()
         self.repeated = nn.scan(
             lambda layer, x, _: (layer(x), None), variable_broadcast="params",
@@ -170,7 +173,7 @@ def test_parts_that_linen_transforms_are_hooked_even_if_they_were_traced_before(
     before = model.apply(variables, X)
     np.testing.assert_allclose(before, expected(variables, X, CALLS), rtol=2e-5, atol=1e-4)
     noting = Noting(times=times)
-    found = jax.jit(rewritten(model, noting).apply)(variables, X)
+    found = rewritten(model, noting).apply(variables, X)
     np.testing.assert_allclose(found, expected(variables, X, CALLS, times), rtol=2e-5, atol=2e-4)
     assert [p for p in dict.fromkeys(noting.paths) if p.endswith("dense")] == [
         f"{part}/dense" for part in PARTS
