@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import jax
 from flax import nnx
 
 if TYPE_CHECKING:
@@ -15,9 +16,9 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 def copied(model: Module) -> Module:
     """A copy of an NNX module, with new variables of the same arrays."""
-    # Merging what was split would put the model's own variables into the copy, and what is written
-    # to the one would be written to the other.
-    return nnx.clone(model)
+    graph, state = nnx.split(model)
+    # `merge` takes the Variables of the state themselves, which are the model's.
+    return nnx.merge(graph, jax.tree.map(lambda array: array, state))
 
 
 def with_modules(model: Module, change: Callable[[Path, nnx.Module], nnx.Module | None]) -> Module:
