@@ -47,6 +47,13 @@ def factory():
 def needing(features, depth=1):
     return Net()
 
+class Picky(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(x) + np.ones((2, 5))
+
+picky = Picky()
+
 def failing():
     raise RuntimeError("no weights here")
 
@@ -292,6 +299,10 @@ REFUSED = {
     "input of another width": (
         "fold linen --model {n}:factory --input 2,7 --out new",
         "Dense_0/kernel (3, 4), not (7, 4)", "Name the model",
+    ),
+    "input of another rank": (
+        "fold linen --model {n}:picky --input 2,3 --out new",
+        "the shapes (2, 3) it raised TypeError", "Give inputs that it takes",
     ),
     "no checkpoint": (
         "fold none --model {n}:factory --input 2,3 --out new", "not there", "Give the path",

@@ -171,6 +171,16 @@ def _initial(command: str, model: Any, inputs: tuple[Any, ...], keywords: Mappin
             f"{command}: a Linen module must have an example input, from which its variables have "
             "their shapes; got none. Add --input, such as --input 1,32,32,3:float32."
         )
-    found = initial_variables(command, model, jax.random.key(0), inputs, keywords)
+    try:
+        found = initial_variables(command, model, jax.random.key(0), inputs, keywords)
+    except Exception as error:  # whatever the code of the model raises
+        if str(error).startswith(f"{command}:"):
+            raise
+        shapes = ", ".join(str(x.shape) for x in jax.tree.leaves((inputs, dict(keywords))))
+        raise UsageError(
+            f"{command}: the model must take the inputs that it is given; called with arrays of "
+            f"the shapes {shapes} it raised {type(error).__name__}: {error} Give inputs that it "
+            "takes."
+        ) from error
     collections = {"params": found.params, "batch_stats": found.batch_stats, **found.model_state}
     return {name: tree for name, tree in collections.items() if jax.tree.leaves(tree)}
