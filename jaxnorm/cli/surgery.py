@@ -37,7 +37,7 @@ def add_commands(commands: Any) -> None:
             "print which were folded and why others were kept. The result is checked: it gives\n"
             "the numbers of the network on the example, or nothing is written.\n\n"
             "The folded variables belong to the folded model, which jaxnorm.tools.fold makes:\n\n"
-            "    folded = jaxnorm.tools.fold(model, variables, x)     # with any of its variables\n"
+            "    folded = jaxnorm.tools.fold(model, variables, x)     # of CHECKPOINT\n"
             "    y = folded.model.apply(restored, x)                  # Linen\n"
             "    nnx.update(folded.model, restored)                   # NNX, fold(model, x)\n\n"
             "--export writes one file for serving, which needs neither Flax nor jaxnorm:\n\n"

@@ -20,6 +20,8 @@ def user_errors(command: str) -> Iterator[None]:
     except (ValueError, TypeError, ImportError, OSError, FloatingPointError, FlaxError) as error:
         text = str(error)
         known = text.startswith((f"{command}:", "from_torch:", "to_torch:"))
+        if isinstance(error, ImportError) and not known:
+            raise  # no package that the user must install, but a defect
         raise UsageError(text if known else f"{command}: {text}") from error
 
 

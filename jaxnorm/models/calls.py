@@ -124,7 +124,7 @@ def hooked_copy(model: nnx.Module, hook: Hook) -> nnx.Module:
     return copy
 
 
-@functools.lru_cache(maxsize=4096)  # not all: a class keeps its hook, and what that has noted
+@functools.lru_cache(maxsize=4096)
 def _subclass(kind: type, path: Path, hook: Hook) -> type:
     original = kind.__call__
 

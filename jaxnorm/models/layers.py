@@ -34,9 +34,9 @@ class Layer:
         return "/".join(self.path) or type(self.module).__name__
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Noting:
-    """The hook that keeps every layer that is called; it is equal to itself alone."""
+    """The hook that keeps every layer that is called."""
 
     layers: dict[Path, Layer]
 
