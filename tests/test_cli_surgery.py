@@ -118,16 +118,20 @@ class Fakes:
         self.calls.append((model, variables, passes, options))
         return result(model, jax.tree.map(lambda a: a + 1, variables[0]) if variables else None)
 
-    def from_torch(self, source, model, *args, names=None):
-        self.calls.append((source, model, args, names))
+    def from_torch(self, source, model, *args, **options):
+        self.calls.append((source, model, args, options))
         print("linear.weight -> kernel")
         if isinstance(model, nn.Module):
             return jax.tree.map(lambda a: a + 5, args[0])
         return nnx.clone(model)
 
-    def to_torch(self, model, *variables):
-        self.calls.append((model, variables))
-        bias = variables[0]["params"]["Dense_0"]["bias"] if variables else model.linear.bias[...]
+    def match_torch(self, source, model, *args, **options):
+        return source, args, options
+
+    def to_torch(self, model, *args, like=None):
+        self.calls.append((model, args, like))
+        variables = args[0] if isinstance(model, nn.Module) else None
+        bias = variables["params"]["Dense_0"]["bias"] if variables else model.linear.bias[...]
         return {"linear.bias": np.asarray(bias), "half.a/b": np.ones((2, 2), jnp.bfloat16).T}
 
 
@@ -138,7 +142,7 @@ def result(model, variables):
 @pytest.fixture
 def fakes(monkeypatch):
     fakes = Fakes()
-    for name in ("fold", "recalibrate", "from_torch", "to_torch"):
+    for name in ("fold", "recalibrate", "from_torch", "match_torch", "to_torch"):
         monkeypatch.setattr(tools, name, getattr(fakes, name), raising=False)
     return fakes
 
@@ -205,7 +209,7 @@ def test_a_dry_run_writes_nothing(here, fakes, capsys):
     assert run(capsys, f"recalibrate linen {name} --data data.npy --dry-run") == "the report\n"
     printed = run(capsys, f"convert --from w.safetensors {name} --input 2,3 --dry-run")
     assert printed == "linear.weight -> kernel\n"
-    assert "linear.bias  (4,)  float32" in run(
+    assert "linear.bias  (4,)    float32" in run(
         capsys, f"convert --from linen {name} --input 2,3 --to-torch --dry-run"
     )
     pycache = [here.path / "__pycache__"]
@@ -235,15 +239,17 @@ def test_recalibrate_on_a_function(here, fakes, capsys):
 
 
 def test_convert_from_torch(here, fakes, capsys):
-    (here.path / "names.json").write_text(json.dumps({"fc.*": "Dense_0/*"}))
-    command = f"convert --from w.pt --model {here.name}:factory --input 2,3 --names names.json"
+    table = {"names": {"fc.*": "Dense_0/*"}, "flattened": {"fc": [8, 2, 2]}, "skip": ["head.*"]}
+    (here.path / "table.json").write_text(json.dumps(table))
+    command = f"convert --from w.pt --model {here.name}:factory --input 2,3 --options table.json"
     printed = run(capsys, f"{command} --to new")
     assert printed == "linear.weight -> kernel\nWritten: new\n"
-    source, _, (variables, x), names = fakes.calls[0]
-    assert source == "w.pt" and names == {"fc.*": "Dense_0/*"} and x.shape == (2, 3)
+    source, _, (variables, x), options = fakes.calls[0]
+    assert source == "w.pt" and x.shape == (2, 3)
+    assert options == {**table, "flattened": {"fc": (8, 2, 2)}}
     assert_holds("new", variables, lambda a: a + 5)
     run(capsys, f"convert --from w.pt --model {here.name}:Graph --to graph2")
-    assert fakes.calls[1][2:] == ((), None)
+    assert fakes.calls[1][2:] == ((), {})
     assert set(read_arrays("test", "graph2")) == set(flat_arrays(here.state))
 
 
@@ -254,7 +260,12 @@ def test_convert_to_torch(here, fakes, capsys):
     found = safetensors.load_file("w.safetensors")
     np.testing.assert_array_equal(found["linear.bias"], here.variables["params"]["Dense_0"]["bias"])
     assert set(found) == {"linear.bias", "half.a/b"} and found["half.a/b"].dtype == jnp.bfloat16
-    run(capsys, f"convert --from graph --model {here.name}:Graph --to-torch --to g.safetensors")
+    _, (_, x), like = fakes.calls[0]
+    assert like is None and x.shape == (2, 3)
+    (here.path / "table.json").write_text('{"skip": ["a"]}')
+    command = f"convert --from graph --model {here.name}:Graph --to-torch --to g.safetensors"
+    run(capsys, f"{command} --like old.pt --options table.json")
+    assert fakes.calls[1][1:] == ((), ("old.pt", (), {"skip": ["a"]}))
     wanted = here.state["linear"]["bias"][...]
     np.testing.assert_array_equal(safetensors.load_file("g.safetensors")["linear.bias"], wanted)
 
@@ -338,12 +349,19 @@ REFUSED = {
     "no example": (
         "convert --from w.pt --model {n}:factory --to new", "an example input", "Add --input",
     ),
-    "names": (
-        "convert --from w.pt --model {n}:Graph --to new --names data.npy", "file of JSON", "For ex",
+    "options": (
+        "convert --from w.pt --model {n}:Graph --to new --options data.npy",
+        "file of JSON", "For example",
     ),
-    "names both ways": (
-        "convert --from graph --model {n}:Graph --to-torch --to new.pt --names good.json",
-        "Leave one out",
+    "options of no such name": (
+        "convert --from w.pt --model {n}:Graph --to new --options bad.json", "got nams, skip in",
+    ),
+    "options without like": (
+        "convert --from graph --model {n}:Graph --to-torch --to new.pt --options good.json",
+        "Add --like",
+    ),
+    "like without back": (
+        "convert --from w.pt --model {n}:Graph --to new --like w.pt", "Add --to-torch",
     ),
     "state dict in a folder": (
         "convert --from graph --model {n}:Graph --to-torch --to new", "must be written to a .safe",
@@ -354,7 +372,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_used(case, here, fakes, capsys):
     (here.path / "bad.npz").write_bytes(b"PK\3\4 not really")
-    (here.path / "good.json").write_text("{}")
+    (here.path / "good.json").write_text('{"names": {"a": "b"}}')
+    (here.path / "bad.json").write_text('{"nams": {}, "names": {}, "skip": "x"}')
     np.save("objects.npy", np.array([{}], object), allow_pickle=True)
     np.save("empty.npy", np.zeros((0, 3), np.float32))
     command, *expected = REFUSED[case]

@@ -207,22 +207,36 @@ class ArrayBatches:
             yield tuple(array[start : start + self._size] for array in self._arrays)
 
 
-def name_table(command: str, text: str | None) -> dict[str, str] | None:
-    """A table of name patterns, from a file of JSON."""
+# Arguments of `jaxnorm.tools.from_torch`, and their kinds in JSON.
+TORCH_OPTIONS: dict[str, type] = {
+    "names": dict, "flattened": dict, "scale_offset": dict, "running_var_count": dict,
+    "conv1d": list, "skip": list, "keep": list,
+}  # fmt: skip
+
+
+def torch_options(command: str, text: str | None) -> dict[str, Any]:
+    """Arguments of `jaxnorm.tools.from_torch`, from a file of JSON."""
     if text is None:
-        return None
+        return {}
     try:
         found = json.loads(Path(text).read_text(encoding="utf-8"))
+        why = f"a {type(found).__name__}" if not isinstance(found, dict) else ""
     except (OSError, ValueError) as error:
-        found = error
-    strings = isinstance(found, dict) and all(isinstance(v, str) for v in found.values())
-    if not strings:
-        what = str(found) if isinstance(found, Exception) else f"a {type(found).__name__}"
+        found, why = {}, str(error)
+    if not why:
+        wrong = [n for n, v in found.items() if not isinstance(v, TORCH_OPTIONS.get(n, ()))]
+        why = f"{', '.join(wrong)}" if wrong else ""
+    if why:
+        kinds = ", ".join(f"{n} ({k.__name__})" for n, k in TORCH_OPTIONS.items())
         raise UsageError(
-            f"{command}: --names must be a file of JSON with one object of texts; got {what}. For "
-            'example {"layer1.*": "block_1/*"}.'
+            f"{command}: --options must be a file of JSON with one object, of {kinds}; got {why} "
+            f'in \'{text}\'. For example {{"names": {{"layer1.*": "block_1/*"}}}}.'
         )
-    return found  # type: ignore[return-value]
+    windows = found.get("flattened", {})
+    if windows:
+        shapes = {name: tuple(w) if isinstance(w, list) else w for name, w in windows.items()}
+        found = {**found, "flattened": shapes}
+    return found
 
 
 def _is_nnx_class(found: Any) -> bool:

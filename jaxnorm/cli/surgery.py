@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxnorm.cli import variables as files
 from jaxnorm.cli.arguments import UsageError, integer
-from jaxnorm.cli.named import data_batches, example_inputs, name_table, named_model
+from jaxnorm.cli.named import data_batches, example_inputs, named_model, torch_options
 
 MODEL = (
     "module:attribute of a Linen or NNX module, or of a function without arguments that returns "
@@ -115,7 +115,18 @@ def add_commands(commands: Any) -> None:
     convert.add_argument(
         "--input", action="append", default=[], metavar="SHAPE", help=f"{INPUT}. Needed for Linen"
     )
-    convert.add_argument("--names", metavar="FILE", help="table of name patterns, as JSON")
+    convert.add_argument(
+        "--options",
+        metavar="FILE",
+        help="JSON object of arguments of jaxnorm.tools.from_torch: names, flattened, conv1d, "
+        "scale_offset, running_var_count, skip, keep",
+    )
+    convert.add_argument(
+        "--like",
+        metavar="FILE",
+        help="with --to-torch, a state dict whose names and shapes the new one has; --options then "
+        "says how it is matched (default: names of the paths in the model)",
+    )
     convert.add_argument(
         "--to-torch", action="store_true", help="from the variables of the model to a state dict"
     )
@@ -199,32 +210,49 @@ def _convert(arguments: argparse.Namespace) -> int:
         files.check_outputs(command, [arguments.out], arguments.source)
         inputs = example_inputs(command, arguments.input)
         model = named_model(command, arguments.model)
-        names = name_table(command, arguments.names)
-        tools = files.surgery_tools()
+        options = torch_options(command, arguments.options)
         if arguments.to_torch:
-            if names is not None:
-                raise UsageError(
-                    f"{command}: --names must be a table for what comes from PyTorch; got it with "
-                    "--to-torch. Leave one out."
-                )
-            if arguments.out and not arguments.out.endswith((*files.TORCH, ".safetensors")):
-                raise UsageError(
-                    f"{command}: a state dict must be written to a .safetensors or .pt file; got "
-                    f"--to {arguments.out}. Add one of these endings."
-                )
-            model, variables = files.restored(command, model, arguments.source, inputs)
-            state = tools.to_torch(model, *(() if variables is None else (variables,)))
-            for name, array in state.items():
-                print(f"{name}  {tuple(array.shape)}  {array.dtype}")
-            if arguments.dry_run:
-                return 0
-            content = files.state_dict_bytes(command, arguments.out, state)
-            return files.written(command, {arguments.out: content})
+            return _convert_back(arguments, model, inputs, options)
+        if arguments.like:
+            raise UsageError(
+                f"{command}: --like must be given with --to-torch; got it without. Add "
+                "--to-torch, or leave it out."
+            )
+        tools = files.surgery_tools()
         variables = files.initial(command, model, inputs)
         if variables is not None:
-            variables = tools.from_torch(arguments.source, model, variables, *inputs, names=names)
+            variables = tools.from_torch(arguments.source, model, variables, *inputs, **options)
         else:
-            model = tools.from_torch(arguments.source, model, *inputs, names=names)
+            model = tools.from_torch(arguments.source, model, *inputs, **options)
         if arguments.dry_run:
             return 0
         return files.written(command, {arguments.out: files.tree_of(model, variables)})
+
+
+def _convert_back(
+    arguments: argparse.Namespace, model: Any, inputs: tuple[Any, ...], options: dict[str, Any]
+) -> int:
+    """Convert variables to a state dict of PyTorch."""
+    command = "convert"
+    if arguments.out and not arguments.out.endswith((*files.TORCH, ".safetensors")):
+        raise UsageError(
+            f"{command}: a state dict must be written to a .safetensors or .pt file; got "
+            f"--to {arguments.out}. Add one of these endings."
+        )
+    if options and not arguments.like:
+        raise UsageError(
+            f"{command}: --options must say how a state dict is matched; got it with --to-torch "
+            "and without --like. Add --like FILE, or leave it out."
+        )
+    model, variables = files.restored(command, model, arguments.source, inputs)
+    tools = files.surgery_tools()
+    args = inputs if variables is None else (variables, *inputs)
+    keywords = {}
+    if arguments.like:
+        keywords["like"] = tools.match_torch(arguments.like, model, *args, **options)
+    state = tools.to_torch(model, *args, **keywords)
+    print(files.table_of(state))
+    if arguments.dry_run:
+        return 0
+    content = files.state_dict_bytes(command, arguments.out, state)
+    return files.written(command, {arguments.out: content})

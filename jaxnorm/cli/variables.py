@@ -19,7 +19,7 @@ def user_errors(command: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, ImportError, OSError, FloatingPointError, FlaxError) as error:
         text = str(error)
-        known = text.startswith((f"{command}:", "from_torch:", "to_torch:"))
+        known = text.startswith((f"{command}:", "from_torch:", "to_torch:", "match_torch:"))
         if isinstance(error, ImportError) and not known:
             raise  # no package that the user must install, but a defect
         raise UsageError(text if known else f"{command}: {text}") from error
@@ -124,6 +124,14 @@ def exported(folded: Any, inputs: tuple[Any, ...], platforms: str | None) -> byt
     names = platforms.split(",") if platforms else None
     shapes = [jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in inputs]
     return bytes(export.export(jax.jit(run), platforms=names)(*shapes).serialize())
+
+
+def table_of(state: Mapping[str, Any]) -> str:
+    """The tensors of a state dict, a line each."""
+    from jaxnorm.text import aligned
+
+    rows = [(name, str(tuple(a.shape)), str(a.dtype)) for name, a in state.items()]
+    return aligned([("tensor", "shape", "dtype"), *rows])
 
 
 def state_dict_bytes(command: str, path: str, state: Mapping[str, Any]) -> bytes:
