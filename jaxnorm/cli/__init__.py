@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from jaxnorm.cli import runs, surgery
-from jaxnorm.cli.arguments import FOUND, INTERRUPTED, USAGE_ERROR, UsageError, version
-from jaxnorm.cli.runs import LAB_PACKAGES
+from jaxnorm.cli.arguments import FOUND as FOUND
+from jaxnorm.cli.arguments import INTERRUPTED, USAGE_ERROR, UsageError, version
+from jaxnorm.cli.runs import LAB_PACKAGES as LAB_PACKAGES
 
-__all__ = ["FOUND", "INTERRUPTED", "LAB_PACKAGES", "USAGE_ERROR", "UsageError", "main"]
+__all__ = ["UsageError", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

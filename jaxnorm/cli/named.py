@@ -1,4 +1,4 @@
-"""What arguments of the command line name: a model, example inputs, data, a table of names."""
+"""Things that arguments of the command line name: a model, inputs, data, options."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""What the commands on networks read and write: variables, state dicts, exported networks."""
+"""Input and output of the commands on networks: variables, state dicts, exported programs."""
 
 import contextlib
 import io
@@ -87,7 +87,7 @@ def restored(
 
 
 def tree_of(model: Any, variables: Any) -> Any:
-    """What a checkpoint holds: collections of a Linen module, or the state of an NNX module."""
+    """The content of a checkpoint: collections of a Linen module, or the state of an NNX module."""
     from flax import nnx
 
     return nnx.state(model) if variables is None else variables
