@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flax import nnx
 
-from jaxnorm.models.calls import Path
+if TYPE_CHECKING:
+    from jaxnorm.models.calls import Path
 
 Module = TypeVar("Module", bound=nnx.Module)
 
 
 def copied(model: Module) -> Module:
     """A copy of an NNX module, with new variables of the same arrays."""
-    return nnx.merge(*nnx.split(model))
+    # Not `merge` of what was split: it takes the Variables of the state themselves, which are the
+    # model's. Nor of a mapped state, whose Variables have other metadata.
+    return nnx.clone(model)
 
 
 def with_modules(model: Module, change: Callable[[Path, nnx.Module], nnx.Module | None]) -> Module:

@@ -85,7 +85,8 @@ class Selection:
                 raise _nothing(operation, argument, part, layers)
             chosen |= found
         if not chosen:
-            raise _nothing(operation, argument, default, layers)
+            wanted = default if self.layers is None else self.layers
+            raise _nothing(operation, argument, wanted, layers)
         return chosen
 
     def _matches(self, path: str) -> bool:
@@ -93,13 +94,17 @@ class Selection:
         return any(fnmatch.fnmatchcase(path, p) for p in patterns)
 
 
+def _shown(kind: Any) -> str:
+    """A class as people import it, such as flax.nnx.BatchNorm; anything else as it is."""
+    if not isinstance(kind, type):
+        return repr(kind)
+    return ".".join((*kind.__module__.split(".")[:2], kind.__name__))
+
+
 def _nothing(operation: str, argument: str, wanted: Any, layers: list[tuple[str, Any]]):
     """The error for a selection of no layer, with the names that there are."""
     kinds = wanted if isinstance(wanted, tuple) else (wanted,)
-    shown = ", ".join(
-        f"{k.__module__.split('.')[0]}.{k.__name__}" if isinstance(k, type) else repr(k)
-        for k in kinds
-    )
+    shown = ", ".join(_shown(kind) for kind in kinds) or "()"
     names = ", ".join(f"{name} ({type(module).__name__})" for name, module in layers) or "no layer"
     return ValueError(
         f"{operation}: {argument} must select at least one layer; got {shown}, and the model has "

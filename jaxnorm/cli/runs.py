@@ -1,26 +1,18 @@
-"""The command line: `jaxnorm demo`, `jaxnorm doctor`, `jaxnorm report`, `jaxnorm --version`.
-
-Each command imports its modules when it runs, so that `jaxnorm --help` answers at once.
-"""
+"""Commands on runs: `jaxnorm demo`, `jaxnorm doctor`, `jaxnorm report`."""
 
 import argparse
-import importlib.util
 import json
 import os
-import sys
-from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from jaxnorm.cli.arguments import FOUND, UsageError, installed, integer, versions
 
 if TYPE_CHECKING:
     from jaxnorm.lab.results import StudyResult
     from jaxnorm.lab.study import Progress, StudyConfig
     from jaxnorm.monitor import Recording
 
-FOUND = 1  # exit status of `jaxnorm doctor` if it finds something, as of linters
-USAGE_ERROR = 2  # the exit status of argparse too
-INTERRUPTED = 130
 REPORT, RESULTS, RECORDINGS = "report.html", "results.json", "recordings"
 LAB_PACKAGES = {  # module -> distribution, for the extra "lab"
     "sklearn": "scikit-learn",
@@ -32,49 +24,8 @@ LAB_PACKAGES = {  # module -> distribution, for the extra "lab"
 FEWEST_STEPS = 20
 
 
-class UsageError(Exception):
-    """An error that the user can correct; it is printed without a traceback."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command of the command line.
-
-    Args:
-        argv: the arguments without the program's name. The default is those of the process.
-
-    Returns:
-        The exit status: 0; 1 if the doctor has found something; 2 for input that cannot be used;
-        130 after an interrupt.
-
-    Raises:
-        SystemExit: from argparse, after `--help`, `--version` or an unknown argument.
-
-    Example:
-        >>> main([])
-        2
-    """
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        parser.print_help(sys.stderr)
-        return USAGE_ERROR
-    try:
-        return arguments.command(arguments)
-    except UsageError as error:
-        print(f"jaxnorm: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except KeyboardInterrupt:
-        print("jaxnorm: interrupted; no report was written.", file=sys.stderr)
-        return INTERRUPTED
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jaxnorm", description="Normalization for JAX: exact, fast, distributed, observable."
-    )
-    parser.add_argument("--version", action="version", version=f"jaxnorm {_version('jaxnorm')}")
-    parser.set_defaults(command=None)
-    commands = parser.add_subparsers(title="commands")
+def add_commands(commands: Any) -> None:
+    """Add these commands to the subparsers of the program."""
     demo = commands.add_parser(
         "demo",
         help="train two networks with and without normalization, and write a report",
@@ -101,14 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--seed",
-        type=_integer(0),
+        type=integer(0),
         default=0,
         metavar="N",
         help="the seed of all randomness (default: 0)",
     )
     demo.add_argument(
         "--steps",
-        type=_integer(FEWEST_STEPS),
+        type=integer(FEWEST_STEPS),
         metavar="N",
         help="training steps of the MLP; the convolutional net makes a fifth as many "
         "(default: 400, or 200 with --quick)",
@@ -146,7 +97,6 @@ def _parser() -> argparse.ArgumentParser:
         default=REPORT,
         help="the page; an existing one is replaced (default: %(default)s)",
     )
-    return parser
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -187,8 +137,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     config = demo_config(seed=arguments.seed, steps=arguments.steps, quick=arguments.quick)
     result = _run(config, data)
-    versions = _versions()
-    stored = {"command": "jaxnorm demo", "versions": versions, **result.to_json()}
+    used = versions()
+    stored = {"command": "jaxnorm demo", "versions": used, **result.to_json()}
     try:
         recordings = result.write_recordings(folder / RECORDINGS)
         runs = [
@@ -196,7 +146,7 @@ def _demo(arguments: argparse.Namespace) -> int:
             for (network, name), recording in recordings.items()
         ]
         texts = {
-            REPORT: render_page(result, versions, runs),
+            REPORT: render_page(result, used, runs),
             RESULTS: json.dumps(stored, ensure_ascii=False, allow_nan=False) + "\n",
         }
         report, results = write_files(folder, texts)
@@ -267,7 +217,7 @@ def _report(arguments: argparse.Namespace) -> int:
         name = name if names.count(name) == 1 else str(folder)
         runs.append(Run(name, "", recording, diagnose(recording)))
     try:
-        [page] = write_files(out.parent, {out.name: render_runs(runs, _versions())})
+        [page] = write_files(out.parent, {out.name: render_runs(runs, versions())})
     except OutputError as error:
         raise UsageError(str(error)) from None
     print(f"Report: {page}")
@@ -297,48 +247,9 @@ def _recording(command: str, folder: Path) -> "Recording":
 
 
 def _check_packages(command: str) -> None:
-    missing = [name for module, name in LAB_PACKAGES.items() if not _installed(module)]
+    missing = [name for module, name in LAB_PACKAGES.items() if not installed(module)]
     if missing:
         raise UsageError(
             f"{command}: the packages of the extra 'lab' must be installed; {', '.join(missing)} "
             f'{"is" if len(missing) == 1 else "are"} not. Run: pip install "jaxnorm[lab]"'
         )
-
-
-def _versions() -> dict[str, str]:
-    names = ("jaxnorm", "jax", "flax", "optax", "numpy", "scikit-learn", "altair")
-    return {name: _version(name) for name in names} | {"python": sys.version.split()[0]}
-
-
-def _integer(least: int):
-    """An argparse type for integers of at least `least`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value < 2**31:
-            raise argparse.ArgumentTypeError(f"must be an integer of {least} or more; got {text!r}")
-        return value
-
-    return parse
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        if name != "jaxnorm":
-            return "unknown"
-    from jaxnorm import __version__  # run from a source tree
-
-    return __version__
-
-
-if __name__ == "__main__":
-    sys.exit(main())
