@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
 from flax import nnx
 
 from jaxnorm.models.calls import Path
@@ -14,7 +15,9 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 def copied(model: Module) -> Module:
     """A copy of an NNX module, with new variables of the same arrays."""
-    return nnx.merge(*nnx.split(model))
+    graph, state = nnx.split(model)
+    # `merge` takes the Variables of the state themselves, which are the model's.
+    return nnx.merge(graph, jax.tree.map(lambda array: array, state))
 
 
 def with_modules(model: Module, change: Callable[[Path, nnx.Module], nnx.Module | None]) -> Module:

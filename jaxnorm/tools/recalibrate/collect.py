@@ -12,19 +12,41 @@ import inspect
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from jaxnorm.core.moments import Moments
-from jaxnorm.distributed.axes import is_bound
-from jaxnorm.functional import moments
+from jaxnorm.core import arguments as check
+from jaxnorm.core.measure import Measurement
+from jaxnorm.core.moments import Moments, promoted
+from jaxnorm.core.normalize import measured_moments
+from jaxnorm.core.slices import Slices
+from jaxnorm.distributed.axes import is_bound, named_axis
 from jaxnorm.models.calls import Path
 
 BATCH_NORMS = (linen.BatchNorm, nnx.BatchNorm)
-COUNT, MEAN, M2 = FIELDS = ("moments_count", "moments_mean", "moments_m2")
+FIELDS = ("moments_origin", "moments_count", "moments_mean", "moments_m2")
 """The names of the variables that hold the moments of a norm's inputs."""
+
+
+class FromOrigin(NamedTuple):
+    """Moments of numbers that lie around an origin, whose mean would not fit one float32.
+
+    At 1e4 a float32 mean is rounded by 5e-4. The distances between the means of batches, which are
+    part of the variance, would have that error.
+    """
+
+    origin: Any
+    moments: Moments
+
+    def merge(self, other: FromOrigin) -> FromOrigin:
+        """Moments of both sets, from the origin of the first that is not empty."""
+        first = self.moments.count > 0
+        distance = jnp.where(first, other.origin - self.origin, 0)
+        moved = other.moments._replace(mean=other.moments.mean + distance)
+        origin = jnp.where(first, self.origin, other.origin)
+        return FromOrigin(origin, self.moments.merge(moved))
 
 
 class _Present(threading.local):
@@ -123,12 +145,26 @@ class Collecting:
             return
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             x = x.astype(jnp.float32)
-        name = module.axis_name if is_bound(module.axis_name) else None
-        reduced = tuple(a for a in range(x.ndim) if a not in features)
-        here = moments(x, reduced, mask=given.get("mask"), axis_name=name)
         total = _read(module)
-        here = Moments(*(a.astype(b.dtype) for a, b in zip(here, total)))
+        here = _measured(self.operation, module, x, features, given.get("mask"))
+        here = FromOrigin(
+            here.origin.astype(total.origin.dtype),
+            Moments(*(a.astype(b.dtype) for a, b in zip(here.moments, total.moments))),
+        )
         _write(self.operation, path, module, total.merge(here))
+
+
+def _measured(operation: str, module: Any, x: Any, features: set[int], mask: Any) -> FromOrigin:
+    """The moments of an array, over the axes and the replicas that the norm itself uses."""
+    name = module.axis_name if is_bound(module.axis_name) else None
+    reduced = tuple(a for a in range(x.ndim) if a not in features)
+    check.not_empty(operation, x, reduced)
+    slices = Slices(reduced, replicas=named_axis(operation, name))
+    found = measured_moments(x, Measurement(slices), check.mask_of(operation, mask, x))
+    moments, local = found.as_moments(reduced), found.local
+    return FromOrigin(
+        jnp.squeeze(local.origin, reduced), moments._replace(mean=jnp.squeeze(local.mean, reduced))
+    )
 
 
 def empty(mean: Any) -> dict[str, Any]:
@@ -137,19 +173,27 @@ def empty(mean: Any) -> dict[str, Any]:
     Args:
         mean: its running mean, or what tells its shape and dtype.
     """
-    wide = jnp.result_type(mean.dtype, jnp.float32, float)
-    return dict(zip(FIELDS, Moments.empty(mean.shape, wide)))
+    wide = promoted(mean.dtype, float)
+    moments = Moments.empty(mean.shape, wide)
+    return dict(zip(FIELDS, (moments.mean, *moments)))
 
 
-def _read(module: Any) -> Moments:
+def collected(values: Any) -> FromOrigin:
+    """What a norm's variables hold, by their names."""
+    origin, *moments = (values[name] for name in FIELDS)
+    return FromOrigin(origin, Moments(*moments))
+
+
+def _read(module: Any) -> FromOrigin:
     if isinstance(module, nnx.Module):
-        return Moments(*(getattr(module, name)[...] for name in FIELDS))
-    return Moments(*(module.get_variable("batch_stats", name) for name in FIELDS))
+        return collected({name: getattr(module, name)[...] for name in FIELDS})
+    return collected({name: module.get_variable("batch_stats", name) for name in FIELDS})
 
 
-def _write(operation: str, path: Path, module: Any, total: Moments) -> None:
+def _write(operation: str, path: Path, module: Any, total: FromOrigin) -> None:
+    values = dict(zip(FIELDS, (total.origin, *total.moments)))
     if isinstance(module, nnx.Module):
-        for name, value in zip(FIELDS, total):
+        for name, value in values.items():
             getattr(module, name)[...] = value
         return
     if not module.is_mutable_collection("batch_stats"):
@@ -158,5 +202,5 @@ def _write(operation: str, path: Path, module: Any, total: Moments) -> None:
             f"{'/'.join(path)} under a transformation that makes batch_stats constant. Give that "
             'transformation variable_axes={"batch_stats": 0} or variable_carry="batch_stats".'
         )
-    for name, value in zip(FIELDS, total):
+    for name, value in values.items():
         module.put_variable("batch_stats", name, value)

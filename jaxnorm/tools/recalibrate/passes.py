@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxnorm.core.moments import Moments
 from jaxnorm.models.calls import Path
+from jaxnorm.tools.recalibrate.collect import FromOrigin
 from jaxnorm.training.layout import Layout, place_batch
 from jaxnorm.training.objective import InputsFn, take_inputs
 
@@ -116,12 +117,12 @@ class Pass:
 
     Attributes:
         operation: the public function that is being called; errors begin with it.
-        run: ``(statistics, state, args, kwargs) -> {path: Moments}``, which can be traced.
+        run: ``(statistics, state, args, kwargs) -> {path: FromOrigin}``, which can be traced.
         norms: paths of the norms that are measured, in the order of their calls.
     """
 
     operation: str
-    run: Callable[..., dict[Path, Moments]]
+    run: Callable[..., dict[Path, FromOrigin]]
     norms: Sequence[Path]
     _compiled: dict[Any, Callable] = field(default_factory=dict)
 
@@ -188,7 +189,7 @@ class Pool:
         self._norms = norms
         self._total: dict[Path, Moments] | None = None
 
-    def add(self, number: int, batch: Mapping[Path, Moments]) -> None:
+    def add(self, number: int, batch: Mapping[Path, FromOrigin]) -> None:
         """Merge the moments of a batch, which must be finite."""
         found = {path: _on_host(batch[path]) for path in self._norms}
         for path, here in found.items():
@@ -225,16 +226,17 @@ def in_float64() -> Iterator[None]:
         yield
 
 
-def _on_host(moments: Moments) -> Moments:
+def _on_host(moments: FromOrigin) -> Moments:
     """Moments of a batch as NumPy's float64, the same on every process."""
     leaves = []
-    for leaf in moments:
+    for leaf in (moments.origin, *moments.moments):
         if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
             leaf = jax.jit(lambda x: x, out_shardings=whole)(leaf)
         array = np.asarray(leaf)
         leaves.append(array.astype(np.result_type(array.dtype, np.float64)))
-    return Moments(*leaves)
+    origin, count, mean, m2 = leaves
+    return Moments(count, origin + mean, m2)
 
 
 def rows(args: Any, kwargs: Any) -> int:

@@ -13,11 +13,10 @@ import numpy as np
 from flax import linen, nnx
 from flax.core import FrozenDict, freeze, unfreeze
 
-from jaxnorm.core.moments import Moments
 from jaxnorm.models.adapt import after_evaluation
 from jaxnorm.models.calls import Path, hooked, hooked_copy
 from jaxnorm.models.graph import copied
-from jaxnorm.tools.recalibrate.collect import FIELDS, Collecting, empty
+from jaxnorm.tools.recalibrate.collect import FIELDS, Collecting, FromOrigin, collected, empty
 
 Statistics = Mapping[Path, tuple[Any, Any]]
 """Running mean and variance of norms, by their paths."""
@@ -35,7 +34,7 @@ class Subject(Protocol):
 
     def run(
         self, hook: Collecting, state: Any, statistics: Statistics, args: Any, kwargs: Any
-    ) -> dict[Path, Moments]:
+    ) -> dict[Path, FromOrigin]:
         """The moments that one batch gives; can be traced."""
         ...
 
@@ -78,7 +77,7 @@ class LinenSubject:
 
     def run(
         self, hook: Collecting, state: Any, statistics: Statistics, args: Any, kwargs: Any
-    ) -> dict[Path, Moments]:
+    ) -> dict[Path, FromOrigin]:
         """The moments that one batch gives, from the collection that its call writes."""
         collections = {**state, "batch_stats": _with(state.get("batch_stats", {}), statistics)}
         for path in hook.norms or ():
@@ -87,7 +86,7 @@ class LinenSubject:
         with hooked(hook):
             written = after_evaluation(self.operation, self.model, collections, args, kwargs)
         places = {path: _at(written, path) for path in hook.norms or ()}
-        return {path: Moments(*(at[name] for name in FIELDS)) for path, at in places.items()}
+        return {path: collected(at) for path, at in places.items()}
 
     def result(self, statistics: Statistics) -> tuple[Any, Any]:
         """The module itself, and its collections with other statistics."""
@@ -112,7 +111,7 @@ class NNXSubject:
 
     def run(
         self, hook: Collecting, state: Any, statistics: Statistics, args: Any, kwargs: Any
-    ) -> dict[Path, Moments]:
+    ) -> dict[Path, FromOrigin]:
         """The moments that one batch gives, from the variables of a copy."""
         model = nnx.merge(self._graph, jax.tree.map(lambda x: x, state))
         _put(model, statistics)
@@ -126,7 +125,7 @@ class NNXSubject:
         model = after_evaluation(self.operation, model, None, args, kwargs)
         norms = {path: norm for path, norm in _norms(model).items() if path in (hook.norms or ())}
         return {
-            path: Moments(*(getattr(norm, name).get_value() for name in FIELDS))
+            path: collected({name: getattr(norm, name).get_value() for name in FIELDS})
             for path, norm in norms.items()
         }
 
