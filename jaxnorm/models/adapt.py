@@ -148,7 +148,7 @@ def in_evaluation(
 def after_evaluation(
     operation: str, model: Any, variables: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """What the call of a model in evaluation mode leaves in its statistics; can be traced.
+    """The statistics of a model after a call in evaluation mode; can be traced.
 
     For hooks that write there. What else the call writes is refused (Linen) or lost (NNX).
 

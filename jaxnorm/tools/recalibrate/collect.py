@@ -1,6 +1,6 @@
 """Moments of what each batch norm is given, gathered inside the traced pass.
 
-A norm's moments lie beside its running statistics, as three more variables of the same shape. So
+A norm's moments lie beside its running statistics, as four more variables of the same shape. So
 they go wherever the statistics go: through `scan`, `vmap`, `remat` and `jit` of Flax, stacked or
 carried as those are. A norm that is called again merges what it sees with what is there.
 """
@@ -49,14 +49,14 @@ class FromOrigin(NamedTuple):
         return FromOrigin(origin, self.moments.merge(moved))
 
 
-class _Present(threading.local):
+class _NormsCalled(threading.local):
     """The norms whose calls are being traced, innermost last: path, and True once measured."""
 
     def __init__(self) -> None:
         self.norms: list[list[Any]] = []
 
 
-_present = _Present()
+_present = _NormsCalled()
 
 
 @dataclass(eq=False)
@@ -179,7 +179,7 @@ def empty(mean: Any) -> dict[str, Any]:
 
 
 def collected(values: Any) -> FromOrigin:
-    """What a norm's variables hold, by their names."""
+    """The moments in the variables of a norm, given by their names."""
     origin, *moments = (values[name] for name in FIELDS)
     return FromOrigin(origin, Moments(*moments))
 

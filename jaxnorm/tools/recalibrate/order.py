@@ -53,7 +53,7 @@ def stages(
         reach |= np.outer(reach[:, through], reach[through])
     # Norms of one loop, each of which feeds all.
     loop = reach & reach.T
-    for i in np.flatnonzero(reach.diagonal()):
+    for i in np.flatnonzero(reach.diagonal()).tolist():
         if stacked[i] == 1:
             name = "/".join(norms[i])
             raise ValueError(
@@ -64,10 +64,12 @@ def stages(
     found, settled = [], np.zeros(len(norms), bool)
     while not settled.all():
         ready = [
-            i for i in np.flatnonzero(~settled) if not (reach[:, i] & ~loop[:, i] & ~settled).any()
+            i
+            for i in np.flatnonzero(~settled).tolist()
+            if not (reach[:, i] & ~loop[:, i] & ~settled).any()
         ]
         # A pass settles at least one layer of one norm of a loop.
-        passes = max(sum(stacked[j] for j in np.flatnonzero(loop[i])) or 1 for i in ready)
+        passes = max(sum(stacked[j] for j in np.flatnonzero(loop[i]).tolist()) or 1 for i in ready)
         found.append(Stage(tuple(norms[i] for i in ready), passes))
         settled[ready] = True
     return found

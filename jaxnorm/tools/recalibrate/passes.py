@@ -68,13 +68,13 @@ class Batches:
         self._rest: Iterator[Any] | None = iterator
 
     def __len__(self) -> int:
-        """How many batches one pass reads; raises TypeError where that is not known."""
+        """The number of batches in one pass; raises TypeError where that is not known."""
         known = len(self.batches)  # type: ignore[arg-type]
         return known if self.number is None else min(known, self.number)
 
     @property
     def known_length(self) -> int | None:
-        """How many batches one pass reads, where that can be told."""
+        """The number of batches in one pass, where that can be told."""
         try:
             return len(self)
         except TypeError:
@@ -231,7 +231,7 @@ def _on_host(moments: FromOrigin) -> Moments:
     leaves = []
     for leaf in (moments.origin, *moments.moments):
         if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+            whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
             leaf = jax.jit(lambda x: x, out_shardings=whole)(leaf)
         array = np.asarray(leaf)
         leaves.append(array.astype(np.result_type(array.dtype, np.float64)))
@@ -240,7 +240,7 @@ def _on_host(moments: FromOrigin) -> Moments:
 
 
 def rows(args: Any, kwargs: Any) -> int:
-    """How many examples a batch holds: the leading axis of its first array."""
+    """The number of examples in a batch: the leading axis of its first array."""
     arrays = [leaf for leaf in jax.tree.leaves((args, kwargs)) if getattr(leaf, "ndim", 0)]
     return arrays[0].shape[0] if arrays else 1
 
@@ -267,7 +267,7 @@ def naming(operation: str, number: int, batch: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reporting(operation: str, progress: Any, total: int | None) -> Iterator[Callable[[], None]]:
+def reporting(operation: str, progress: Any, total: int | None) -> Iterator[Callable[[], Any]]:
     """A function to be called after each batch, which tells the user's callable or moves a bar."""
     done = itertools.count(1)
     if progress is None or progress is False:

@@ -34,6 +34,14 @@ class Recalibrated:
         variables: the collections of the Linen module, of which only statistics are new; None for
             NNX, whose module holds its own.
         report: how far each layer moved. It prints as a table.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jaxnorm import tools
+        >>> new = tools.recalibrate(nnx.BatchNorm(1, rngs=nnx.Rngs(0)), [jnp.array([[1.0], [3.0]])])
+        >>> isinstance(new, tools.Recalibrated), new.model.mean[...].tolist(), new.variables
+        (True, [2.0], None)
     """
 
     model: Any
@@ -77,8 +85,9 @@ def recalibrate(
     In both, everything else is in evaluation mode: dropout is off, since evaluation has none, and
     no other variable changes. All batch norms of Flax and jaxnorm and their subclasses take part,
     found by their class when they are called. A norm that is called several times pools its calls.
-    One that is never called keeps its statistics, and the report lists it; so does a channel
-    without any element. Under `flax.linen.scan` and `flax.nnx.scan`, stacked statistics are those
+    One that is never called keeps its statistics, and the report lists it; a channel
+    without any element keeps them too, and so does the number of updates of ``momentum=None`` or
+    ``debias=True``. Under `flax.linen.scan` and `flax.nnx.scan`, stacked statistics are those
     of each layer; with ``sequential=True`` the stack takes as many passes as it has norms.
 
     A norm's `virtual_batch_size` says how its batch is normalized; its statistics are those of

@@ -22,6 +22,11 @@ class LayerShift:
         divergence: for each channel the Kullback-Leibler divergence of the new normal distribution
             from the old one, in nats, of the shape of the statistics, float64. Infinite where only
             one has a variance.
+
+    Example:
+        >>> import numpy as np
+        >>> LayerShift("block/norm", 32, np.array([0.5, 0.1])).mean_divergence
+        0.3
     """
 
     layer: str
@@ -44,6 +49,16 @@ class RecalibrationReport:
         batches: number of batches in one pass over the data.
         examples: number of examples in one pass.
         passes: number of passes over the data.
+
+    Example:
+        >>> import numpy as np
+        >>> layers = LayerShift("a", 32, np.array([0.5, 0.1])), LayerShift("b", 32, np.array([2.0]))
+        >>> print(RecalibrationReport(layers, ("c",), batches=2, examples=32, passes=1))
+        2 layers recalibrated on 32 examples in 2 batches, 1 passes
+        never called, left as they were: c
+        layer  elements  KL (nats), mean  largest  at channel
+        b      32        2                2        0
+        a      32        0.3              0.5      0
     """
 
     layers: tuple[LayerShift, ...]
