@@ -180,3 +180,21 @@ def test_adapting_averages_means_and_variances(weight):
         old = np.asarray(source["batch_stats"][name], np.float64)
         wanted = (weight * old + 17 * target) / (weight + 17)
         assert_close(np.asarray(new.variables["batch_stats"][name]), wanted)
+
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True, name="a")(x)
+        return LINEN.BatchNorm(use_running_average=True, name="b")(x**2)
+
+
+def test_the_mixture_is_what_later_norms_see():
+    data = batches()
+    source = Pair().init(jax.random.key(0), data[0])
+    new = adapt(Pair(), source, data, source_weight=9, sequential=True)
+    mean, var = ((9 * old + 17 * target) / 26 for old, target in zip((0, 1), pooled(data)))
+    target = pooled([(x.astype(float) - mean) ** 2 / (var + 1e-5) for x in data])
+    for name, old, wanted in zip(("mean", "var"), (0, 1), target):
+        found = new.variables["batch_stats"]["b"][name]
+        assert_close(np.asarray(found), (9 * old + 17 * wanted) / 26, conditioning=4)

@@ -59,6 +59,7 @@ def spoiled(number, value=np.nan):
         ([*DATA, {"y": DATA[0]}], {}, ValueError, ['batch["x"]', "'y'"]),
         (spoiled(1), {}, ValueError, ["batch 1 (", "the norm", "1 of 3 channels"]),
         (spoiled(2, np.inf), {"sequential": True}, ValueError, ["batch 2 (", "finite"]),
+        (spoiled(0, 1e30), {}, ValueError, ["batch 0 (", "squares"]),
         (DATA, {"num_batches": 0}, ValueError, ["num_batches", "got 0"]),
         (DATA, {"layers": "nothing/*"}, ValueError, ["'nothing/*'", "BatchNorm"]),
         (DATA, {"layers": 3}, TypeError, ["layers", "got 3"]),

@@ -237,6 +237,70 @@ def test_batches_on_a_mesh():
     assert_statistics(statistics(ragged), pooled([*data, last]))
 
 
+class InShardMap(nnx.Module):
+    """A norm whose axis is bound where it is called."""
+
+    def __init__(self, mesh, rngs):
+        self.norm = nnx.BatchNorm(3, axis_name="data", rngs=rngs)
+        self.mesh = mesh
+
+    def __call__(self, x):
+        specs = {"in_specs": (P(), P("data")), "out_specs": P("data")}
+        return nnx.shard_map(lambda n, x: n(x), mesh=self.mesh, **specs)(self.norm, x)
+
+
+def test_a_norm_in_a_shard_map():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    data = batches(shape=(3,), sizes=(8, 8, 4))
+    new = recalibrate(InShardMap(mesh, nnx.Rngs(0)), data)
+    assert_statistics((new.model.norm.mean[...], new.model.norm.var[...]), pooled(data))
+    assert new.report.layers[0].count == 20
+
+
+def test_groups_of_an_axis_that_is_not_bound():
+    model = nn.BatchNorm(True, axis_name="data", axis_index_groups=[[0, 1], [2, 3]])
+    variables = model.init(jax.random.key(0), DATA[0])
+    with pytest.raises(
+        ValueError, match=r"^recalibrate: a norm with axis_index_groups .*sequential"
+    ):
+        recalibrate(model, variables, DATA)
+    new = recalibrate(model, variables, DATA, sequential=True)
+    assert_statistics(statistics(new), pooled(DATA))
+
+
+class Carried(nn.Module):
+    """One norm that a loop calls twice, and carries."""
+
+    @nn.compact
+    def __call__(self, x):
+        def step(norm, x, _):
+            return norm(x) + x, None
+
+        norm = nn.BatchNorm(use_running_average=True, name="norm")
+        carried = {"variable_broadcast": "params", "variable_carry": "batch_stats"}
+        return nn.scan(step, **carried, split_rngs={"params": False}, length=2)(norm, x, None)[0]
+
+
+def test_a_norm_that_a_loop_carries():
+    first = nn.BatchNorm(use_running_average=True).init(jax.random.key(0), DATA[0])
+    variables = {name: {"norm": values} for name, values in first.items()}
+    new = recalibrate(Carried(), variables, DATA)
+    # What the second call sees.
+    own = [(x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) + x for x in (x.astype(float) for x in DATA)]
+    assert_statistics(statistics(new, "norm"), pooled([*DATA, *own]), conditioning=4)
+    with pytest.raises(ValueError, match="own statistics"):
+        recalibrate(Carried(), variables, DATA, sequential=True)
+
+
+def test_complex_numbers():
+    data = [(x + 1j * x[:, ::-1]).astype(np.complex64) for x in DATA]
+    model = LINEN.BatchNorm(use_running_average=True)
+    new = recalibrate(model, model.init(jax.random.key(0), data[0]), data)
+    whole = np.concatenate(data).astype(complex)
+    wanted = whole.mean(0), np.square(np.abs(whole - whole.mean(0))).mean(0)
+    assert_statistics(statistics(new), wanted)
+
+
 def test_two_processes(tmp_path):
     done = launching.run(__file__, tmp_path, devices=2)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -173,8 +173,7 @@ def empty(mean: Any) -> dict[str, Any]:
     Args:
         mean: its running mean, or what tells its shape and dtype.
     """
-    wide = promoted(mean.dtype, float)
-    moments = Moments.empty(mean.shape, wide)
+    moments = Moments.empty(mean.shape, promoted(mean.dtype, jnp.float32))
     return dict(zip(FIELDS, (moments.mean, *moments)))
 
 

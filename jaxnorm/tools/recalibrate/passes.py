@@ -196,8 +196,8 @@ class Pool:
             bad = ~(np.isfinite(here.mean) & np.isfinite(here.m2))
             if bad.any():
                 raise ValueError(
-                    f"{self._operation}: data must be finite; got batch {number} (counted from 0), "
-                    f"in which the input of {'/'.join(path) or 'the norm'} is not, in "
+                    f"{self._operation}: data and their squares must be finite; got batch {number} "
+                    f"(counted from 0), in which the input of {'/'.join(path) or 'the norm'} is not, in "
                     f"{int(bad.sum())} of {bad.size} channels. Look at that batch, or at the "
                     "weights before that layer if all batches are like it; nothing was changed."
                 )
@@ -229,6 +229,7 @@ def in_float64() -> Iterator[None]:
 def _on_host(moments: FromOrigin) -> Moments:
     """Moments of a batch as NumPy's float64, the same on every process."""
     leaves = []
+    limit = float(jnp.finfo(moments.moments.m2.dtype).max)
     for leaf in (moments.origin, *moments.moments):
         if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
@@ -236,7 +237,8 @@ def _on_host(moments: FromOrigin) -> Moments:
         array = np.asarray(leaf)
         leaves.append(array.astype(np.result_type(array.dtype, np.float64)))
     origin, count, mean, m2 = leaves
-    return Moments(count, origin + mean, m2)
+    # At the largest number it is saturated, and the variance is not known.
+    return Moments(count, origin + mean, np.where(m2 < limit, m2, np.inf))
 
 
 def rows(args: Any, kwargs: Any) -> int:

@@ -97,8 +97,8 @@ def recalibrate(
     Args:
         model: a Linen module that is not bound, or an NNX module. Neither is changed.
         *variables_and_batches: for Linen the variables, ``{"params": ..., "batch_stats": ...}``;
-            then any iterable of batches, of any sizes. With ``sequential=True`` one that can be
-            read again, such as a list. Batches may be global arrays that are sharded over a mesh,
+            then any iterable of batches, of any sizes (of one array, its entries). With
+            ``sequential=True`` one that can be read again, such as a list. Batches may be global arrays that are sharded over a mesh,
             with several processes too.
         sequential: which of the two meanings.
         num_batches: read this many batches at most; None: all.
@@ -108,7 +108,8 @@ def recalibrate(
         layers: norms to recalibrate: a path with * for anything, a class, several of these, or a
             function of a path and a name of a class. None: all. The others use running statistics.
         layout: where to place batches, a `jaxnorm.training.Layout`; None: where they are. A last
-            batch that the devices do not divide goes to all of them.
+            batch that the devices of one process do not divide goes to all of them. With several
+            processes each gives its share of every batch, the same number of batches.
         progress: True for a bar (with the package rich), or a function of the number of batches
             done and of all, the latter None if it is not known.
 
@@ -139,7 +140,7 @@ def recalibrate(
         >>> round(new.variables["batch_stats"]["var"].item(), 4)
         8.6667
         >>> print(new.report)
-        1 layers recalibrated on 3 examples in 2 batches, 1 passes
+        norms recalibrated: 1, on examples: 3, in batches: 2, in passes: 1
         layer      elements  KL (nats), mean  largest  at channel
         BatchNorm  3         10.8             10.8     0
     """

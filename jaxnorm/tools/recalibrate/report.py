@@ -54,7 +54,7 @@ class RecalibrationReport:
         >>> import numpy as np
         >>> layers = LayerShift("a", 32, np.array([0.5, 0.1])), LayerShift("b", 32, np.array([2.0]))
         >>> print(RecalibrationReport(layers, ("c",), batches=2, examples=32, passes=1))
-        2 layers recalibrated on 32 examples in 2 batches, 1 passes
+        norms recalibrated: 2, on examples: 32, in batches: 2, in passes: 1
         never called, left as they were: c
         layer  elements  KL (nats), mean  largest  at channel
         b      32        2                2        0
@@ -78,8 +78,8 @@ class RecalibrationReport:
             numbers = f"{each.mean_divergence:.3g}", f"{highest:.3g}"
             rows.append((each.layer, str(each.count), *numbers, where))
         text = (
-            f"{len(self.layers)} layers recalibrated on {self.examples} examples in "
-            f"{self.batches} batches, {self.passes} passes"
+            f"norms recalibrated: {len(self.layers)}, on examples: {self.examples}, "
+            f"in batches: {self.batches}, in passes: {self.passes}"
         )
         if len(self.layers) > _SHOWN:
             text += f"; the {_SHOWN} that moved most:"
