@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import errors, nnx
 from flax import linen as nn
+from flax.core import DenyList
 
 from jaxnorm.models.mode import (
     MODE_FLAGS,
@@ -150,7 +151,7 @@ def after_evaluation(
 ) -> Any:
     """The statistics of a model after a call in evaluation mode; can be traced.
 
-    For hooks that write there. What else the call writes is refused (Linen) or lost (NNX).
+    For hooks that write there. What the call writes elsewhere is dropped.
 
     Args:
         operation, model, variables, args, kwargs: as for `in_evaluation`.
@@ -163,7 +164,8 @@ def after_evaluation(
         if inner.without_mode():
             inner = _LinenModel(operation, model, {})
         key = jax.random.key(0)
-        return inner.evaluate(partition(variables), key, args, kwargs, ["batch_stats"])[1]
+        writable = DenyList(("params", "intermediates"))
+        return inner.evaluate(partition(variables), key, args, kwargs, writable)[1]
     inner = _NNXModel(operation, model, None, None)
     return inner.after_evaluation(_split(nnx.merge(*nnx.split(model)))[2], args, kwargs)
 
@@ -211,7 +213,7 @@ class _LinenModel:
         key: jax.Array,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        mutable: list[str] | bool = False,
+        mutable: DenyList | bool = False,
     ) -> Any:
         self._check_mode(variables, "eval_kwargs")
         module, args, kwargs = self._call(args, kwargs, train=False)

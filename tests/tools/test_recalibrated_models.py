@@ -260,9 +260,7 @@ def test_a_norm_in_a_shard_map():
 def test_groups_of_an_axis_that_is_not_bound():
     model = nn.BatchNorm(True, axis_name="data", axis_index_groups=[[0, 1], [2, 3]])
     variables = model.init(jax.random.key(0), DATA[0])
-    with pytest.raises(
-        ValueError, match=r"^recalibrate: a norm with axis_index_groups .*sequential"
-    ):
+    with pytest.raises(ValueError, match=r"^recalibrate: .* axis_index_groups .*sequential"):
         recalibrate(model, variables, DATA)
     new = recalibrate(model, variables, DATA, sequential=True)
     assert_statistics(statistics(new), pooled(DATA))

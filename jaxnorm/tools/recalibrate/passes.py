@@ -195,9 +195,10 @@ class Pool:
         for path, here in found.items():
             bad = ~(np.isfinite(here.mean) & np.isfinite(here.m2))
             if bad.any():
+                name = "/".join(path) or "the norm"
                 raise ValueError(
                     f"{self._operation}: data and their squares must be finite; got batch {number} "
-                    f"(counted from 0), in which the input of {'/'.join(path) or 'the norm'} is not, in "
+                    f"(counted from 0), in which the input of {name} is not, in "
                     f"{int(bad.sum())} of {bad.size} channels. Look at that batch, or at the "
                     "weights before that layer if all batches are like it; nothing was changed."
                 )
@@ -228,7 +229,7 @@ def in_float64() -> Iterator[None]:
 
 def _on_host(moments: FromOrigin) -> Moments:
     """Moments of a batch as NumPy's float64, the same on every process."""
-    leaves = []
+    leaves: list[Any] = []
     limit = float(jnp.finfo(moments.moments.m2.dtype).max)
     for leaf in (moments.origin, *moments.moments):
         if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
@@ -238,7 +239,7 @@ def _on_host(moments: FromOrigin) -> Moments:
         leaves.append(array.astype(np.result_type(array.dtype, np.float64)))
     origin, count, mean, m2 = leaves
     # At the largest number it is saturated, and the variance is not known.
-    return Moments(count, origin + mean, np.where(m2 < limit, m2, np.inf))
+    return Moments(count, origin + mean, np.where(m2 < limit, m2, np.inf))  # type: ignore[arg-type]
 
 
 def rows(args: Any, kwargs: Any) -> int:

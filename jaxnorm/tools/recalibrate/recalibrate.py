@@ -82,13 +82,14 @@ def recalibrate(
       it. Norms that do not feed one another share a pass; which do is read from the traced
       program.
 
-    In both, everything else is in evaluation mode: dropout is off, since evaluation has none, and
-    no other variable changes. All batch norms of Flax and jaxnorm and their subclasses take part,
-    found by their class when they are called. A norm that is called several times pools its calls.
-    One that is never called keeps its statistics, and the report lists it; a channel
-    without any element keeps them too, and so does the number of updates of ``momentum=None`` or
-    ``debias=True``. Under `flax.linen.scan` and `flax.nnx.scan`, stacked statistics are those
-    of each layer; with ``sequential=True`` the stack takes as many passes as it has norms.
+    In both, everything else is in evaluation mode: dropout is off, since evaluation has none,
+    and no other variable changes (what the call of the model writes elsewhere is dropped). All
+    batch norms of Flax and jaxnorm and their subclasses take part, found by their class when
+    they are called. A norm that is called several times pools its calls. One that is never
+    called keeps its statistics, and the report lists it; a channel without any element keeps
+    them too, and so does the number of updates of ``momentum=None`` or ``debias=True``. Under
+    `flax.linen.scan` and `flax.nnx.scan`, stacked statistics are those of each layer; with
+    ``sequential=True`` the stack takes as many passes as it has norms.
 
     A norm's `virtual_batch_size` says how its batch is normalized; its statistics are those of
     all elements. A norm's `axis_name` that is not bound is the one of your `pmap` or `shard_map`,
@@ -98,8 +99,8 @@ def recalibrate(
         model: a Linen module that is not bound, or an NNX module. Neither is changed.
         *variables_and_batches: for Linen the variables, ``{"params": ..., "batch_stats": ...}``;
             then any iterable of batches, of any sizes (of one array, its entries). With
-            ``sequential=True`` one that can be read again, such as a list. Batches may be global arrays that are sharded over a mesh,
-            with several processes too.
+            ``sequential=True`` one that can be read again, such as a list. Batches may be global
+            arrays that are sharded over a mesh, with several processes too.
         sequential: which of the two meanings.
         num_batches: read this many batches at most; None: all.
         inputs: takes the model's inputs out of a batch, a tuple, a dict of keyword inputs, or one
