@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 from flax import errors, nnx
 from flax import linen as nn
-from flax.core import DenyList
 
 from jaxnorm.models.mode import (
     MODE_FLAGS,
@@ -146,30 +145,6 @@ def in_evaluation(
     return inner.evaluate(variables, jax.random.key(0), args, kwargs)
 
 
-def after_evaluation(
-    operation: str, model: Any, variables: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
-    """The statistics of a model after a call in evaluation mode; can be traced.
-
-    For hooks that write there. What the call writes elsewhere is dropped.
-
-    Args:
-        operation, model, variables, args, kwargs: as for `in_evaluation`.
-
-    Returns:
-        Linen: the collection "batch_stats" after the call. NNX: a copy of the module after it.
-    """
-    if isinstance(model, nn.Module):
-        inner = _LinenModel(operation, model, None)
-        if inner.without_mode():
-            inner = _LinenModel(operation, model, {})
-        key = jax.random.key(0)
-        writable = DenyList(("params", "intermediates"))
-        return inner.evaluate(partition(variables), key, args, kwargs, writable)[1]
-    inner = _NNXModel(operation, model, None, None)
-    return inner.after_evaluation(_split(nnx.merge(*nnx.split(model)))[2], args, kwargs)
-
-
 class _LinenModel:
     """A `flax.linen.Module` as a `Model`: variables are the dictionaries of its collections."""
 
@@ -208,18 +183,13 @@ class _LinenModel:
         return outputs, partition({**collections, **written})
 
     def evaluate(
-        self,
-        variables: Variables,
-        key: jax.Array,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        mutable: DenyList | bool = False,
+        self, variables: Variables, key: jax.Array, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         self._check_mode(variables, "eval_kwargs")
         module, args, kwargs = self._call(args, kwargs, train=False)
         try:
-            outputs = module.apply(
-                self._collections(variables), *args, **kwargs, rngs=self._rngs(key), mutable=mutable
+            return module.apply(
+                self._collections(variables), *args, **kwargs, rngs=self._rngs(key), mutable=False
             )
         except errors.ModifyScopeVariableError as error:
             raise ValueError(
@@ -228,10 +198,6 @@ class _LinenModel:
                 f"{error}. Give the model an argument that switches it to evaluation, and name it "
                 "in eval_kwargs= if it is not one of " + ", ".join(MODE_FLAGS) + "."
             ) from error
-        if mutable:
-            outputs, written = outputs
-            return outputs, written.get("batch_stats", {})
-        return outputs
 
     def _call(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, train: bool
@@ -320,14 +286,6 @@ class _NNXModel:
         model = self._merge(variables, key)
         model.eval()
         return self._run(model, args, kwargs, train=False)[0]
-
-    def after_evaluation(
-        self, variables: Variables, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
-        """A copy of the model after a call in evaluation mode, with all that the call wrote."""
-        model = self._merge(variables, jax.random.key(0))
-        model.eval()
-        return self._run(model, args, kwargs, train=False)[1]
 
     def _run(
         self, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, train: bool

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 from flax import linen, nnx
 
+from jaxnorm.models.graph import copied
+
 Path = tuple[str, ...]
 """The names of the modules around a layer, and its own. The path of the model itself is empty."""
 
@@ -108,10 +110,11 @@ def hooked_copy(model: nnx.Module, hook: Hook) -> nnx.Module:
 
     Args:
         model: any module. It is not changed; the copy holds new variables of the same arrays.
-        hook: called in place of every module's `__call__`. Two hooks that are equal give classes
-            that are equal, so that nothing is compiled again.
+        hook: called in place of every module's `__call__`. Two hooks that are equal give one
+            class, which calls the first of them, so that nothing is compiled again. A hook that
+            notes what it sees must therefore be equal to itself alone.
     """
-    copy = nnx.merge(*nnx.split(model))
+    copy = copied(model)
     for path, module in nnx.iter_modules(copy):
         if "__call__" in dir(type(module)):
             # Not through NNX, which would take it for an attribute.
@@ -121,7 +124,7 @@ def hooked_copy(model: nnx.Module, hook: Hook) -> nnx.Module:
     return copy
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _subclass(kind: type, path: Path, hook: Hook) -> type:
     original = kind.__call__
 

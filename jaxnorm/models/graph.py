@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import jax
 from flax import nnx
 
-from jaxnorm.models.calls import Path
+if TYPE_CHECKING:
+    from jaxnorm.models.calls import Path
 
 Module = TypeVar("Module", bound=nnx.Module)
 
 
 def copied(model: Module) -> Module:
     """A copy of an NNX module, with new variables of the same arrays."""
-    graph, state = nnx.split(model)
-    # `merge` takes the Variables of the state themselves, which are the model's.
-    return nnx.merge(graph, jax.tree.map(lambda array: array, state))
+    # Not `merge` of what was split: it takes the Variables of the state themselves, which are the
+    # model's. Nor of a mapped state, whose Variables have other metadata.
+    return nnx.clone(model)
 
 
 def with_modules(model: Module, change: Callable[[Path, nnx.Module], nnx.Module | None]) -> Module:

@@ -110,6 +110,8 @@ def test_models_and_variables(variables):
         recalibrate(NORM, {"params": variables["params"]}, DATA)
     with pytest.raises(ValueError, match=r"^recalibrate: .*batch 0.*variables of this model"):
         recalibrate(ResNet(), variables, batches())
+    with pytest.raises(TypeError, match=r"^recalibrate: the model must accept .*batch 0, counted"):
+        recalibrate(NORM, variables, DATA, inputs=lambda x: {"y": x})
     stack = Broadcast()
     with pytest.raises(ValueError, match=r"^recalibrate: .*broadcasted variable has .*\.$"):
         recalibrate(stack, stack.init(jax.random.key(0), DATA[0]), DATA)

@@ -255,7 +255,7 @@ def naming(operation: str, number: int, batch: Any) -> Iterator[None]:
         yield
     except (TypeError, ValueError, KeyError, FlaxError) as error:
         if str(error).startswith(f"{operation}:"):
-            raise
+            raise type(error)(f"{error} This is batch {number}, counted from 0.") from error
         shapes = ", ".join(
             f"{leaf.dtype}{tuple(leaf.shape)}"
             for leaf in jax.tree.leaves(batch)

@@ -13,9 +13,9 @@ import numpy as np
 from flax import linen, nnx
 from flax.core import FrozenDict, freeze, unfreeze
 
-from jaxnorm.models.adapt import after_evaluation
 from jaxnorm.models.calls import Path, hooked, hooked_copy
 from jaxnorm.models.graph import copied
+from jaxnorm.models.written import after_evaluation
 from jaxnorm.tools.recalibrate.collect import FIELDS, Collecting, FromOrigin, collected, empty
 
 Statistics = Mapping[Path, tuple[Any, Any]]
