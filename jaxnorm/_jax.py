@@ -169,6 +169,13 @@ def evaluate(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     return list(made) if primitive.multiple_results else [made]
 
 
+def dependencies(program: Jaxpr, results: Sequence[bool]) -> list[bool]:
+    """For each operand of a program, whether any of these results needs it."""
+    from jax.interpreters import partial_eval
+
+    return list(partial_eval.dce_jaxpr(program, list(results), instantiate=False)[1])
+
+
 def traced_under(equation: JaxprEqn) -> Any:
     """A context with the mesh and the options that an equation was traced under."""
     return equation.ctx.manager

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from jaxnorm.core.divergence import normal_divergence
 from jaxnorm.core.moments import Moments
 from jaxnorm.functional import moments
 from jaxnorm.monitor.probe.summary import Summary
@@ -124,13 +124,7 @@ def kl_divergence(
         p, q = _shares(op, now, before, smoothing)
         return (p * (_log(p) - _log(q))).sum(-1)
     a, b = _moments(op, now, before)
-    ratio = variance_ratio(a, b)
-    known = (a.var > 0) & (b.var > 0)
-    distance = lax.square(a.mean - b.mean) / jnp.where(known, b.var, 1)
-    ratio = jnp.where(known, ratio, 1)
-    same = (a.var == b.var) & (a.mean == b.mean)
-    between = 0.5 * (ratio - 1 - jnp.log(ratio) + distance)
-    return jnp.where(known, jnp.maximum(between, 0), jnp.where(same, 0.0, jnp.inf))
+    return normal_divergence(a, b)
 
 
 def population_stability_index(
