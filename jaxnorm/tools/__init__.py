@@ -3,3 +3,7 @@
 Linen and NNX models are taken as they are. Nothing is changed in place: a model and its variables
 go in, others come out. What cannot be done exactly is refused, with the reason.
 """
+
+from jaxnorm.tools.torch.convert import from_torch, match_torch, to_torch
+
+__all__ = ["from_torch", "match_torch", "to_torch"]
