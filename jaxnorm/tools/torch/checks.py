@@ -135,13 +135,8 @@ def _check_conv(operation: str, target: Target, layer: TorchLayer, notes: list[s
     dilation = windows.several(ours.kernel_dilation, n)
     _agree(operation, target, layer, "kernel_dilation", dilation, tuple(theirs.dilation))
     if target.kind == "transposed conv":
-        _agree_padding(
-            operation,
-            target,
-            layer,
-            windows.flax_transposed(ours),
-            windows.torch_transposed(theirs),
-        )
+        found = windows.flax_transposed(ours)
+        _agree_padding(operation, target, layer, found, windows.torch_transposed(theirs))
         return
     groups = getattr(ours, "feature_group_count", 1)
     _agree(operation, target, layer, "feature_group_count", groups, theirs.groups)

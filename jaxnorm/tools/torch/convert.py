@@ -213,15 +213,8 @@ def _tensor(torch: Any, value: np.ndarray) -> Any:
 
 def _options(*values: Any) -> Options:
     names, flattened, conv1d, scale_offset, running_var_count, skip, keep = values
-    return Options(
-        names or {},
-        flattened or {},
-        conv1d,
-        scale_offset or {},
-        running_var_count or {},
-        skip,
-        keep,
-    )
+    maps = (names or {}, flattened or {}, conv1d, scale_offset or {}, running_var_count or {})
+    return Options(*maps, skip, keep)
 
 
 def _matched(

@@ -112,7 +112,7 @@ def layers_of(
             groups.setdefault(stem, {})[last] = key
     found: list[TorchLayer] = []
     taken: set[str] = set()
-    for stem, roles in groups.items():
+    for stem in groups:
         heads = _attention(stem, groups) if attention else None
         if heads:
             found.append(TorchLayer(stem, ("attention",), heads, (modules or {}).get(stem)))

@@ -136,10 +136,10 @@ def vector(
     count = part[1] if part else 1
     if prod(shape) != prod(flax) * count or (part and len(shape) != 1):
         return None
-    if not part and [n for n in shape if n != 1] != [n for n in flax if n != 1]:
-        # Of several axes, the heads of an attention.
-        if len(shape) != 1 or change:
-            return None
+    squeezed = [[n for n in each if n != 1] for each in (shape, flax)]
+    # One axis there may be several here: the heads of an attention.
+    if not part and squeezed[0] != squeezed[1] and (len(shape) != 1 or change):
+        return None
     how = f"part {part[0] + 1} of {count}" if part else "as it is"
     if shape != flax and not part:
         how = "reshaped"

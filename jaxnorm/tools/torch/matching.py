@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -111,11 +112,7 @@ def _by_names(
             if not found:
                 continue
             matched = True
-            name = re.sub(
-                r"\{(\w+)([+-]\d+)?\}",
-                lambda m, found=found: _counted(operation, theirs, ours, found, m),
-                ours,
-            )
+            name = _filled_in(operation, theirs, ours, found.groupdict())
             if name not in by_name or any(t.name == name for t, _ in pairs):
                 problem = "is matched twice" if name in by_name else "is no layer of the model"
                 raise ValueError(
@@ -145,15 +142,20 @@ def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(made)
 
 
-def _counted(operation: str, theirs: str, ours: str, found: Any, placeholder: Any) -> str:
-    name, step = placeholder.groups()
-    value = found.groupdict().get(name)
-    if value is None or (step and not value.isdigit()):
-        raise ValueError(
-            f"{operation}: {{{name}}} in names must stand on both sides, for a number if one is "
-            f"added to it; got {theirs!r}: {ours!r}. Write the same letter on both sides."
-        )
-    return str(int(value) + int(step)) if step else value
+def _filled_in(operation: str, theirs: str, ours: str, values: dict[str, str]) -> str:
+    """A pattern of Flax's path with the values that PyTorch's name has."""
+
+    def fill(placeholder: re.Match[str]) -> str:
+        name, step = placeholder.groups()
+        value = values.get(name)
+        if value is None or (step and not value.isdigit()):
+            raise ValueError(
+                f"{operation}: {{{name}}} in names must stand on both sides, for a number if one "
+                f"is added to it; got {theirs!r}: {ours!r}. Write the same letter on both sides."
+            )
+        return str(int(value) + int(step)) if step else value
+
+    return re.sub(r"\{(\w+)([+-]\d+)?\}", fill, ours)
 
 
 def _without_tied(
@@ -188,7 +190,6 @@ def _by_order(
     """Pairs of the same kind in the same order; everything must be matched."""
     groups: list[tuple[str, ...]] = [
         ("attention",), ("conv",), ("transposed conv",), ("dense",), ("embedding",), ("norm",),
-        ("parameter",),
     ]  # fmt: skip
     for both in {layer.kinds for layer in layers if len(layer.kinds) > 1}:
         groups = [g for g in groups if g[0] not in both] + [both]
@@ -201,7 +202,8 @@ def _by_order(
             [t.kind in x.kinds and pairing.moves(t, x) is not None for x in theirs] for t in ours
         ]
         pairs += [(ours[i], theirs[j]) for i, j in _longest(fits)]
-        alike += sum(a and b for row in fits for a, b in zip(row, row[1:]))
+        alike += sum(a and b for row in fits for a, b in itertools.pairwise(row))
+    pairs += _lone(operation, targets, layers, pairing)
     over = [t for t in targets if not any(t is a for a, _ in pairs)]
     left = [x for x in layers if not any(x is b for _, b in pairs)]
     if over or left:
@@ -218,6 +220,32 @@ def _by_order(
         notes.append(
             "Neighbours of one kind and shape are matched by their order alone: compare the names."
         )
+    return pairs
+
+
+def _lone(
+    operation: str, targets: list[Target], layers: list[TorchLayer], pairing: Pairing
+) -> list[Pair]:
+    """Pairs of lone parameters, which no call puts in an order: by shape, then by number."""
+    ours = [t for t in targets if t.kind == "parameter"]
+    theirs = [x for x in layers if x.kinds == ("parameter",)]
+    for a, b in itertools.combinations(ours, 2):
+        if (
+            a.path[:-1] == b.path[:-1]
+            and re.sub(r"\d+", "", a.path[-1]) != re.sub(r"\d+", "", b.path[-1])
+            and any(pairing.moves(a, x) and pairing.moves(b, x) for x in theirs)
+        ):
+            raise ValueError(
+                f"{operation}: parameters of one shape within one module must be told apart; got "
+                f"{_target(a, pairing.tree)} and {_target(b, pairing.tree)}. Tell "
+                f"names={{'name in PyTorch': {a.name!r}}}."
+            )
+    pairs: list[Pair] = []
+    for target in ours:
+        fitting = [x for x in theirs if pairing.moves(target, x) is not None]
+        if fitting:
+            pairs.append((target, fitting[0]))
+            theirs = [x for x in theirs if x is not fitting[0]]
     return pairs
 
 

@@ -25,7 +25,7 @@ _STORAGES = {
 }  # fmt: skip
 
 
-class _NamedTwice(ValueError):
+class _NamedTwiceError(ValueError):
     pass
 
 
@@ -41,7 +41,7 @@ class _OnceDict(OrderedDict):
 
     def __setitem__(self, key, value):
         if key in self:
-            raise _NamedTwice(key)
+            raise _NamedTwiceError(key)
         super().__setitem__(key, value)
 
 
@@ -88,7 +88,7 @@ def read_pickled(operation: str, path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             twice = [n for n, count in Counter(archive.namelist()).items() if count > 1]
             if twice:
-                raise _NamedTwice(twice[0])
+                raise _NamedTwiceError(twice[0])
             (pickled,) = [n for n in archive.namelist() if n.split("/", 1)[-1] == "data.pkl"]
             folder = pickled[: -len("data.pkl")]
             order = "little"
@@ -102,7 +102,7 @@ def read_pickled(operation: str, path: Path) -> Any:
             f"{operation}: a file of weights must hold tensors, numbers and dicts alone, and "
             f"nothing else in it is executed; got {path}: {error}. {advice}"
         ) from error
-    except _NamedTwice as error:
+    except _NamedTwiceError as error:
         raise ValueError(
             f"{operation}: every name in a file of weights must be there once; got {error} twice "
             f"in {path}. {advice}"

@@ -163,14 +163,14 @@ def targets_of(
             }
             add(path, "attention", parts)
             continue
-        known = {r: p for r, p in owners.get(path, {}).items() if p not in taken}
+        known = {r: p for r, p in _in_order(owners.get(path, {})) if p not in taken}
         if kind and set(known) & _NAMES:
             add(path, kind, {r: p for r, p in known.items() if r in _NAMES})
         for role, leaf in known.items():
             if leaf not in taken:
                 add((*path, role), "parameter", {"value": leaf})
     for owner, roles in owners.items():  # not called, or the model's own
-        for role, leaf in roles.items():
+        for role, leaf in _in_order(roles):
             if leaf not in taken:
                 add((*owner, role), "parameter", {"value": leaf})
     return found
@@ -202,7 +202,7 @@ def _linen_order(paths: list[Path], notes: list[str]) -> list[Path]:
     paths = [p[:n] for p in paths for n in range(len(p) + 1)]
     order = list(dict.fromkeys(paths))
     if order == sorted(order):  # a tree that went through jax.jit: Conv_10 stands before Conv_2
-        order.sort(key=lambda p: [[int(t) if t.isdigit() else t for t in _parts(n)] for n in p])
+        order.sort(key=lambda path: [_parts(name) for name in path])
     notes.append(
         "No example was given: layers come in the order of the variables, and their kinds are "
         "those of the names of the variables. Pass an example for the order of execution."
@@ -210,8 +210,13 @@ def _linen_order(paths: list[Path], notes: list[str]) -> list[Path]:
     return order
 
 
-def _parts(name: str) -> list[str]:
-    return re.split(r"(\d+)", name)
+def _in_order(roles: dict[str, Path]) -> list[tuple[str, Path]]:
+    """Variables of one module, gamma_2 before gamma_10. Their order in a tree tells nothing."""
+    return sorted(roles.items(), key=lambda item: _parts(item[0]))
+
+
+def _parts(name: str) -> list[int | str]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _defined(model: Any) -> list[tuple[Path, Any]]:
