@@ -34,7 +34,7 @@ class Layer:
         return "/".join(self.path) or type(self.module).__name__
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Noting:
     """The hook that keeps every layer that is called."""
 

@@ -53,16 +53,20 @@ class BasicBlock(nnx.Module):
         self.bn1 = jnx.BatchNorm(after, momentum=0.9, unbiased=True, rngs=rngs)
         self.conv2 = nnx.Conv(after, after, (3, 3), padding=1, use_bias=False, rngs=rngs)
         self.bn2 = jnx.BatchNorm(after, momentum=0.9, unbiased=True, rngs=rngs)
-        self.conv3 = self.bn3 = None
+        self.shortcut = nnx.List([])
         if before != after:
-            self.conv3 = nnx.Conv(
-                before, after, (1, 1), stride, padding=0, use_bias=False, rngs=rngs
+            self.shortcut = nnx.List(
+                [
+                    nnx.Conv(before, after, (1, 1), stride, padding=0, use_bias=False, rngs=rngs),
+                    jnx.BatchNorm(after, momentum=0.9, unbiased=True, rngs=rngs),
+                ]
             )
-            self.bn3 = jnx.BatchNorm(after, momentum=0.9, unbiased=True, rngs=rngs)
 
     def __call__(self, x):
         y = self.bn2(self.conv2(nnx.relu(self.bn1(self.conv1(x)))))
-        return nnx.relu(y + (x if self.conv3 is None else self.bn3(self.conv3(x))))
+        for layer in self.shortcut:
+            x = layer(x)
+        return nnx.relu(x + y)
 
 
 class ResNet18(nnx.Module):

@@ -170,7 +170,8 @@ def _without_tied(
             continue
         weight = arrays[layer.keys["weight"]]
         for other in layers:
-            if other is layer or "embedding" not in other.kinds:
+            gone = other is layer or (other in rest and other not in kept)
+            if gone or "embedding" not in other.kinds:
                 continue
             if np.array_equal(arrays[other.keys["weight"]], weight):
                 notes.append(f"{layer.name} holds the embedding {other.name} once more: left out.")
