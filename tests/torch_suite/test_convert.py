@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -127,3 +128,112 @@ def test_llama_block():
     variables = from_torch(theirs, ours, ours.init(jax.random.key(0), x), x, show=None)
     y = theirs.double()(torch.tensor(np.asarray(x, np.float64))).detach().numpy()
     assert_close(ours.apply(variables, x), y, np.float32, conditioning=6, floor=np.abs(y).max())
+
+
+def test_files_of_torch_save(tmp_path):
+    theirs = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    theirs[1].to(torch.bfloat16)
+    state = theirs.state_dict()
+    state["0.weight"] = torch.randn(3, 4).T  # not contiguous
+    adam = torch.optim.Adam(theirs.parameters())
+    model = nn.Sequential([nn.Dense(4), nn.Dense(2)])
+    variables = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 3), np.float32))
+    for saved in (state, {"state_dict": state, "optimizer": adam.state_dict(), "epoch": 3}):
+        torch.save(saved, tmp_path / "w.pt")
+        new = from_torch(tmp_path / "w.pt", model, variables, show=None)["params"]
+        np.testing.assert_array_equal(new["layers_0"]["kernel"], state["0.weight"].numpy().T)
+        np.testing.assert_array_equal(
+            new["layers_1"]["kernel"], state["1.weight"].float().numpy().T
+        )
+    torch.save(theirs, tmp_path / "w.pt")  # with its classes
+    with pytest.raises(ValueError, match=r"it names torch\.nn.*Save weights alone"):
+        from_torch(tmp_path / "w.pt", model, variables, show=None)
+    torch.save(state, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="cut off or older"):
+        from_torch(tmp_path / "w.pt", model, variables, show=None)
+
+
+def first(x):
+    return torch.tensor(np.asarray(x, np.float64)).movedim(-1, 1)
+
+
+# PyTorch's layer, ours, shape of the input
+LAYERS = {
+    "transposed": lambda: (
+        torch.nn.ConvTranspose2d(4, 6, (3, 5), 2, padding=1, output_padding=1),
+        nn.ConvTranspose(6, (3, 5), (2, 2), padding=[(1, 2), (3, 4)], transpose_kernel=True),
+        (2, 5, 6, 4),
+    ),
+    "transposed, SAME": lambda: (
+        torch.nn.ConvTranspose1d(4, 6, 4, 2, padding=1),
+        nn.ConvTranspose(6, (4,), (2,), padding="SAME"),
+        (2, 5, 4),
+    ),
+    "three axes, dilated": lambda: (
+        torch.nn.Conv3d(4, 6, 3, padding=2, dilation=2, groups=2),
+        nn.Conv(6, (3, 3, 3), padding="SAME", kernel_dilation=2, feature_group_count=2),
+        (1, 5, 6, 4, 4),
+    ),
+    "circular": lambda: (
+        torch.nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"),
+        nn.Conv(6, (3,), padding="CIRCULAR"),
+        (2, 5, 4),
+    ),
+    "group norm": lambda: (
+        torch.nn.GroupNorm(2, 4, eps=1e-3),
+        nn.GroupNorm(2, epsilon=1e-3),
+        (2, 5, 5, 4),
+    ),
+    "instance norm": lambda: (
+        torch.nn.InstanceNorm2d(4, affine=True, eps=1e-4),
+        nn.InstanceNorm(epsilon=1e-4),
+        (2, 5, 5, 4),
+    ),
+    "instance norm with statistics": lambda: (
+        torch.nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        nn.BatchNorm(use_running_average=True, momentum=0.9),
+        (2, 5, 5, 4),
+    ),
+    "weight norm": lambda: (
+        torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(4, 6, 3)),
+        nn.Conv(6, (3,), padding="VALID"),
+        (2, 7, 4),
+    ),
+    "weight norm, transposed": lambda: (
+        torch.nn.utils.parametrizations.weight_norm(torch.nn.ConvTranspose1d(4, 6, 3)),
+        nn.ConvTranspose(6, (3,), padding="VALID"),
+        (2, 7, 4),
+    ),
+    "spectral norm": lambda: (
+        torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv1d(4, 6, 3)),
+        nn.Conv(6, (3,), padding="VALID"),
+        (2, 7, 4),
+    ),
+    "spectral norm, transposed": lambda: (
+        torch.nn.utils.parametrizations.spectral_norm(torch.nn.ConvTranspose1d(6, 6, 3)),
+        nn.ConvTranspose(6, (3,), padding="VALID", transpose_kernel=True),
+        (2, 7, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_agree(name):
+    layer, ours, shape = LAYERS[name]()
+    theirs = nets.randomized(torch.nn.Sequential(layer)).eval()
+    x = nets.draw(*shape)
+    model = nn.Sequential([ours])
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    variables = from_torch(theirs, model, variables, x, show=None)
+    y = theirs.double()(first(x)).movedim(1, -1).detach().numpy()
+    assert_close(
+        model.apply(variables, x), y, np.float32, conditioning=2, floor=max(1, np.abs(y).max())
+    )
+
+
+def test_a_transposed_padding_that_differs_is_an_error():
+    theirs = torch.nn.ConvTranspose1d(4, 6, 3, 2, padding=1)
+    model, x = nn.Sequential([nn.ConvTranspose(6, (3,), (2,))]), nets.draw(1, 5, 4)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"Set padding=\[\(1, 1\)\]"):
+        from_torch(torch.nn.Sequential(theirs), model, variables, x, show=None)

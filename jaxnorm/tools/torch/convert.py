@@ -29,6 +29,7 @@ def match_torch(
     running_var_count: Mapping[str, float] | None = None,
     skip: Sequence[str] = (),
     keep: Sequence[str] = (),
+    order: Sequence[str] | None = None,
 ) -> TorchAssignment:
     """Assign the weights of a PyTorch model to the variables of a Flax model.
 
@@ -52,6 +53,8 @@ def match_torch(
         running_var_count: pattern of a norm in PyTorch -> the n of its variance with n - 1.
         skip: patterns of PyTorch's names that go nowhere.
         keep: patterns of Flax's layers that keep their values.
+        order: list(state_dict) of PyTorch's model, for a source that has lost this order, as
+            .safetensors files have.
 
     Returns:
         The assignment. `str` of it is a table; `.notes` says what cannot be seen in weights.
@@ -74,7 +77,7 @@ def match_torch(
         fc.weight  (3, 2)  params/kernel  (2, 3)  transposed
     """
     options = _options(names, flattened, conv1d, scale_offset, running_var_count, skip, keep)
-    return _matched("match_torch", source, model, args, options)[0]
+    return _matched("match_torch", source, model, args, options, order)[0]
 
 
 def from_torch(
@@ -89,6 +92,7 @@ def from_torch(
     running_var_count: Mapping[str, float] | None = None,
     skip: Sequence[str] = (),
     keep: Sequence[str] = (),
+    order: Sequence[str] | None = None,
 ) -> Any:
     """Fill the variables of a Flax model with the weights of a PyTorch model.
 
@@ -108,6 +112,7 @@ def from_torch(
         running_var_count: see `match_torch`.
         skip: see `match_torch`.
         keep: see `match_torch`.
+        order: see `match_torch`.
 
     Returns:
         For Linen new variables with the same structure, dtypes, boxes and shardings; for NNX a
@@ -129,7 +134,7 @@ def from_torch(
         [[0. 2. 4.] [1. 3. 5.]]
     """
     options = _options(names, flattened, conv1d, scale_offset, running_var_count, skip, keep)
-    assignment, tree = _matched("from_torch", source, model, args, options)
+    assignment, tree = _matched("from_torch", source, model, args, options, order)
     if show is not None:
         show(assignment)
     new = {
@@ -218,7 +223,7 @@ def _options(*values: Any) -> Options:
 
 
 def _matched(
-    operation: str, source: Any, model: Any, args: tuple[Any, ...], options: Options
+    operation: str, source: Any, model: Any, args: tuple[Any, ...], options: Options, order: Any
 ) -> Any:
     variables, example = None, args
     if isinstance(model, linen.Module):
@@ -229,7 +234,7 @@ def _matched(
             )
         variables, example = args[0], args[1:]
     tree = tree_of(operation, model, variables)
-    read_source = read(operation, source)
+    read_source = read(operation, source, order)
     return assign(operation, read_source, model, variables, tree, example, options), tree
 
 

@@ -56,6 +56,8 @@ def assign(
                 f"{_layer(layer, arrays)} for {_target(target, tree)}. Change names, or the model."
             )
     rest_layers = _without_tied(rest_layers, rest_targets, layers, arrays, notes)
+    if not source.ordered:
+        _check_order(operation, rest_targets, rest_layers, pairing)
     ordered = _by_order(operation, rest_targets, rest_layers, pairing, notes)
     place = {id(t): i for i, t in enumerate(targets)}
     pairs = sorted([*named, *ordered], key=lambda pair: place[id(pair[0])])
@@ -222,6 +224,24 @@ def _by_order(
             "Neighbours of one kind and shape are matched by their order alone: compare the names."
         )
     return pairs
+
+
+def _check_order(
+    operation: str, targets: list[Target], layers: list[TorchLayer], pairing: Pairing
+) -> None:
+    """Refuse layers that only an order tells apart, where the source has none but numbers."""
+    for target in targets:
+        fitting = [
+            x for x in layers if target.kind in x.kinds and pairing.moves(target, x) is not None
+        ]
+        names = {re.sub(r"\d+", "0", x.name): x.name for x in fitting}
+        if len(names) > 1:
+            raise ValueError(
+                f"{operation}: a .safetensors file does not keep the order of the layers, so that "
+                f"those of one kind and shape must be told apart; got {', '.join(names.values())} "
+                f"for {target.name}. Tell names={{...}}, or order=list(model.state_dict()) of "
+                "PyTorch's model."
+            )
 
 
 def _lone(

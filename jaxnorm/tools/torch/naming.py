@@ -71,9 +71,12 @@ def _key(role: str) -> str:
     """The name of an array within `torch.nn.MultiheadAttention`, or its role."""
     names = {"qkv/weight": "in_proj_weight", "qkv/bias": "in_proj_bias"}
     names |= {"out/weight": "out_proj.weight", "out/bias": "out_proj.bias"}
-    part, _, last = role.partition("/")
-    letters = {"query": "q", "key": "k", "value": "v"}
-    return names.get(role, f"{letters[part]}_proj.{last}" if last else role)
+    names |= {
+        f"{part}/{last}": f"{part[0]}_proj.{last}"
+        for part in ("query", "key", "value")
+        for last in ("weight", "bias")
+    }
+    return names.get(role, role)
 
 
 def _shape(target: Target, role: str, shape: tuple[int, ...]) -> tuple[int, ...]:

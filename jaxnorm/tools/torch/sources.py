@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,22 @@ class Source:
         arrays: name -> array, in the order of the source.
         modules: name -> `torch.nn.Module`; None if only arrays are known.
         notes: what was done while reading.
+        ordered: the order of the arrays is that of the model.
     """
 
     arrays: dict[str, np.ndarray]
     modules: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    ordered: bool = True
 
 
-def read(operation: str, source: Any) -> Source:
+def read(operation: str, source: Any, order: Sequence[str] | None = None) -> Source:
     """Read weights from a path, a dict or a module.
+
+    Args:
+        operation: the public function that is being called; errors begin with it.
+        source: the path, dict or module.
+        order: all names in the order of the model; None for that of the source.
 
     Raises:
         TypeError, ValueError: it is none of these, or is damaged, or a value is not finite.
@@ -54,7 +62,19 @@ def read(operation: str, source: Any) -> Source:
             f"{operation}: source must be a path, a dict of arrays or a torch.nn.Module; got "
             f"{type(source).__name__}. Pass model.state_dict()."
         )
+    ordered = order is not None or not str(source).endswith(".safetensors")
     found = _weights(operation, found, notes)
+    if order is not None:
+        differing = sorted(set(found) ^ set(order))
+        if differing:
+            raise ValueError(
+                f"{operation}: order must hold the names of the source; got {len(order)} names "
+                f"for {len(found)} arrays, and only one of the two has {', '.join(differing)}. "
+                "Pass list(model.state_dict())."
+            )
+        found = {name: found[name] for name in order}
+    elif not ordered:
+        found = dict(sorted(found.items(), key=lambda item: by_number(item[0])))
     arrays = {name: as_numpy(operation, name, value) for name, value in found.items()}
     for name, array in arrays.items():
         inexact = array.dtype.kind in "fcV"  # V: the dtypes of ml_dtypes
@@ -64,7 +84,13 @@ def read(operation: str, source: Any) -> Source:
                 f"{operation}: every weight must be finite; got {bad} of {array.size} values of "
                 f"{name} {array.shape} that are not. Take the weights of an earlier step."
             )
-    return Source(arrays, modules, notes)
+    return Source(arrays, modules, notes, ordered)
+
+
+def by_number(name: str) -> list[tuple[int, int | str]]:
+    """A key by which layer.2 is sorted before layer.10."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
 
 
 def as_numpy(operation: str, name: str, value: Any) -> np.ndarray:
@@ -122,8 +148,7 @@ def _from_safetensors(operation: str, path: Path) -> dict[str, np.ndarray]:
         header.pop("__metadata__", None)
         parts = dict(deserialize(content))
         found = {}
-        # In the order of the file: the package gives them in any.
-        for name in sorted(header, key=lambda n: header[n]["data_offsets"]):
+        for name in header:
             part = parts[name]
             dtype = _SAFE_TYPES[part["dtype"]]
             found[name] = np.frombuffer(part["data"], dtype).reshape(part["shape"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 from flax import linen, nnx
 
 from jaxnorm.models.layers import called_layers
+from jaxnorm.tools.torch.sources import by_number
 
 Path = tuple[str, ...]
 
@@ -53,7 +53,7 @@ class Target:
     @property
     def name(self) -> str:
         """The path as it is written in `names`."""
-        return "/".join(self.path)
+        return "/".join(self.path) or type(self.module).__name__
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _linen_order(paths: list[Path], notes: list[str]) -> list[Path]:
     paths = [p[:n] for p in paths for n in range(len(p) + 1)]
     order = list(dict.fromkeys(paths))
     if order == sorted(order):  # a tree that went through jax.jit: Conv_10 stands before Conv_2
-        order.sort(key=lambda path: [_parts(name) for name in path])
+        order.sort(key=lambda path: [by_number(name) for name in path])
     notes.append(
         "No example was given: layers come in the order of the variables, and their kinds are "
         "those of the names of the variables. Pass an example for the order of execution."
@@ -212,11 +212,7 @@ def _linen_order(paths: list[Path], notes: list[str]) -> list[Path]:
 
 def _in_order(roles: dict[str, Path]) -> list[tuple[str, Path]]:
     """Variables of one module, gamma_2 before gamma_10. Their order in a tree tells nothing."""
-    return sorted(roles.items(), key=lambda item: _parts(item[0]))
-
-
-def _parts(name: str) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return sorted(roles.items(), key=lambda item: by_number(item[0]))
 
 
 def _defined(model: Any) -> list[tuple[Path, Any]]:
