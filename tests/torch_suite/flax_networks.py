@@ -285,6 +285,8 @@ def randomized(module, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in module.state_dict().items():
+            if name.endswith(("_u", "_v")):
+                continue
             if value.ndim == 1 or name.endswith((".gamma", "token", "embed")):
                 center = 1.0 if name.endswith(("weight", "running_var", "gamma")) else 0.0
                 value.copy_(center + 0.2 * torch.rand(value.shape, generator=generator))

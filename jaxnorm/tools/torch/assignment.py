@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxnorm.text import aligned
-from jaxnorm.tools.torch.layouts import Layout
+from jaxnorm.tools.torch.layouts import ArrayLayout
 from jaxnorm.tools.torch.targets import Path
 
 
@@ -24,7 +24,7 @@ class Move:
 
     key: str
     path: Path
-    layout: Layout
+    layout: ArrayLayout
 
 
 @dataclass(frozen=True)

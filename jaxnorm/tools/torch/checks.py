@@ -197,7 +197,7 @@ def _check_flattened(
 
 
 def _note_unknown(pairs: Sequence[Pair], notes: list[str]) -> None:
-    """What a state dict does not tell."""
+    """Note the settings that a state dict does not tell."""
     norms = Counter(
         (type(t.module).__name__, t.module.epsilon)
         for t, _ in pairs

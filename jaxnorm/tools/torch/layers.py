@@ -77,9 +77,10 @@ def resolved(source: Source, notes: list[str]) -> dict[str, np.ndarray]:
             weight = g * v / np.sqrt(np.sum(v * v, axis=axes, keepdims=True))
         else:
             w, u, v = values
-            # The axis of u comes first in the matrix: 1 for a transposed convolution.
-            axis = next((a for a in (0, 1) if _matrix(w, a).shape == (u.size, v.size)), 0)
-            weight = w / (u @ _matrix(w, axis) @ v)
+            sigma = _largest_singular_value(w, u, v)
+            if sigma is None:
+                continue
+            weight = w / sigma
         order = list(arrays)
         items = [
             (whole, weight.astype(arrays[parts[0]].dtype)) if k == parts[0] else (k, arrays[k])
@@ -89,6 +90,20 @@ def resolved(source: Source, notes: list[str]) -> dict[str, np.ndarray]:
         arrays = dict(items)
         notes.append(f"{whole} is what {', '.join(parts)} give, rounded once.")
     return arrays
+
+
+def _largest_singular_value(w: np.ndarray, u: np.ndarray, v: np.ndarray) -> float | None:
+    """PyTorch's estimate uᵀWv, whose rows are outputs: axis 1 of a transposed convolution.
+
+    Where both axes have one length, W v is along u for the right one.
+    """
+    found = [
+        (u @ product / max(float(np.linalg.norm(product)), 1e-300), u @ product)
+        for axis in range(min(w.ndim, 2))
+        if (m := _matrix(w, axis)).shape == (u.size, v.size)
+        for product in [m @ v]
+    ]
+    return float(max(found)[1]) if found else None
 
 
 def _matrix(w: np.ndarray, axis: int) -> np.ndarray:
@@ -157,7 +172,7 @@ def _attention(stem: str, groups: dict[str, dict[str, str]]) -> dict[str, str] |
 
 
 def grouped(layers: list[TorchLayer]) -> list[TorchLayer]:
-    """The same layers, where projections of one attention under one name are one layer."""
+    """Layers among which the projections of one attention under one name are one layer."""
     by_name = {layer.name: layer for layer in layers}
     found = list(layers)
     for stem in dict.fromkeys(layer.name.rpartition(".")[0] for layer in layers):

@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Layout:
+class ArrayLayout:
     """The way of one array, in steps that can each be undone.
 
     Flax's array is a part of PyTorch's, split, transposed, flipped and reshaped, and then
@@ -67,25 +67,25 @@ class Layout:
         into[...] = np.flip(array, self.flip).transpose(np.argsort(axes)).reshape(into.shape)
 
 
-def conv(shape: Shape, kernel: Shape) -> Layout | None:
+def conv(shape: Shape, kernel: Shape) -> ArrayLayout | None:
     """Convolutions: (out, in / groups, *window) to (*window, in / groups, out)."""
     axes = (*range(2, len(shape)), 1, 0)
     if len(shape) != len(kernel) or tuple(shape[a] for a in axes) != kernel:
         return None
-    return Layout(_named("transposed to", axes), shape, kernel, axes=axes)
+    return ArrayLayout(_named("transposed to", axes), shape, kernel, axes=axes)
 
 
-def transposed_conv(shape: Shape, kernel: Shape, transpose_kernel: bool) -> Layout | None:
+def transposed_conv(shape: Shape, kernel: Shape, transpose_kernel: bool) -> ArrayLayout | None:
     """Transposed convolutions: (in, out, *window), in one of Flax's two layouts of the kernel."""
     window = range(2, len(shape))
     axes = (*window, 1, 0) if transpose_kernel else (*window, 0, 1)
     if len(shape) != len(kernel) or tuple(shape[a] for a in axes) != kernel:
         return None
     if transpose_kernel:
-        return Layout(_named("transposed to", axes), shape, kernel, axes=axes)
+        return ArrayLayout(_named("transposed to", axes), shape, kernel, axes=axes)
     flip = tuple(range(len(shape) - 2))
     how = f"{_named('transposed to', axes)}, window reversed"
-    return Layout(how, shape, kernel, axes=axes, flip=flip)
+    return ArrayLayout(how, shape, kernel, axes=axes, flip=flip)
 
 
 def dense(
@@ -95,7 +95,7 @@ def dense(
     maps: Shape | None = None,
     part: tuple[int, int] | None = None,
     n_in: int = 1,
-) -> Layout | None:
+) -> ArrayLayout | None:
     """Dense layers: (out, in) to (*in, *out).
 
     Args:
@@ -123,15 +123,15 @@ def dense(
         n = len(maps)
         axes = (*range(2, n + 1), 1, 0)
         how = f"inputs {maps} reordered to channels last, transposed"
-        return Layout(how, shape, kernel, split=(shape[0], *maps), axes=axes)
+        return ArrayLayout(how, shape, kernel, split=(shape[0], *maps), axes=axes)
     if in_out:
-        return Layout(f"{text}as it is", shape, kernel, part=place)
-    return Layout(f"{text}transposed", shape, kernel, part=place, axes=(1, 0))
+        return ArrayLayout(f"{text}as it is", shape, kernel, part=place)
+    return ArrayLayout(f"{text}transposed", shape, kernel, part=place, axes=(1, 0))
 
 
 def vector(
     shape: Shape, flax: Shape, part: tuple[int, int] | None = None, **change: Any
-) -> Layout | None:
+) -> ArrayLayout | None:
     """Arrays of one value a feature, and whatever has the same order of values in both."""
     count = part[1] if part else 1
     if prod(shape) != prod(flax) * count or (part and len(shape) != 1):
@@ -147,7 +147,7 @@ def vector(
         how = f"{change['offset']:+g}"
     if change.get("factor", 1.0) != 1.0:
         how = f"times {change['factor']:.6g}"
-    return Layout(how, shape, flax, part=(0, *part) if part else None, **change)
+    return ArrayLayout(how, shape, flax, part=(0, *part) if part else None, **change)
 
 
 def _named(text: str, axes: Shape) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxnorm.tools.torch.assignment import Move, TorchAssignment
 from jaxnorm.tools.torch.checks import check_pairs
 from jaxnorm.tools.torch.layers import TorchLayer, grouped, layers_of, resolved
-from jaxnorm.tools.torch.layouts import Layout
+from jaxnorm.tools.torch.layouts import ArrayLayout
 from jaxnorm.tools.torch.pairs import Options, Pairing, in_out_names
 from jaxnorm.tools.torch.sources import Source
 from jaxnorm.tools.torch.targets import Target, Tree, targets_of
@@ -79,7 +79,7 @@ def assign(
 def count_move(target: Target, layer: TorchLayer) -> Move:
     """The move of a norm's number of updates."""
     key = f"{layer.name}.num_batches_tracked".lstrip(".")
-    return Move(key, target.leaves["count"], Layout("as it is", (), ()))
+    return Move(key, target.leaves["count"], ArrayLayout("as it is", (), ()))
 
 
 def _without(

@@ -12,7 +12,7 @@ import numpy as np
 from jaxnorm.tools.torch import layouts
 from jaxnorm.tools.torch.assignment import Move
 from jaxnorm.tools.torch.layers import TorchLayer
-from jaxnorm.tools.torch.layouts import Layout
+from jaxnorm.tools.torch.layouts import ArrayLayout
 from jaxnorm.tools.torch.targets import Target, Tree
 
 _SOURCES = {
@@ -23,7 +23,7 @@ _SOURCES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What the caller tells about PyTorch's model that its weights do not tell.
+    """Settings of PyTorch's model that its weights do not tell.
 
     Attributes:
         names: pattern of PyTorch's name -> pattern of Flax's path.
@@ -51,7 +51,7 @@ def told(patterns: Mapping[str, Any], name: str, default: Any = None) -> Any:
 
 @dataclass(frozen=True)
 class Pairing:
-    """What is asked of a pair of layers, with all that the answer depends on."""
+    """Test of a pair of layers, with all that the answer depends on."""
 
     tree: Tree
     arrays: Mapping[str, np.ndarray]
@@ -80,7 +80,7 @@ class Pairing:
 
     def _layout(
         self, target: Target, layer: TorchLayer, role: str, shape: Any, flax: Any
-    ) -> Layout | None:
+    ) -> ArrayLayout | None:
         module = target.module
         if role == "kernel":
             if target.kind == "transposed conv":

@@ -30,7 +30,7 @@ class _NamedTwiceError(ValueError):
 
 
 class _Holder:
-    """What the pickle builds for a storage's type, a storage or a tensor: names and numbers."""
+    """Names and numbers that the pickle gives for a storage's type, a storage or a tensor."""
 
     def __init__(self, *parts: Any) -> None:
         self.parts = parts
@@ -115,7 +115,7 @@ def read_pickled(operation: str, path: Path) -> Any:
 
 
 def _filled(found: Any, archive: zipfile.ZipFile, folder: str, order: str, read: dict) -> Any:
-    """The same nest of dicts and lists, with arrays in place of tensors."""
+    """Nest of dicts and lists as it is found, with arrays in place of tensors."""
     if isinstance(found, dict):
         return {k: _filled(v, archive, folder, order, read) for k, v in found.items()}
     if isinstance(found, list | tuple):
