@@ -212,17 +212,22 @@ def _note_unknown(pairs: Sequence[Pair], notes: list[str]) -> None:
         )
     elif any(t.kind == "norm" for t, _ in pairs):
         notes.append("A state dict holds no epsilon: compare it, or pass the torch.nn.Module.")
-    strided = [
-        t.name
-        for t, _ in pairs
-        if t.kind in ("conv", "transposed conv")
-        and getattr(t.module, "padding", "SAME") == "SAME"
-        and any(s > 1 for s in windows.several(getattr(t.module, "strides", 2), 1))
-    ]
-    if strided:
+    convs = [t for t, _ in pairs if t.kind in ("conv", "transposed conv")]
+    if convs:
+        strided = [
+            t.name
+            for t in convs
+            if getattr(t.module, "padding", "SAME") == "SAME"
+            and any(s > 1 for s in windows.several(getattr(t.module, "strides", 2), 1))
+        ]
         notes.append(
-            "A state dict holds no padding, and SAME with a stride is not PyTorch's padding=1: "
-            f"compare {', '.join(strided)}."
+            f"A state dict holds no strides, dilation or padding: those of {len(convs)} "
+            "convolutions are not compared; pass the torch.nn.Module."
+            + (
+                " SAME with a stride is not PyTorch's padding=1: see " + ", ".join(strided) + "."
+                if strided
+                else ""
+            )
         )
 
 

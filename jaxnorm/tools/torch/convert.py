@@ -137,10 +137,10 @@ def from_torch(
     assignment, tree = _matched("from_torch", source, model, args, options, order)
     if show is not None:
         show(assignment)
-    new = {
-        move.path: _like(tree.leaves[move.path], move.layout.to_flax(assignment.arrays[move.key]))
-        for move in assignment
-    }
+    new: dict[Any, Any] = {}
+    for move in assignment:
+        value = move.layout.to_flax(assignment.arrays[move.key])
+        new[move.path] = _like(move.key, tree.leaves[move.path], value)
     return tree.filled(new)
 
 
@@ -238,9 +238,17 @@ def _matched(
     return assign(operation, read_source, model, variables, tree, example, options), tree
 
 
-def _like(leaf: Any, value: np.ndarray) -> Any:
+def _like(name: str, leaf: Any, value: np.ndarray) -> Any:
     """A value in the dtype and place of a leaf."""
-    value = np.ascontiguousarray(value).reshape(value.shape).astype(leaf.dtype)
+    with np.errstate(over="ignore"):
+        narrow = np.ascontiguousarray(value).reshape(value.shape).astype(leaf.dtype)
+    if not np.isfinite(narrow.astype(np.complex128)).all():
+        raise ValueError(
+            f"from_torch: every weight must fit the dtype of its variable; got {name} with values "
+            f"up to {np.abs(value.astype(np.complex128)).max():.3g} for {leaf.dtype}. Initialize "
+            "the model with a wider param_dtype."
+        )
+    value = narrow
     if isinstance(leaf, np.ndarray):
         return value
     if isinstance(leaf, jax.Array) and leaf.committed:

@@ -65,6 +65,8 @@ class Pairing:
         moves, used = [], set()
         for role, leaf in target.leaves.items():
             theirs = _SOURCES.get(role)
+            if layer.kinds == ("parameter",) and role in ("scale", "embedding"):
+                theirs = "value"  # by names alone: a norm that calls its weight otherwise
             if theirs not in layer.keys:
                 if role == "count":
                     continue
@@ -118,6 +120,8 @@ class Pairing:
         moves, used = [], set()
         if "qkv/weight" in layer.keys:
             weight = self.arrays[layer.keys["qkv/weight"]].shape
+            if len(weight) != 2:
+                return None
             in_out = weight[1] == 3 * weight[0] if weight[0] != 3 * weight[1] else False
         else:
             in_out = False
@@ -155,7 +159,7 @@ def in_out_names(layers: Sequence[TorchLayer], arrays: Mapping[str, np.ndarray])
     for layer in layers:
         if "dense" in layer.kinds and {"weight", "bias"} <= set(layer.keys):
             shape = arrays[layer.keys["weight"]].shape
-            (n,) = arrays[layer.keys["bias"]].shape
+            n = arrays[layer.keys["bias"]].size
             if len(shape) == 2 and shape[0] != shape[1] and n == shape[1]:
                 found.add(layer.name.rpartition(".")[2])
     return frozenset(found)

@@ -172,6 +172,29 @@ def test_spectral_norm_is_resolved():
     assert_close(kernel, w.T / np.float64(s[0]), np.float32)
 
 
+def test_a_norm_with_another_name_by_names():
+    model, w = nn.Sequential([nn.RMSNorm()]), draw(3)
+    new = converted({"n.g": w}, model, draw(2, 3), names={"n.g": "layers_0"})
+    np.testing.assert_array_equal(new["params"]["layers_0"]["scale"], w)
+
+
+def test_what_does_not_fit_a_dtype_is_refused():
+    model = nn.Dense(4, use_bias=False, param_dtype=jnp.float16)
+    with pytest.raises(ValueError, match=r"f\.weight with values up to .*e\+05 for float16"):
+        converted({"f.weight": W * 1e5}, model, draw(2, 3))
+
+
+def test_what_a_state_dict_does_not_tell():
+    model, x = nn.Sequential([nn.Conv(4, (3, 3), 2), nn.BatchNorm(True)]), draw(1, 6, 6, 3)
+    state = {"c.weight": draw(4, 3, 3, 3), "c.bias": draw(4)}
+    state |= {"n.weight": draw(4), "n.bias": draw(4), "n.running_mean": draw(4)}
+    state["n.running_var"] = draw(4) ** 2
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    table = str(match_torch(state, model, variables, x))
+    assert "SAME with a stride is not PyTorch's padding=1: see layers_0." in table
+    assert "BatchNorm 1e-05 (1)" in table and "at most 1.125 with this example" in table
+
+
 class Flat(nn.Module):
     @nn.compact
     def __call__(self, x):
