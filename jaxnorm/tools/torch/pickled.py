@@ -78,7 +78,7 @@ def read_pickled(operation: str, path: Path) -> Any:
             is not weights. None of it has been executed.
     """
     advice = "Save weights alone: torch.save(model.state_dict(), path)."
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         raise ValueError(
             f"{operation}: a .pt file must be a whole zip archive, as torch.save has written since "
             f"PyTorch 1.6; got {path} of {path.stat().st_size} bytes, which is cut off or older. "
@@ -112,6 +112,13 @@ def read_pickled(operation: str, path: Path) -> Any:
             f"{operation}: a .pt file must be whole; got {path}, which cannot be read: {error!r}. "
             f"Copy it again. {advice}"
         ) from error
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # the directory at its end is damaged
+        return False
 
 
 def _filled(found: Any, archive: zipfile.ZipFile, folder: str, order: str, read: dict) -> Any:

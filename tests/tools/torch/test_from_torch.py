@@ -17,6 +17,7 @@ import jaxnorm.linen as jnn
 import jaxnorm.nnx as jnx
 from jaxnorm.testing import assert_close
 from jaxnorm.tools import from_torch, match_torch, to_torch
+from jaxnorm.tools.torch.sources import read
 
 RNG = np.random.default_rng(7)
 W = RNG.normal(size=(4, 3)).astype(np.float32)
@@ -422,6 +423,30 @@ def test_code_in_a_file_is_refused(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match="whole zip archive"):
         converted(path, nn.Dense(4), draw(1, 3))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_damaged_files_give_an_error_or_their_weights(tmp_path, suffix):
+    state = {"f.weight": W, "f.bias": B}
+    path, rng = tmp_path / f"w{suffix}", np.random.default_rng(3)
+    if suffix == ".pt":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("w/data.pkl", pickle.dumps({"f.weight": 1, "f.bias": [2.0]}))
+    else:
+        pytest.importorskip("safetensors.numpy").save_file(state, path)
+    whole = path.read_bytes()
+    errors = 0
+    for number in range(200):
+        damaged = bytearray(whole[: rng.integers(len(whole))] if number % 2 else whole)
+        for _ in range(3 * (1 - number % 2)):
+            damaged[rng.integers(len(damaged))] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read("read", path)
+        except ValueError as error:
+            assert str(error).startswith("read: ")
+            errors += 1
+    assert errors > 100
 
 
 BAD = {
