@@ -423,6 +423,11 @@ def test_code_in_a_file_is_refused(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match="whole zip archive"):
         converted(path, nn.Dense(4), draw(1, 3))
+    with zipfile.ZipFile(path, "w") as archive:
+        pickled = b"ccollections\nOrderedDict\n)R(S'f.bias'\nI1\nS'f.bias'\nI2\nu."
+        archive.writestr("w/data.pkl", pickled)
+    with pytest.raises(ValueError, match=r"got f\.bias twice"):
+        converted(path, nn.Dense(4), draw(1, 3))
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
