@@ -61,6 +61,12 @@ def assign(
     ordered = _by_order(operation, rest_targets, rest_layers, pairing, notes)
     place = {id(t): i for i, t in enumerate(targets)}
     pairs = sorted([*named, *ordered], key=lambda pair: place[id(pair[0])])
+    crossing = _crossing(pairs, layers)
+    if crossing and ordered:
+        notes.append(
+            f"names say that the orders differ at {crossing}. Layers near it that names does not "
+            "hold, such as its norm, are still matched by order: name them, too."
+        )
     check_pairs(operation, pairs, arrays, tree, options, source.modules is not None, notes)
     moves: list[Move] = []
     for target, layer in pairs:
@@ -74,6 +80,17 @@ def assign(
             f"num_batches_tracked of {len(aside)} layers goes nowhere: only momentum=None uses it."
         )
     return TorchAssignment(tuple(moves), tuple(notes), arrays, tuple(arrays))
+
+
+def _crossing(pairs: list[Pair], layers: list[TorchLayer]) -> str | None:
+    """The first PyTorch layer that comes earlier there, within its kind, than it does here."""
+    place = {id(x): i for i, x in enumerate(layers)}
+    last: dict[str, int] = {}
+    for target, layer in pairs:
+        if target.kind != "parameter" and place[id(layer)] < last.get(target.kind, -1):
+            return layer.name
+        last[target.kind] = place[id(layer)]
+    return None
 
 
 def count_move(target: Target, layer: TorchLayer) -> Move:

@@ -250,6 +250,23 @@ def test_names_skip_and_keep():
     assert new["head"]["kernel"] is variables["params"]["head"]["kernel"]
 
 
+def test_names_that_change_the_order_are_told():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.RMSNorm()(nn.Dense(3, use_bias=False, name="short")(x))
+            return y + nn.RMSNorm()(nn.Dense(3, use_bias=False, name="long")(x))
+
+    state = {"a.weight": draw(3, 3), "n.weight": draw(3), "b.weight": draw(3, 3)}
+    state["m.weight"] = draw(3)
+    variables = Model().init(jax.random.key(0), x := draw(1, 3))
+    named = {"a": "long", "b": "short"}
+    told = match_torch(state, Model(), variables, x, names=named).notes
+    assert any("the orders differ at a." in note and "name them, too" in note for note in told)
+    in_order = match_torch(state, Model(), variables, x, names={"a": "short", "b": "long"}).notes
+    assert not any("the orders differ" in note for note in in_order)
+
+
 class Mixed(nn.Module):
     @nn.compact
     def __call__(self, x):
