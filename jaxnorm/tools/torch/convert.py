@@ -160,7 +160,8 @@ def to_torch(
             order of definition.
         like: the assignment by which weights came from PyTorch, of `match_torch`. The state dict
             has its names, order, shapes and dtypes, and what went nowhere is as it was. Without
-            it the names are Flax's paths.
+            it the names are Flax's paths. A weight or spectral normalization that was resolved
+            stays so: the plain weight is written.
         tensors: give tensors, which needs PyTorch, and not NumPy arrays.
 
     Returns:
@@ -169,8 +170,7 @@ def to_torch(
 
     Raises:
         TypeError: model or variables are of no known kind.
-        ValueError: `like` is of another model; or it holds a weight or spectral normalization,
-            which no longer exists; or PyTorch is not installed.
+        ValueError: `like` is of another model, or PyTorch is not installed.
 
     Source: the layouts of `torch.nn` and `flax.linen`.
 
