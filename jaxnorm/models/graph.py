@@ -46,7 +46,7 @@ def with_modules(model: Module, change: Callable[[Path, nnx.Module], nnx.Module 
     if id(copy) in others:
         return others[id(copy)]  # type: ignore[return-value]
     for _, node in list(nnx.iter_graph(copy)):
-        if hasattr(node, "__dict__") and not isinstance(node, nnx.Variable):
+        if isinstance(node, nnx.Pytree) and not isinstance(node, nnx.Variable):
             attributes = vars(node)
             # Not through NNX, which would ask again what is data.
             attributes.update({k: _with_others(v, others) for k, v in attributes.items()})
