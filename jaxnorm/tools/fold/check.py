@@ -68,11 +68,12 @@ def _difference(got: list[np.ndarray], wanted: list[np.ndarray]) -> float:
     """The largest difference of each output, relative to its largest element."""
     worst = 0.0
     for a, b in zip(got, wanted, strict=True):
-        if a.size and not np.array_equal(a, b, equal_nan=True):
-            size = np.max(np.abs(b))
-            difference = np.max(np.abs(a - b)) / size if size else np.inf
-            worst = max(worst, float(np.where(np.isfinite(difference), difference, np.inf)))
-    return worst
+        if not np.all(np.isfinite(b)):
+            return np.inf
+        difference = np.max(np.abs(a - b), initial=0.0)
+        if difference != 0:
+            worst = max(worst, float(difference / (np.max(np.abs(b)) or 1.0)))
+    return np.inf if np.isnan(worst) else worst
 
 
 def evaluation(

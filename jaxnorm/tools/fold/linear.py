@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +52,7 @@ class Linear:
         own_dtype: of the result.
         dtype: of the result once something is folded into it.
         stored: dtype of the parameter.
+        has_bias: True if there is a bias, even if it is zero for these variables.
         is_changed: True once something has been folded into it.
     """
 
@@ -69,6 +72,7 @@ class Linear:
     dtype: Any
     stored: Any
     taps: np.ndarray | None = None
+    has_bias: bool = False
     is_changed: bool = False
 
     @property
@@ -86,10 +90,13 @@ class Linear:
     def is_convolution(self) -> bool:
         """True for Flax's convolutions, which can be applied to an image of ones."""
         kind, own = self.plain_type, type(self.call.module)
-        as_flax = own.__call__ is getattr(kind, "__call__", None) or "jaxnorm" in own.__module__
-        return kind in CONVOLUTIONS and as_flax
+        if kind not in CONVOLUTIONS:
+            return False
+        # The class of an NNX layer is one derived from its own, whose call is hooked.
+        as_flax = inspect.unwrap(own.__call__) is inspect.unwrap(kind.__call__)
+        return as_flax or own.__module__.startswith("jaxnorm.")
 
-    def scale_result(self, scale: np.ndarray, shift: np.ndarray) -> None:
+    def scale_result(self, scale: np.ndarray, shift: np.ndarray, has_shift: bool) -> None:
         """Fold ``scale * result + shift``, coefficients of the layer's result, into it.
 
         Raises:
@@ -99,38 +106,37 @@ class Linear:
         factor = self._kernel_coefficient(inner)
         self._kernel_coefficient(pulled_back(self.result_moves, shift))  # or it cannot be stored
         taps = None if self.taps is None else self.taps * factor
-        self._change(self.kernel * factor, compact(self.bias * scale + shift), taps)
+        self._change(self.kernel * factor, compact(self.bias * scale + shift), taps, has_shift)
 
-    def _change(self, kernel: np.ndarray, bias: np.ndarray, taps: np.ndarray | None) -> None:
+    def _change(self, kernel: np.ndarray, bias: np.ndarray, taps: Any, has_bias: bool) -> None:
         if self.variable is None and self.plain_type is None:
             raise UnfoldableError(f"{self.call.name} computes its kernel, and is no layer of Flax")
         for array in (kernel, bias, taps):
             if array is not None and not np.all(np.abs(array) <= jnp.finfo(self.stored).max):
                 raise UnfoldableError(f"the folded numbers overflow {self.stored}")
         self.kernel, self.bias, self.taps = kernel, bias, taps
+        self.has_bias |= has_bias
         self.is_changed = True
 
     def _kernel_coefficient(self, coefficient: np.ndarray) -> np.ndarray:
         """A coefficient of the equation's result, as one of the kernel."""
-        params = self.equation.params
-        shape = [1] * self.kernel.ndim
-        if self.equation.name == "conv_general_dilated":
-            numbers = params["dimension_numbers"]
-            axes = {numbers.out_spec[1]: numbers.rhs_spec[0]}
-        else:
-            axes = self._axes_of_result()
-        if not varies_only_on(coefficient, axes):
-            raise UnfoldableError(
-                "its coefficients change along axes that the kernel does not have"
-            )
-        for there, here in axes.items():
-            shape[here] = coefficient.shape[there]
-        order = sorted(axes, key=lambda axis: axes[axis])
-        others = [a for a in range(coefficient.ndim) if a not in axes]
-        return coefficient.transpose(others + order).reshape(shape)
+        return _with_axes(coefficient, self._axes_of_result(), self.kernel.ndim)
+
+    def stored_bias(self) -> np.ndarray:
+        """The bias for the last axes of the result, of a shape that its values do not change."""
+        axes = self._axes_of_result()
+        shape = [n if a in axes else 1 for a, n in enumerate(self._result_shape())]
+        every = np.arange(1, 1 + math.prod(shape), dtype=np.float64).reshape(shape)
+        for each in self.result_moves:
+            every = each.forward(every)
+        first = next((a for a, n in enumerate(every.shape) if n > 1), every.ndim - 1)
+        return np.broadcast_to(self.bias, every.shape).reshape(every.shape[first:])
 
     def _axes_of_result(self) -> dict[int, int]:
-        """Axis of a product's result -> that of its kernel, batch axes and free ones."""
+        """The axes of the equation's result that the kernel has: axis there -> in the kernel."""
+        if self.equation.name == "conv_general_dilated":
+            numbers = self.equation.params["dimension_numbers"]
+            return {numbers.out_spec[1]: numbers.rhs_spec[0]}
         contracted, batch = self.equation.params["dimension_numbers"]
         kernel = 1 - self.data
         data_rank = len(self._data_shape())
@@ -146,7 +152,7 @@ class Linear:
     def _data_shape(self) -> tuple[int, ...]:
         return tuple(self.equation.traced.invars[self.data].aval.shape)
 
-    def scale_data(self, scale: np.ndarray, shift: np.ndarray) -> None:
+    def scale_data(self, scale: np.ndarray, shift: np.ndarray, has_shift: bool) -> None:
         """Fold ``scale * data + shift``, coefficients of the product's operand, into it.
 
         Raises:
@@ -157,20 +163,8 @@ class Linear:
         contracted, batch = self.equation.params["dimension_numbers"]
         data, kernel = self.data, 1 - self.data
         axes = dict(zip((*contracted[data], *batch[data]), (*contracted[kernel], *batch[kernel])))
-        if not (varies_only_on(scale, axes) and varies_only_on(shift, axes)):
-            raise UnfoldableError(
-                "its coefficients change along axes that the kernel does not have"
-            )
-
-        def of_kernel(coefficient: np.ndarray) -> np.ndarray:
-            shape = [1] * self.kernel.ndim
-            for here, there in axes.items():
-                shape[there] = coefficient.shape[here]
-            order = sorted(axes, key=lambda axis: axes[axis])
-            others = [a for a in range(coefficient.ndim) if a not in axes]
-            return coefficient.transpose(others + order).reshape(shape)
-
-        added = (self.kernel * of_kernel(shift)).sum(tuple(contracted[kernel]), keepdims=True)
+        factor, term = (_with_axes(each, axes, self.kernel.ndim) for each in (scale, shift))
+        added = (self.kernel * term).sum(tuple(contracted[kernel]), keepdims=True)
         of_result = self._axes_of_result()
         rank = len(self._result_shape())
         order = [of_result[a] for a in sorted(of_result)]
@@ -180,12 +174,12 @@ class Linear:
         )
         for each in self.result_moves:
             result = each.forward(result)
-        self._change(self.kernel * of_kernel(scale), compact(self.bias + result), self.taps)
+        self._change(self.kernel * factor, compact(self.bias + result), self.taps, has_shift)
 
     def _result_shape(self) -> tuple[int, ...]:
         return tuple(self.equation.traced.outvars[0].aval.shape)
 
-    def scale_channels(self, scale: np.ndarray, shift: np.ndarray) -> None:
+    def scale_channels(self, scale: np.ndarray, shift: np.ndarray, has_shift: bool) -> None:
         """Fold ``scale * x + shift`` of a convolution's input, by channels on its last axis.
 
         At a border of zeros the shift is missing from the sums. What is missing differs there from
@@ -212,13 +206,15 @@ class Linear:
 
         taps = (self.kernel * of_kernel(shift)).sum(in_axis, keepdims=True)
         spatial = tuple(numbers.rhs_spec[2:])
-        bias, border = self.bias, self.taps
-        if self._is_same_everywhere():
+        bias, border, has_bias = self.bias, self.taps, False
+        if not has_shift:
+            pass
+        elif self._is_same_everywhere():
             added = taps.sum(spatial, keepdims=True).reshape((1,) * (bias.ndim - 1) + (-1,))
-            bias = compact(bias + added)
-        elif np.any(taps):
+            bias, has_bias = compact(bias + added), True
+        else:
             border = taps if border is None else border + taps
-        self._change(self.kernel * of_kernel(scale), bias, border)
+        self._change(self.kernel * of_kernel(scale), bias, border, has_bias)
 
     def _is_same_everywhere(self) -> bool:
         """True if every output sees the same taps, for images of any size."""
@@ -232,6 +228,24 @@ class Linear:
         if isinstance(padding, str):
             return padding in ("VALID", "CIRCULAR") or all(n == 1 for n in spatial)
         return not np.any(np.asarray(padding))
+
+
+def _with_axes(coefficient: np.ndarray, axes: dict[int, int], rank: int) -> np.ndarray:
+    """A coefficient with its axes at other places.
+
+    Args:
+        coefficient: of some array.
+        axes: its axis -> the axis of the result; it must not change along others.
+        rank: of the result.
+    """
+    if not varies_only_on(coefficient, axes):
+        raise UnfoldableError("its coefficients change along axes that the kernel does not have")
+    order = sorted(axes, key=lambda axis: axes[axis])
+    others = [axis for axis in range(coefficient.ndim) if axis not in axes]
+    shape = [1] * rank
+    for here, there in axes.items():
+        shape[there] = coefficient.shape[here]
+    return coefficient.transpose(others + order).reshape(shape)
 
 
 def find_linear(program: Program, exact: Exact) -> tuple[list[Linear], dict[int, str]]:
@@ -307,6 +321,7 @@ def _linear(program, exact, kernels, call, form, equation, known) -> Linear:
         result_moves=form.moves,
         bias=form.shift,
         bias_variable=bias_variable,
+        has_bias=bias_variable is not None,
         own_dtype=dtype,
         dtype=dtype,
         stored=program.types[parameter].dtype,

@@ -6,50 +6,15 @@ from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
 
-from jaxnorm.models.select import NORM_TYPES, Selection
+from jaxnorm.models.select import Selection
 from jaxnorm.tools.fold.affine import Affine, AffineForms
 from jaxnorm.tools.fold.exact import SAME, Exact
 from jaxnorm.tools.fold.layout import Move, compact, move, pulled_back
 from jaxnorm.tools.fold.linear import Linear, UnfoldableError, find_linear
-from jaxnorm.tools.fold.program import Call, Equation, Program, border_p
+from jaxnorm.tools.fold.program import Equation, Program, border_p
 from jaxnorm.tools.fold.report import Folded, Kept
-
-BATCH_NORMS = (linen.BatchNorm, nnx.BatchNorm)
-
-
-@dataclass
-class Scaling:
-    """A layer that scales and shifts channels by known coefficients, wholly or at its end.
-
-    Attributes:
-        call: the call of the layer.
-        scale, shift: coefficients of its result.
-        is_whole: True if it does nothing else; False for a norm of the statistics of its input.
-        neutral: for a layer that does more: variables and the values that make it scale by one
-            and shift by zero.
-        argument: rank of its array among the leaves of its arguments; -1 if not whole.
-        source: the value that comes into it; -1 if not whole.
-    """
-
-    call: Call
-    scale: np.ndarray
-    shift: np.ndarray
-    is_whole: bool
-    neutral: dict[int, np.ndarray] = field(default_factory=dict)
-    argument: int = -1
-    source: int = -1
-
-    @property
-    def result(self) -> int:
-        """The value that comes out of it."""
-        return self.call.leaves[0][1]
-
-    @property
-    def kind(self) -> str:
-        """The name of its class."""
-        return type(self.call.module).__name__
+from jaxnorm.tools.fold.scaling import BATCH_NORMS, Scaling, find_scalings
 
 
 @dataclass
@@ -99,7 +64,7 @@ class _Planner:
 
     def plan(self, operation: str, selection: Selection) -> Folding:
         """The changes, and the report."""
-        scalings, reasons = self._scalings()
+        scalings, reasons = find_scalings(self._program, self._exact, self._linear)
         computed = [each for each in self._linear if each.variable is None]
         calls = [each.call for each in scalings] + [each.outer for each in computed]
         calls += [self._program.calls[index] for index in reasons]
@@ -131,101 +96,6 @@ class _Planner:
         self._plan.linear = [each for each in self._linear if each.is_changed]
         return self._plan
 
-    # Which layers scale and shift.
-
-    def _scalings(self) -> tuple[list[Scaling], dict[int, str]]:
-        """The layers that scale and shift, and for other norms the reason why they are none."""
-        found: list[Scaling] = []
-        reasons: dict[int, str] = {}
-        for call in sorted(self._program.calls, key=lambda c: (c.span[1] - c.span[0], c.index)):
-            is_norm = isinstance(call.module, NORM_TYPES)
-            if call.span[0] < 0 and not call.loop:
-                continue  # traced in a program that was not kept
-            try:
-                scaling = self._scaling(call, found)
-            except UnfoldableError as reason:
-                if is_norm:
-                    reasons[call.index] = str(reason)
-                continue
-            if scaling is not None:
-                found.append(scaling)
-            elif is_norm:
-                reasons[call.index] = "it has no scale and no shift"
-        return sorted(found, key=lambda each: each.call.index), reasons
-
-    def _scaling(self, call: Call, found: list[Scaling]) -> Scaling | None:
-        """A call as one that scales and shifts; None if it does not."""
-        if call.loop:
-            raise UnfoldableError(f"it is called inside a {call.loop}")
-        if call.several:
-            raise UnfoldableError("it is called more than once")
-        if len(call.leaves) != 1:
-            raise UnfoldableError("it returns several arrays")
-        if any(call.holds(other.call.span[0]) for other in found):
-            return None  # the layer within it is the one
-        if any(call.holds(each.position) for each in self._linear):
-            return None
-        inside = call.leaves[0][0]
-        entered = {inner: (leaf, outer) for leaf, outer, inner in call.enters}
-        form = AffineForms(self._exact, is_base=entered.__contains__).of(inside)
-        if form.is_plain:
-            return None
-        coefficients = {v for v in self._variables_within(call) if v in self._exact.known}
-        if not coefficients:
-            return None
-        if not (np.all(np.isfinite(form.scale)) and np.all(np.isfinite(form.shift))):
-            raise UnfoldableError("its scale or shift is not finite")
-        self._check_variables(call, coefficients)
-        if form.base in entered and self._stays_in_place(form, inside):
-            argument, source = entered[form.base]
-            return Scaling(call, form.scale, form.shift, True, {}, argument, source)
-        return Scaling(call, form.scale, form.shift, False, self._neutral(form, coefficients))
-
-    def _variables_within(self, call: Call) -> list[int]:
-        return [
-            variable
-            for variable in self._program.variables
-            if any(call.holds(p) for p in self._program.readers.get(variable, ()))
-        ]
-
-    def _check_variables(self, call: Call, variables: set[int]) -> None:
-        for variable in variables:
-            readers = self._program.readers.get(variable, ())
-            if variable in self._program.outputs or not all(map(call.holds, readers)):
-                raise UnfoldableError("its variables are used elsewhere")
-
-    def _stays_in_place(self, form: Affine, value: int) -> bool:
-        """True if moves bring every element back to where it was."""
-        before, after = self._program.shape(form.base), self._program.shape(value)
-        if before != after:
-            return False
-        if not form.moves:
-            return True
-        places = moved = np.arange(np.prod(before, dtype=np.int64)).reshape(before)
-        for each in form.moves:
-            moved = each.forward(moved)
-        return np.array_equal(places, moved)
-
-    def _neutral(self, form: Affine, variables: set[int]) -> dict[int, np.ndarray]:
-        """The values of a norm's variables for which it neither scales nor shifts at its end."""
-        values = {}
-        for role, wanted in (("scale", form.scale), ("shift", form.shift)):
-            if not np.any(wanted != (1 if role == "scale" else 0)):
-                continue
-            fitting = []
-            for variable in variables:
-                array = self._exact.value(variable)
-                offset = _offset_of(array, wanted)
-                if offset is not None and (role == "scale" or offset == 0):
-                    fitting.append((variable, offset))
-            fitting = [each for each in fitting if each[1] == 0] or fitting
-            if len(fitting) != 1:
-                raise UnfoldableError(f"its {role} is not one of its variables")
-            [(variable, offset)] = fitting
-            array = self._exact.value(variable)
-            values[variable] = np.full_like(array, 1 - offset if role == "scale" else 0)
-        return values
-
     # Where they can go.
 
     def _fold(self, scaling: Scaling) -> tuple[str, str]:
@@ -246,7 +116,7 @@ class _Planner:
     def _into_producer(self, scaling: Scaling) -> tuple[str, str]:
         linear, moves = self._producer(scaling.source)
         scale, shift = (pulled_back(moves, each) for each in (scaling.scale, scaling.shift))
-        linear.scale_result(scale, shift)
+        linear.scale_result(scale, shift, scaling.has_shift)
         made = self._program.types[scaling.call.leaves[0][0]].dtype
         linear.dtype = jnp.promote_types(linear.dtype, made)
         self._remove(scaling)
@@ -293,13 +163,14 @@ class _Planner:
         for linear, *_ in targets:
             if sum(linear is other for other, *_ in targets) > 1:
                 raise UnfoldableError("a layer reads its result twice")
-        kept = [(each.kernel, each.bias, each.taps, each.is_changed) for each, *_ in targets]
+        kept = [dict(vars(linear)) for linear, *_ in targets]
         try:
             for linear, at_layer, scale, shift in targets:
-                (linear.scale_channels if at_layer else linear.scale_data)(scale, shift)
+                at = linear.scale_channels if at_layer else linear.scale_data
+                at(scale, shift, scaling.has_shift)
         except UnfoldableError:
             for (linear, *_), old in zip(targets, kept):
-                linear.kernel, linear.bias, linear.taps, linear.is_changed = old
+                vars(linear).update(old)
             raise
         if scaling.is_whole:
             self._remove(scaling)
@@ -396,7 +267,7 @@ class _Planner:
         name = self._program.names[self._program.variables.index(variable)]
         scale = compact(np.asarray(self._exact.value(factor)))
         try:
-            linear.scale_result(pulled_back(moves, scale), np.zeros((1,) * linear.bias.ndim))
+            linear.scale_result(pulled_back(moves, scale), np.zeros((1,) * linear.bias.ndim), False)
         except UnfoldableError:
             return
         self._plan.neutral[variable] = np.ones_like(self._exact.value(variable))
@@ -412,19 +283,6 @@ class _Planner:
             if not linear.is_changed:
                 self._plan.folded.append(Folded(call.name, name, call.name, "a plain kernel"))
             linear.is_changed = True
-
-
-def _offset_of(array: np.ndarray, coefficient: np.ndarray) -> float | None:
-    """The number that is added to a variable to give a coefficient of its size, if there is one."""
-    if array.size < coefficient.size:
-        return None
-    try:
-        wide = np.broadcast_to(coefficient, (1,) * (coefficient.ndim - array.ndim) + array.shape)
-    except ValueError:
-        return None
-    difference = (wide.reshape(array.shape) - array).ravel()
-    offset = round(float(difference[0]), 9) if difference.size else 0.0
-    return offset if np.allclose(difference, offset, rtol=0, atol=1e-9) else None
 
 
 def _described(primitive: str) -> str:

@@ -19,8 +19,9 @@ from jaxnorm.models.graph import with_modules
 from jaxnorm.tools.fold.exact import Exact
 from jaxnorm.tools.fold.layout import undone
 from jaxnorm.tools.fold.linear import Linear
-from jaxnorm.tools.fold.pairs import BATCH_NORMS, Folding, Scaling
+from jaxnorm.tools.fold.pairs import Folding
 from jaxnorm.tools.fold.program import Program, path_names
+from jaxnorm.tools.fold.scaling import BATCH_NORMS, Scaling
 
 KERNEL, BIAS, BORDER = "kernel", "bias", "border_kernel"
 
@@ -114,12 +115,17 @@ def _layer_of_flax(layer: Any, kind: type, **changes: Any) -> Any:
     name = {"Linear": "Dense", "LinearGeneral": "DenseGeneral"}.get(kind.__name__, kind.__name__)
     kind = getattr(linen, name)
     names = {field.name for field in dataclasses.fields(kind)} - {"parent", "name"}
+    if isinstance(layer, nnx.Module):
+        names -= {"promote_dtype"}  # of another signature in NNX
     fields = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
-    if "features" not in fields:
+    if "features" in names and "features" not in fields:
         fields["features"] = layer.out_features
+    if "batch_dims" in names and hasattr(layer, "batch_axis"):
+        fields["batch_dims"] = tuple(layer.batch_axis)
+    if "shape" in names and "shape" not in fields:
+        fields["shape"] = layer.kernel_shape
+    changes |= {"use_bias": False, "mask": None, "bias_shape": None}
     fields |= {name: value for name, value in changes.items() if name in names}
-    without = {"use_bias": False, "mask": None, "bias_shape": None}
-    fields |= {name: value for name, value in without.items() if name in names}
     return kind(**fields, parent=None)
 
 
@@ -142,10 +148,8 @@ def added_arrays(linear: Linear) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     if linear.variable is None:
         arrays[KERNEL] = undone(linear.kernel_moves, linear.kernel)
-    if (linear.bias_variable is None or linear.variable is None) and np.any(linear.bias):
-        varying = [axis for axis, size in enumerate(linear.bias.shape) if size > 1]
-        first = min(varying, default=linear.bias.ndim - 1)
-        arrays[BIAS] = linear.bias.reshape(linear.bias.shape[first:])
+    if linear.has_bias and (linear.bias_variable is None or linear.variable is None):
+        arrays[BIAS] = linear.stored_bias()
     if linear.taps is not None:
         arrays[BORDER] = undone(linear.kernel_moves, linear.taps)
     return arrays
