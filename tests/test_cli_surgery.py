@@ -270,15 +270,6 @@ def test_convert_to_torch(here, fakes, capsys):
     np.testing.assert_array_equal(safetensors.load_file("g.safetensors")["linear.bias"], wanted)
 
 
-def test_convert_to_a_file_of_torch(here, fakes, capsys):
-    torch = pytest.importorskip("torch", reason="the package torch")
-    name = f"--model {here.name}:factory --input 2,3"
-    run(capsys, f"convert --from linen {name} --to-torch --to w.pt")
-    found = torch.load("w.pt", weights_only=True)
-    np.testing.assert_array_equal(found["linear.bias"], here.variables["params"]["Dense_0"]["bias"])
-    assert found["half.a/b"].dtype == torch.bfloat16
-
-
 FOLD = "fold linen --model {n}:factory --input 2,3 --out new"
 DATA = "recalibrate linen --model {n}:factory --out new --data"
 REFUSED = {

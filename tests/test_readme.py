@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.seconds(90, "they are as long as the README has them")
 def test_the_examples_run_and_learn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    example, _, _, over_devices, watched, diagnosed = blocks("python")
+    example, _, _, over_devices, watched, diagnosed, surgery = blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 21
     names: dict = {"__name__": "readme"}
     exec(compile(example, "README.md", "exec"), names)
@@ -46,6 +46,13 @@ def test_the_examples_run_and_learn(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     exec(compile(diagnosed, "README.md", "exec"), names)
     assert "Frozen statistics are used on data" in capsys.readouterr().out
+    exec(compile(surgery, "README.md", "exec"), names)
+    assert [row.kind for row in names["folded"].report.folded] == ["BatchNorm"]
+    recalibrated, x = names["recalibrated"].variables, names["x"]
+    wanted = names["Net"]().apply(recalibrated, x, train=False)
+    # At an offset of 1e4 deviations the sums of a dense layer lose their digits, folded or not.
+    allowed = names["folded"].report.allowed * float(jnp.max(jnp.abs(wanted)))
+    np.testing.assert_allclose(names["y"], wanted, rtol=0, atol=allowed)
 
 
 def test_the_fused_forms_and_the_explanation_run(capsys):

@@ -27,6 +27,16 @@ class FoldedModel:
         model: a Linen module that is called as the first one is, or an NNX module.
         variables: the collections of the Linen module; None for NNX, whose module holds its own.
         report: what was folded, and what was kept and why. It prints as a table.
+
+    Source: `jaxnorm.tools.fold`.
+
+    Example:
+        >>> import flax.nnx as nnx, jax.numpy as jnp
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+        >>> folded = fold(model, jnp.ones((2, 3)))
+        >>> type(folded).__name__, folded.variables, len(folded.report.folded)
+        ('FoldedModel', None, 1)
     """
 
     model: Any

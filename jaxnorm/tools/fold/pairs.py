@@ -1,4 +1,4 @@
-"""Which norms become part of which linear maps, found in the flow of values."""
+"""Pairs of norms and linear maps, found in the flow of values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxnorm.tools.fold.scaling import BATCH_NORMS, Scaling, find_scalings
 
 @dataclass
 class Folding:
-    """What is to be changed in a model.
+    """Changes of a model, and the rows of its report.
 
     Attributes:
         linear: the linear layers that change.
@@ -246,7 +246,7 @@ class _Planner:
                 value = self._passed(equation) or result
 
     def _passed(self, equation: Equation) -> int | None:
-        """What a removed layer returns, if an equation enters it."""
+        """The value that a removed layer returns, if an equation enters it."""
         if not self._is_removed_call(equation):
             return None
         return self._program.calls[equation.params["call"]].leaves[0][1]

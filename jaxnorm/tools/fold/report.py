@@ -1,4 +1,4 @@
-"""What folding did to the norms of a model."""
+"""Reports of what folding did to a model."""
 
 from __future__ import annotations
 
@@ -41,13 +41,23 @@ class Kept:
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What was folded, what was not and why, and how far the results differ.
+    """A report of what was folded, what was not and why, and how far the outputs differ.
+
+    It prints as a table.
 
     Attributes:
-        folded: the layers that have become part of others.
-        kept: the layers that are left as they were.
+        folded: the layers that have become part of others: `layer`, `kind`, `into`, `how`.
+        kept: the layers that are left as they were: `layer`, `kind`, `reason`.
         difference: largest difference of the outputs for the example, relative to their size.
         allowed: the largest that rounding explains.
+
+    Source: `jaxnorm.tools.fold`.
+
+    Example:
+        >>> kept = Kept("norm", "BatchNorm", "a sum reads its result")
+        >>> report = FoldReport((), (kept,), 0.0, 1e-5)
+        >>> print(str(report).splitlines()[1])
+        norm   BatchNorm  kept         a sum reads its result
     """
 
     folded: tuple[Folded, ...]

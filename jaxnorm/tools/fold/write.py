@@ -110,12 +110,14 @@ class _Changed:
         return y + jnp.asarray(variables[BIAS], y.dtype) if self.has_bias else y
 
 
-def _layer_of_flax(layer: Any, kind: type, **changes: Any) -> Any:
+def _layer_of_flax(layer: Any, kind: Any, **changes: Any) -> Any:
     """A Linen layer that does what a layer does as an instance of one of Flax's classes."""
-    name = {"Linear": "Dense", "LinearGeneral": "DenseGeneral"}.get(kind.__name__, kind.__name__)
+    of_linen = {"Linear": "Dense", "LinearGeneral": "DenseGeneral"}
+    name = str(of_linen.get(kind.__name__, kind.__name__))
+    of_nnx = kind.__module__.startswith("flax.nnx.")
     kind = getattr(linen, name)
     names = {field.name for field in dataclasses.fields(kind)} - {"parent", "name"}
-    if isinstance(layer, nnx.Module):
+    if of_nnx:
         names -= {"promote_dtype"}  # of another signature in NNX
     fields = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
     if "features" in names and "features" not in fields:

@@ -201,7 +201,7 @@ def to_torch(
     if not tensors:
         return found
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             "to_torch: tensors=True needs PyTorch; got an environment without it. Run: pip "

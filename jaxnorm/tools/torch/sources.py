@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -98,9 +99,8 @@ def as_numpy(operation: str, name: str, value: Any) -> np.ndarray:
     if hasattr(value, "detach"):
         value = value.detach().cpu().contiguous()
         if str(value.dtype) == "torch.bfloat16":
-            import torch
-
-            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            int16 = importlib.import_module("torch").int16
+            return value.view(int16).numpy().view(ml_dtypes.bfloat16)
         return value.numpy()
     if not (hasattr(value, "dtype") and hasattr(value, "shape")):
         raise TypeError(
